@@ -1,0 +1,1 @@
+"""The attacks, one file a row: `attacks/<category>/<technique>/<work>.py`."""

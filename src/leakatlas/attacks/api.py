@@ -1,0 +1,314 @@
+"""What an attack is: a frozen recipe that turns a view into candidates.
+
+An author writes :meth:`Attack.run` (and :meth:`ActiveAttack.tamper`). The final ``__call__``
+checks what the attack needs, isolates randomness, times the run and stamps the result, so that
+no author can forget to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar, final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import leakatlas
+from leakatlas.blocks.watch import Watch
+from leakatlas.data import ImageSet
+from leakatlas.errors import InvalidParameter, NotGranted
+from leakatlas.fl import View, state_hash, stream, stream_seed
+from leakatlas.fl.state import model_state
+from leakatlas.params import Configured
+from leakatlas.threat import Grant, Knowledge
+
+Status = Literal["complete", "cut_short", "failed"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The full description of a run: equal recipes mean equal results.
+
+    Args:
+        attack: ``{"key", "version", "parameters"}``.
+        scenario: The scenario as JSON, or empty for a view from elsewhere.
+        seed: Seed of the attack.
+        versions: LeakAtlas and torch.
+    """
+
+    attack: Mapping[str, Any]
+    scenario: Mapping[str, Any]
+    seed: int
+    versions: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "attack": dict(self.attack),
+            "scenario": dict(self.scenario),
+            "seed": self.seed,
+            "versions": dict(self.versions),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Recipe:
+        """The recipe whose :meth:`to_json` is ``values``."""
+        return cls(**values)
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the canonical JSON, the versions left out."""
+        plain = {k: v for k, v in self.to_json().items() if k != "versions"}
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """What the adversary claims to have found.
+
+    Args:
+        images: ``(M, C, H, W)`` candidates in the model's input space, any number, unordered.
+        labels: ``(M,)`` the label of each candidate, or None.
+        label_counts: ``(K,)`` recovered class counts, if the attack only knows how many.
+        confidence: ``(M,)`` the adversary's own criterion, larger is better.
+        status: ``failed`` means that the attack itself saw that it did not work.
+        reason: Why, for ``failed`` and ``cut_short``.
+        notes: Figures that the attack computed (final objective, rank, ...), all adversary-side.
+        seconds: Wall time of ``run``.
+        reads: View fields that were read.
+        recipe: Stamped by the runner.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    label_counts: Tensor | None = None
+    confidence: Tensor | None = None
+    status: Status = "complete"
+    reason: str = ""
+    notes: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    reads: frozenset[str] = frozenset()
+    recipe: Recipe | None = None
+
+
+def nothing_found(shape: tuple[int, ...], reason: str, **notes: float) -> Reconstruction:
+    """A failed reconstruction without candidates.
+
+    Args:
+        shape: ``(C, H, W)``.
+        reason: What the attack saw.
+        notes: Figures behind the reason.
+    """
+    return Reconstruction(
+        images=torch.empty(0, *shape), status="failed", reason=reason, notes=notes
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(Configured, ABC):
+    """A passive attack; subclasses are final, frozen and keyword-only."""
+
+    key: ClassVar[str]
+    """Catalogue key; equals the module's name."""
+    needs: ClassVar[Knowledge] = Knowledge.UPDATES
+    """The knowledge without which ``run`` cannot start."""
+    version: ClassVar[int] = 1
+    """Raised whenever results may change."""
+    departs_from_letter: ClassVar[str] = ""
+    """Why ``needs`` differs from what the row's letter gives, if it does."""
+
+    def grants(self) -> frozenset[Grant]:
+        """Grants that these parameters need."""
+        return frozenset()
+
+    @abstractmethod
+    def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
+        """The algorithm, in the paper's order."""
+
+    def prepare(
+        self, surrogate: ImageSet, model: nn.Module, *, generator: torch.Generator, watch: Watch
+    ) -> dict[str, Tensor]:
+        """Offline learning on public data (generators, decoders, malicious encoders)."""
+        return {}
+
+    @final
+    def artefact(
+        self, surrogate: ImageSet, model: nn.Module, *, watch: Watch | None = None
+    ) -> dict[str, Tensor]:
+        """What :meth:`prepare` learned, from the cache if the same was learned before.
+
+        The cache key covers the parameters, the attack's version, the surrogate images and the
+        model's weights, so a changed checkpoint is learned anew.
+        """
+        identity = json.dumps(
+            [self.key, self.version, self.to_json(), surrogate.fingerprint,
+             state_hash(model_state(model))]
+        )  # fmt: skip
+        file = cache_folder() / f"{self.key}-{hashlib.sha256(identity.encode()).hexdigest()}"
+        file = file.with_suffix(".safetensors")
+        if file.is_file():
+            return load_file(file)
+        learned = self.prepare(
+            surrogate,
+            model,
+            generator=stream(self.key, "prepare"),
+            watch=watch or Watch(),
+        )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        save_file({n: t.detach().clone().contiguous() for n, t in learned.items()}, partial)
+        partial.replace(file)  # a killed run leaves no half-written artefact behind
+        return learned
+
+    @final
+    def check(self, view: View) -> None:
+        """Refuse a view that lacks what this attack needs.
+
+        Raises:
+            NotGranted: Naming the knowledge or the grant, and the way out.
+        """
+        held = view.knowledge
+        if Grant.PIXEL_RANGE in view.grants:
+            held |= Knowledge.BASIC
+        missing = self.needs & ~held
+        if missing:
+            raise NotGranted(
+                f"{type(self).__name__} needs {', '.join(missing.names()).upper()}, which "
+                f"{view.describe()} does not hold; choose a threat model that does."
+            )
+        ungranted = self.grants() - view.grants
+        if ungranted:
+            names = ", ".join(sorted(ungranted))
+            raise NotGranted(
+                f"{type(self).__name__} with these parameters needs the grant {names}, which "
+                f"this scenario does not give ({view.describe()}); add it to `grants`, or change "
+                "the parameters that need it."
+            )
+
+    @final
+    def __call__(
+        self,
+        view: View,
+        *,
+        seed: int = 0,
+        watch: Watch | None = None,
+        scenario: Mapping[str, Any] | None = None,
+    ) -> Reconstruction:
+        """Run on a view and stamp the result.
+
+        Args:
+            view: The adversary's side.
+            seed: Of everything random in the attack.
+            watch: Budget and progress.
+            scenario: The scenario behind the view, for the recipe.
+
+        Raises:
+            NotGranted: If the view lacks what the attack needs or reads.
+        """
+        self.check(view)
+        watch = watch or Watch()
+        view.forget_reads()
+        begun = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(self.key, seed))
+            found = self.run(view, generator=stream(self.key, "run", seed), watch=watch)
+        images = found.images.detach()
+        finite = torch.isfinite(images).flatten(1).all(1)
+        status, reason = found.status, found.reason
+        if not bool(finite.all()):
+            status, reason = "failed", f"{int((~finite).sum())} candidates are not finite"
+            images = images[finite]
+            found = replace(
+                found,
+                labels=None if found.labels is None else found.labels[finite],
+                confidence=None if found.confidence is None else found.confidence[finite],
+            )
+        if status == "complete" and watch.cut_short:
+            status, reason = "cut_short", "the time budget ended, or the run was stopped"
+        return replace(
+            found,
+            images=images,
+            status=status,
+            reason=reason,
+            seconds=time.perf_counter() - begun,
+            reads=view.reads,
+            recipe=self.recipe(seed, scenario or {}),
+        )
+
+    @final
+    def recipe(self, seed: int, scenario: Mapping[str, Any]) -> Recipe:
+        """The recipe of a run with this seed on this scenario."""
+        return Recipe(
+            {"key": self.key, "version": self.version, "parameters": self.to_json()},
+            dict(scenario),
+            seed,
+            {"leakatlas": leakatlas.__version__, "torch": torch.__version__},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tampering:
+    """What a malicious server does to one round.
+
+    Args:
+        sent: The model for every client, or one for each.
+        key: What the read-out will need; given back as ``view.key``.
+        cohort: Who is asked to take part; everyone if None. Needs SELECTION.
+        sybils: How many devices of its own the server adds. Needs SELECTION.
+    """
+
+    sent: nn.Module | Mapping[int, nn.Module]
+    key: Mapping[str, Tensor]
+    cohort: tuple[int, ...] | None = None
+    sybils: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActiveAttack(Attack):
+    """An attack that changes what clients receive before they train."""
+
+    @abstractmethod
+    def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
+        """Prepare the next round, knowing the earlier ones; None when enough was seen.
+
+        Args:
+            view: The adversary's side so far; ``view.rounds`` is empty at first.
+            generator: The adversary's randomness.
+        """
+
+
+A = TypeVar("A", bound=type[Attack])
+
+
+def attack(key: str, *, needs: Knowledge) -> Callable[[A], A]:
+    """Declare an attack class: its catalogue key and the knowledge that it needs.
+
+    Raises:
+        InvalidParameter: If an active attack does not declare MANIPULATION, or the reverse.
+    """
+
+    def declare(cls: A) -> A:
+        if issubclass(cls, ActiveAttack) != bool(needs & Knowledge.MANIPULATION):
+            raise InvalidParameter(
+                f"{cls.__name__} must be an ActiveAttack exactly if it needs MANIPULATION."
+            )
+        cls.key = key
+        cls.needs = needs
+        return cls
+
+    return declare
+
+
+def cache_folder() -> Path:
+    """Where learned artefacts are kept: ``$LEAKATLAS_CACHE``, else the user's cache folder."""
+    import os
+
+    chosen = os.environ.get("LEAKATLAS_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "leakatlas"

@@ -1,0 +1,99 @@
+"""Where both sides meet: plays the rounds, hands the view to the attack, keeps the truth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction
+from leakatlas.blocks.watch import Watch
+from leakatlas.errors import NotGranted, ProtocolError
+from leakatlas.fl import RoundRecord, Stage, Truth, View, stream
+from leakatlas.threat import Knowledge
+
+SYBIL_IDS = 1_000_000
+"""Ids from here on are devices of the adversary."""
+
+MOST_ROUNDS = 1_000
+"""An active attack that still asks for more rounds by then is stopped with an error."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One attack on one stage.
+
+    Args:
+        view: What the adversary held.
+        truth: What it was after; at an aggregate vantage, every client's batch.
+        records: The rounds, private facts included.
+        found: What the attack returned; images in the model's input space.
+        images: The candidates mapped to [0, 1], not clipped.
+    """
+
+    view: View
+    truth: Truth
+    records: tuple[RoundRecord, ...]
+    found: Reconstruction
+    images: torch.Tensor
+
+
+def observe(
+    stage: Stage, attack: Attack, *, target: int = 0, seed: int = 0
+) -> tuple[View, tuple[RoundRecord, ...]]:
+    """Play the rounds that ``attack`` watches or tampers with.
+
+    Raises:
+        NotGranted: If the scenario does not let this adversary tamper or select.
+        ProtocolError: If a client refuses, or the attack never stops asking for rounds.
+    """
+    records: list[RoundRecord] = []
+    federation = stage.federation
+    if not isinstance(attack, ActiveAttack):
+        for number in range(stage.scenario.rounds):
+            last = number == stage.scenario.rounds - 1
+            records.append(federation.play_round(apply=not last))
+        return stage.view(records, target=target), tuple(records)
+    view = stage.view(target=target)
+    attack.check(view)
+    keys: list[dict[str, torch.Tensor]] = []
+    generator = stream(attack.key, "tamper", seed)
+    while True:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator.initial_seed() + len(records))
+            tampering = attack.tamper(view, generator=generator)
+        if tampering is None:
+            return view, tuple(records)
+        if len(records) == MOST_ROUNDS:
+            raise ProtocolError(f"{attack.key} asked for more than {MOST_ROUNDS} rounds.")
+        selects = tampering.cohort is not None or tampering.sybils > 0
+        if selects and not view.knowledge & Knowledge.SELECTION:
+            raise NotGranted(
+                f"{attack.key} chooses the cohort, which {view.describe()} may not; it takes H."
+            )
+        records.append(
+            federation.play_round(
+                cohort=tampering.cohort,
+                sent=tampering.sent,
+                sybils=range(SYBIL_IDS, SYBIL_IDS + tampering.sybils),
+            )
+        )
+        keys.append(dict(tampering.key))
+        view = stage.view(records, target=target, keys=keys)
+
+
+def run_trial(
+    stage: Stage,
+    attack: Attack,
+    *,
+    target: int = 0,
+    seed: int = 0,
+    watch: Watch | None = None,
+) -> Trial:
+    """Observe, attack, and map the candidates back to pixels."""
+    view, records = observe(stage, attack, target=target, seed=seed)
+    found = attack(view, seed=seed, watch=watch, scenario=stage.scenario.to_json())
+    several = records[-1].aggregate.clients > 1 and stage.scenario.vantage.value == "aggregate"
+    alone = [c for c in records[-1].cohort if c not in records[-1].sybils] == [target]
+    truth = stage.pooled_truth() if several and not alone else stage.truth(target)
+    return Trial(view, truth, records, found, stage.box.denormalize(found.images))

@@ -1,0 +1,1 @@
+"""Studies over scenario x attack x defense."""

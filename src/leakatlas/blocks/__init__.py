@@ -1,0 +1,1 @@
+"""Pure leaves: functions on tensors that attacks share; they know no attack."""

@@ -1,0 +1,148 @@
+"""What is wrong with a row, said so that a contributor can act on it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing to repair.
+
+    Args:
+        file: The file it stands in.
+        row: The row, as ``attack "dlg"`` or ``attack (entry 3)``; empty for the whole file.
+        field: The field, as ``batch.size``; empty for the whole row.
+        message: What is wrong.
+        fix: What to write instead.
+    """
+
+    file: str
+    row: str = ""
+    field: str = ""
+    message: str
+    fix: str
+
+    def __str__(self) -> str:
+        where = ": ".join(part for part in (self.file, self.row, self.field) if part)
+        return f"{where}: {self.message} Fix: {self.fix}"
+
+    def to_json(self) -> dict[str, str]:
+        """The problem as plain JSON."""
+        return asdict(self)
+
+
+def from_validation(
+    failure: ValidationError, model: type[BaseModel], *, file: str, row: str
+) -> list[Problem]:
+    """The problems behind a pydantic failure, one a field, each with its way out."""
+    problems: dict[str, Problem] = {}
+    for error in failure.errors(include_url=False):
+        loc, info, owner = _resolve(model, error["loc"])
+        field = _path(loc)
+        if field in problems:  # a union reports every branch; one message is enough
+            continue
+        message, fix = _explain(error, loc, info, owner)
+        problems[field] = Problem(file=file, row=row, field=field, message=message, fix=fix)
+    return list(problems.values())
+
+
+def closest(name: object, known: Iterable[str]) -> str:
+    """``Did you mean 'x'?`` where something known is close, else the list of what is known."""
+    known = list(known)
+    close = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(known)}."
+
+
+def _resolve(
+    model: type[BaseModel], loc: Sequence[int | str]
+) -> tuple[tuple[int | str, ...], FieldInfo | None, type[BaseModel]]:
+    """The part of ``loc`` that names fields, the last field, and the model that owns it."""
+    kept: list[int | str] = []
+    info: FieldInfo | None = None
+    owner: type[BaseModel] = model
+    current: type[BaseModel] | None = model
+    for part in loc:
+        if isinstance(part, int):
+            if current is None:
+                break  # an entry of a plain tuple: the field itself says what belongs there
+            kept.append(part)
+        elif current is not None and part in current.model_fields:
+            kept.append(part)
+            info, owner = current.model_fields[part], current
+            current = _nested(info.annotation)
+        elif current is not None:
+            kept.append(part)  # an unknown name
+            return tuple(kept), None, current
+        else:
+            break
+    return tuple(kept), info, owner
+
+
+def _nested(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in typing.get_args(annotation):
+        found = _nested(argument)
+        if found is not None:
+            return found
+    return None
+
+
+def _path(loc: Sequence[int | str]) -> str:
+    text = ""
+    for part in loc:
+        text += f"[{part + 1}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _explain(
+    error: Any, loc: Sequence[int | str], info: FieldInfo | None, owner: type[BaseModel]
+) -> tuple[str, str]:
+    name = str(loc[-1]) if loc else ""
+    kind, got = error["type"], _shown(error.get("input"))
+    if kind == "missing":
+        return "is missing.", f"add {_example(name, info)}"
+    if kind == "extra_forbidden":
+        return "is no field of this row.", closest(name, owner.model_fields)
+    if kind == "literal_error":
+        expected = [part.strip(" '") for part in error["ctx"]["expected"].replace(" or ", ",").split(",")]
+        return f"{got} is not allowed.", closest(error.get("input"), expected)
+    reason = error["msg"].removeprefix("Value error, ")
+    reason = reason[:1].lower() + reason[1:]
+    return f"got {got}; {reason}.", f"write {_example(name, info)}"
+
+
+def _example(name: str, info: FieldInfo | None) -> str:
+    """``name = example`` with the field's description."""
+    if info is None:
+        return f"{name} = ..."
+    examples = info.examples or []
+    shown = toml(examples[0]) if examples else "..."
+    described = f" ({info.description[0].lower()}{info.description[1:].rstrip('.')})" if (
+        info.description
+    ) else ""
+    return f"{name} = {shown}{described}."
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def toml(value: Any) -> str:
+    """A value as TOML writes it inline."""
+    if isinstance(value, dict):
+        inside = ", ".join(f"{key} = {toml(item)}" for key, item in value.items())
+        return f"{{ {inside} }}" if inside else "{}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(toml, value))}]"
+    return json.dumps(value, ensure_ascii=False)

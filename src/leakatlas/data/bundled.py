@@ -1,0 +1,194 @@
+"""Real images that come inside the wheels of scikit-image and scikit-learn: nothing is downloaded.
+
+scikit-image's ``skimage.data`` also names images that it would fetch; none of those is used here.
+In the wheels (scikit-image 0.24 and later, scikit-learn 1.4 and later) there are:
+
+- colour photos: astronaut, cat, coffee, rocket, retina, histology (immunohistochemistry), the
+  Hubble deep field, the left view of a stereo pair of a motorcycle, and scikit-learn's china and
+  flower;
+- grey photos: camera, moon, coins, brick, grass, gravel (used as surrogate patches, each as three
+  equal channels);
+- the LFW subset: 200 grey crops of 25x25, of which the first 100 are faces and the last 100 are
+  *not* (they are background crops); there are no identities in it;
+- scikit-learn's digits: 1,797 grey images of 8x8.
+
+That is few: 8 victim photos, and no second photo of any victim. Where an attack needs a surrogate
+distribution, a data set on disk (see :mod:`leakatlas.data.loaders`) is the better choice. Victim
+and surrogate are split *by photo*: no pixel of a victim photo is in the surrogate part.
+
+The colour photos are in the public domain or CC0 (scikit-image's README lists each), but china
+(danielbuechele) and flower (vultilion), which are CC BY 2.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from leakatlas.data.images import ImageSet
+from leakatlas.errors import InvalidParameter, UnknownName
+
+PARTS = ("victim", "surrogate", "all")
+
+
+@dataclass(frozen=True)
+class _Photo:
+    """A photo, its part, and the square (top, left, side) that shows its subject."""
+
+    read: Callable[[str], Any]
+    file: str
+    part: str
+    square: tuple[int, int, int]
+
+
+# scikit-image and scikit-learn take seconds to import; only who asks for their images should wait.
+
+
+def _skimage(name: str) -> Any:
+    import skimage.data
+
+    return getattr(skimage.data, name)()
+
+
+def _sklearn(name: str) -> Any:
+    import sklearn.datasets
+
+    return sklearn.datasets.load_sample_image(name)
+
+
+_PHOTOS: dict[str, _Photo] = {
+    "astronaut": _Photo(_skimage, "astronaut", "victim", (0, 90, 270)),
+    "cat": _Photo(_skimage, "cat", "victim", (0, 75, 300)),
+    "coffee": _Photo(_skimage, "coffee", "victim", (0, 130, 400)),
+    "rocket": _Photo(_skimage, "rocket", "victim", (0, 106, 427)),
+    "retina": _Photo(_skimage, "retina", "victim", (0, 0, 1411)),
+    "histology": _Photo(_skimage, "immunohistochemistry", "victim", (0, 0, 512)),
+    "flower": _Photo(_sklearn, "flower.jpg", "victim", (0, 106, 427)),
+    "motorcycle": _Photo(_skimage, "stereo_motorcycle", "victim", (0, 120, 500)),
+    "china": _Photo(_sklearn, "china.jpg", "surrogate", (0, 106, 427)),
+    "galaxies": _Photo(_skimage, "hubble_deep_field", "surrogate", (0, 64, 872)),
+    "camera": _Photo(_skimage, "camera", "surrogate", (0, 0, 512)),
+    "moon": _Photo(_skimage, "moon", "surrogate", (0, 0, 512)),
+    "coins": _Photo(_skimage, "coins", "surrogate", (0, 40, 303)),
+    "brick": _Photo(_skimage, "brick", "surrogate", (0, 0, 512)),
+    "grass": _Photo(_skimage, "grass", "surrogate", (0, 0, 512)),
+    "gravel": _Photo(_skimage, "gravel", "surrogate", (0, 0, 512)),
+}
+
+
+def photos(size: int = 32, *, part: str = "victim") -> ImageSet:
+    """One image per bundled photo: the square that shows its subject, as ``(N, 3, size, size)``.
+
+    Every photo is a class of its own.
+
+    Args:
+        size: Side of the images; 32 and 64 are the usual ones.
+        part: "victim" (8 photos), "surrogate" (8 others, 6 of them grey) or "all".
+    """
+    chosen = _part(part)
+    images = torch.cat([_crop(_read(name), _PHOTOS[name].square, size) for name in chosen])
+    return ImageSet(images, torch.arange(len(chosen)), chosen, f"photos-{size}-{part}")
+
+
+def patches(size: int = 32, n: int = 256, *, part: str = "victim") -> ImageSet:
+    """``n`` square crops of the bundled photos, as ``(n, 3, size, size)``; the class is the photo.
+
+    Nothing is random: crop i of a photo has the scale and place of the i-th Halton point, so
+    ``patches(size, n)`` begins ``patches(size, n + 1)``. Sides run from the whole photo down to a
+    quarter of it, but never below ``size`` pixels where the photo has as many.
+
+    Args:
+        size: Side of the images.
+        n: How many.
+        part: As in :func:`photos`.
+    """
+    if n < 1:
+        raise InvalidParameter(f"patches(n={n}): expected a positive number.")
+    chosen = _part(part)
+    labels = torch.arange(n) % len(chosen)
+    images = torch.empty(n, 3, size, size)
+    for index, name in enumerate(chosen):
+        places = torch.nonzero(labels == index).flatten().tolist()
+        photo = _read(name)
+        for i, place in enumerate(places):
+            images[place] = _crop(photo, _halton_square(photo, i + 1, size), size)[0]
+    return ImageSet(images, labels, chosen, f"patches-{size}-{n}-{part}")
+
+
+def faces(size: int = 25) -> ImageSet:
+    """scikit-image's LFW subset: 100 grey face crops and 100 background crops, ``(200, 1, ., .)``.
+
+    Args:
+        size: Side; 25 is the side of the files.
+    """
+    crops = torch.from_numpy(np.asarray(_skimage("lfw_subset"), dtype=np.float32))
+    labels = torch.arange(200) // 100
+    classes = ("face", "background")
+    return ImageSet(crops[:, None].clamp(0, 1), labels, classes, f"faces-{size}").resize(size)
+
+
+def digits(size: int = 8) -> ImageSet:
+    """scikit-learn's 1,797 handwritten digits, ``(1797, 1, size, size)``.
+
+    Args:
+        size: Side; 8 is the side of the files.
+    """
+    import sklearn.datasets
+
+    bunch = sklearn.datasets.load_digits()
+    images = torch.from_numpy(bunch.images.astype(np.float32) / 16.0)[:, None]
+    labels = torch.from_numpy(bunch.target.astype(np.int64))
+    return ImageSet(images, labels, tuple("0123456789"), f"digits-{size}").resize(size)
+
+
+def _part(part: str) -> tuple[str, ...]:
+    if part not in PARTS:
+        raise UnknownName("part of the bundled photos", part, PARTS)
+    return tuple(name for name, photo in _PHOTOS.items() if part in (photo.part, "all"))
+
+
+def _read(name: str) -> Tensor:
+    """A photo as ``(1, 3, H, W)`` in [0, 1]."""
+    photo = _PHOTOS[name]
+    pixels = photo.read(photo.file)
+    if isinstance(pixels, tuple):  # stereo_motorcycle: left view, right view, disparities
+        pixels = pixels[0]
+    pixels = torch.from_numpy(np.array(pixels))
+    if pixels.ndim == 2:
+        pixels = pixels[..., None].expand(-1, -1, 3)
+    return pixels[..., :3].permute(2, 0, 1)[None].to(torch.float32) / 255.0
+
+
+def _crop(photo: Tensor, square: tuple[int, int, int], size: int) -> Tensor:
+    if size < 1:
+        raise InvalidParameter(f"expected a positive image size; got {size}.")
+    top, left, side = square
+    region = photo[:, :, top : top + side, left : left + side]
+    return F.interpolate(
+        region, size=(size, size), mode="bilinear", antialias=True, align_corners=False
+    ).clamp(0, 1)
+
+
+def _halton_square(photo: Tensor, i: int, size: int) -> tuple[int, int, int]:
+    height, width = photo.shape[2:]
+    short = min(height, width)
+    side = max(round(short * 4.0 ** -_radical_inverse(i, 2)), min(size, short))
+    top = round(_radical_inverse(i, 3) * (height - side))
+    left = round(_radical_inverse(i, 5) * (width - side))
+    return top, left, side
+
+
+def _radical_inverse(i: int, base: int) -> float:
+    """Coordinate i of the van der Corput sequence: the digits of i mirrored at the point."""
+    value, weight = 0.0, 1.0 / base
+    while i:
+        i, digit = divmod(i, base)
+        value += digit * weight
+        weight /= base
+    return value

@@ -1,0 +1,349 @@
+"""Data sets from disk: Parquet in the Hugging Face image layout, image folders, torchvision.
+
+Files are data: nothing in them is executed, a path inside a Parquet file is never opened, and a
+truncated, oversized or foreign file is refused with its name and row.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from leakatlas.data import bundled
+from leakatlas.data.images import ImageSet
+from leakatlas.errors import InvalidInput, InvalidParameter, Unavailable, UnknownName
+
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+MAX_PIXELS = 64_000_000  # of one file; above it, a decompression bomb is likelier than a photo
+
+# How torchvision's constructor of each set names its parts: a flag, or a word.
+_BY_FLAG = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST", "QMNIST", "USPS")
+_BY_WORD = ("SVHN", "STL10", "GTSRB", "Food101", "Flowers102", "DTD", "OxfordIIITPet", "PCAM")
+TORCHVISION = tuple(sorted((*_BY_FLAG, *_BY_WORD)))
+
+
+def parquet(
+    path: str | Path, size: int | None = None, *, limit: int | None = None, name: str | None = None
+) -> ImageSet:
+    """A Parquet file in the Hugging Face layout: ``img`` or ``image`` = {bytes, path}, ``label``.
+
+    Args:
+        path: The file.
+        size: Side to which every image is cropped (centre square) and resized; may be omitted
+            when all images already have one shape.
+        limit: Read only the first ``limit`` rows.
+        name: Name of the set; the file's stem if omitted.
+
+    Raises:
+        InvalidInput: If the file or one of its images cannot be read; the message names the row.
+    """
+    path = Path(path)
+    file = _open_parquet(path)
+    columns = file.schema_arrow.names
+    image_column = next((column for column in IMAGE_COLUMNS if column in columns), None)
+    label_column = next((column for column in LABEL_COLUMNS if column in columns), None)
+    if image_column is None or label_column is None:
+        raise InvalidInput(
+            f"{path}: expected an image column ({' or '.join(IMAGE_COLUMNS)}) and a label column "
+            f"({', '.join(LABEL_COLUMNS)}); the file has {', '.join(columns) or 'no columns'}."
+        )
+    if not pa.types.is_integer(file.schema_arrow.field(label_column).type):
+        raise InvalidInput(
+            f"{path}: {label_column} must hold integers; it holds "
+            f"{file.schema_arrow.field(label_column).type}."
+        )
+    arrays: list[NDArray[np.uint8]] = []
+    labels: list[int] = []
+    for image, label in _rows(file, path, image_column, label_column, limit):
+        where = f"{path}, row {len(labels)}"
+        arrays.append(_decode(_cell_bytes(image, where), where, size))
+        if label is None:
+            raise InvalidInput(f"{where}: the label is missing.")
+        labels.append(label)
+    names = _class_names(file.schema_arrow.metadata, label_column)
+    classes = names or tuple(str(label) for label in range(max(labels, default=0) + 1))
+    return _assemble(arrays, labels, classes, name or path.stem, str(path))
+
+
+def image_folder(
+    path: str | Path, size: int | None = None, *, limit: int | None = None, name: str | None = None
+) -> ImageSet:
+    """A folder with one subfolder per class, or with images only (then one class).
+
+    Files are taken in sorted order; files that are no images by suffix are ignored.
+
+    Raises:
+        InvalidInput: If there is no such folder, no image in it, or an image is unreadable.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise InvalidInput(f"{path}: there is no such folder.")
+    folders = sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
+    classes = tuple(folder.name for folder in folders) or (path.resolve().name,)
+    files = [
+        (file, label)
+        for label, folder in enumerate(folders or [path])
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES
+    ][:limit]
+    if not files:
+        raise InvalidInput(
+            f"{path}: no images; expected {path}/CLASS/IMAGE or {path}/IMAGE with one of "
+            f"{', '.join(IMAGE_SUFFIXES)}."
+        )
+    arrays = [_decode(file.read_bytes(), str(file), size) for file, _ in files]
+    return _assemble(
+        arrays, [label for _, label in files], classes, name or path.resolve().name, str(path)
+    )
+
+
+def torchvision_set(
+    name: str,
+    root: str | Path,
+    split: str = "test",
+    *,
+    size: int | None = None,
+    limit: int | None = None,
+    download: bool = False,
+) -> ImageSet:
+    """A torchvision classification set that lies under ``root``.
+
+    Args:
+        name: A name of :data:`TORCHVISION`, such as "CIFAR10".
+        root: The folder torchvision was given.
+        split: "train" or "test" (and what else the set has, such as "val").
+        size: As in :func:`parquet`.
+        limit: Read only the first ``limit`` images.
+        download: Whether torchvision may fetch the files.
+
+    Raises:
+        UnknownName: If the set is not supported.
+        InvalidParameter: If the set has no such split.
+        Unavailable: If the files are not there; the message has the command that fetches them.
+    """
+    if name not in TORCHVISION:
+        raise UnknownName("torchvision data set", name, TORCHVISION)
+    arguments: dict[str, Any] = {"root": str(root), "download": download}
+    if name in _BY_FLAG:
+        if split not in ("train", "test"):
+            raise InvalidParameter(f"{name} has the splits train and test; got {split!r}.")
+        arguments["train"] = split == "train"
+    else:
+        arguments["split"] = split
+    # torchvision takes seconds to import; only who asks for one of its sets should wait.
+    import torchvision
+
+    try:
+        dataset: Any = getattr(torchvision.datasets, name)(**arguments)
+    except ValueError as problem:
+        raise InvalidParameter(f"{name}(split={split!r}): {problem}") from None
+    except (RuntimeError, FileNotFoundError) as problem:
+        fetch = {**arguments, "download": True}
+        call = ", ".join(f"{key}={value!r}" for key, value in fetch.items())
+        script = f"from torchvision.datasets import {name}; {name}({call})"
+        raise Unavailable(
+            f"{name} ({split}) is not under {root} ({problem}). "
+            f"Fetch it with: python -c {shlex.quote(script)}"
+        ) from None
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    arrays, labels = [], []
+    for index in range(count):
+        image, label = dataset[index]
+        arrays.append(_pixels(image, f"{name} {split}, image {index}", size))
+        labels.append(int(label))
+    named = getattr(dataset, "classes", None)
+    classes = tuple(map(str, named or range(max(labels, default=0) + 1)))
+    return _assemble(arrays, labels, classes, f"{name} {split}", f"{name} under {root}")
+
+
+def load(spec: str, *, limit: int | None = None) -> ImageSet:
+    """The data set that a configuration file names.
+
+    ================================== ======================================================
+    ``photos[:SIZE[:PART]]``           bundled photos (PART: victim, surrogate or all)
+    ``patches[:SIZE[:N[:PART]]]``      N crops of the bundled photos
+    ``digits[:SIZE]``, ``faces[:SIZE]`` bundled digits and face crops
+    ``parquet:PATH[@SIZE]``            :func:`parquet`
+    ``folder:PATH[@SIZE]``             :func:`image_folder`
+    ``torchvision:NAME[/SPLIT]:ROOT[@SIZE]`` :func:`torchvision_set` (test if not said)
+    ================================== ======================================================
+
+    Args:
+        spec: One of the forms above.
+        limit: At most so many images, the first ones.
+
+    Raises:
+        UnknownName: If the first word is none of these.
+        InvalidParameter: If the rest does not fit it.
+        InvalidInput: If the files cannot be used.
+        Unavailable: If a torchvision set is not on this machine.
+    """
+    if limit is not None and limit < 1:
+        raise InvalidParameter(f"load({spec!r}): limit must be positive; got {limit}.")
+    kind, _, rest = spec.partition(":")
+    if kind in ("photos", "patches", "digits", "faces"):
+        images = _load_bundled(kind, rest, spec)
+        return images if limit is None else images.subset(range(min(limit, len(images))))
+    if kind not in ("parquet", "folder", "torchvision"):
+        known = ("photos", "patches", "digits", "faces", "parquet", "folder", "torchvision")
+        raise UnknownName("data set", kind, known)
+    suffix = re.search(r"@(\d+)$", rest)
+    size = _positive(suffix[1], spec) if suffix else None
+    target = rest[: suffix.start()] if suffix else rest
+    if not target:
+        raise InvalidParameter(f"{spec!r}: expected a path after {kind + ':'!r}.")
+    if kind == "parquet":
+        return parquet(target, size, limit=limit)
+    if kind == "folder":
+        return image_folder(target, size, limit=limit)
+    name, _, root = target.partition(":")
+    name, _, split = name.partition("/")
+    if not root:
+        raise InvalidParameter(
+            f"{spec!r}: expected torchvision:NAME:ROOT or torchvision:NAME/SPLIT:ROOT."
+        )
+    return torchvision_set(name, root, split or "test", size=size, limit=limit)
+
+
+def _load_bundled(kind: str, rest: str, spec: str) -> ImageSet:
+    words = rest.split(":") if rest else []
+    numbers = 2 if kind == "patches" else 1
+    part: str = "victim"
+    if kind in ("photos", "patches") and words and not words[-1].isdigit():
+        part = words.pop()
+    if len(words) > numbers:
+        raise InvalidParameter(f"{spec!r}: {kind!r} does not take {words[numbers]!r}.")
+    values = [_positive(word, spec) for word in words]
+    if kind == "photos":
+        return bundled.photos(*values, part=part)
+    if kind == "patches":
+        return bundled.patches(*values, part=part)
+    return bundled.digits(*values) if kind == "digits" else bundled.faces(*values)
+
+
+def _positive(word: str, spec: str) -> int:
+    if not word.isdigit() or int(word) < 1:
+        raise InvalidParameter(f"{spec!r}: expected a positive number; got {word!r}.")
+    return int(word)
+
+
+def _open_parquet(path: Path) -> pq.ParquetFile:
+    if not path.is_file():
+        raise InvalidInput(f"{path}: there is no such file.")
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as problem:
+        raise InvalidInput(
+            f"{path}: not a readable Parquet file (truncated or of another kind): {problem}"
+        ) from None
+
+
+def _rows(
+    file: pq.ParquetFile, path: Path, image: str, label: str, limit: int | None
+) -> Iterator[tuple[Any, int | None]]:
+    left = file.metadata.num_rows if limit is None else min(limit, file.metadata.num_rows)
+    batches = file.iter_batches(batch_size=1024, columns=[image, label])
+    while left > 0:
+        try:
+            batch = next(batches)
+        except (pa.ArrowException, OSError) as problem:
+            raise InvalidInput(f"{path}: damaged Parquet data: {problem}") from None
+        for row in batch.slice(0, left).to_pylist():
+            yield row[image], row[label]
+        left -= batch.num_rows
+
+
+def _cell_bytes(cell: Any, where: str) -> bytes:
+    content = cell.get("bytes") if isinstance(cell, Mapping) else cell
+    if isinstance(content, bytes):
+        return content
+    raise InvalidInput(
+        f"{where}: expected the encoded image in bytes; got {type(content).__name__}. Paths are "
+        f"not followed; embed the images (datasets: Dataset.to_parquet after cast to Image)."
+    )
+
+
+def _class_names(metadata: Mapping[bytes, bytes] | None, column: str) -> tuple[str, ...]:
+    raw = (metadata or {}).get(b"huggingface")
+    if raw is None:
+        return ()
+    try:
+        names = json.loads(raw)["info"]["features"][column]["names"]
+    except (ValueError, KeyError, TypeError):
+        return ()  # other writers put other things there; numbers then serve as names
+    return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+def _decode(content: bytes, where: str, size: int | None) -> NDArray[np.uint8]:
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise InvalidInput(
+                    f"{where}: {image.width}x{image.height} pixels; the limit is {MAX_PIXELS:,}."
+                )
+            image.load()
+            return _pixels(image, where, size)
+    except InvalidInput:
+        raise
+    except UnidentifiedImageError:
+        raise InvalidInput(f"{where}: not an image ({len(content)} bytes).") from None
+    except (
+        OSError,
+        SyntaxError,  # Pillow's word for a broken PNG chunk
+        ValueError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as problem:
+        raise InvalidInput(f"{where}: damaged image: {problem}") from None
+
+
+def _pixels(image: Image.Image, where: str, size: int | None) -> NDArray[np.uint8]:
+    """The bytes of an image, ``(H, W)`` if grey and ``(H, W, 3)`` if not."""
+    if not isinstance(image, Image.Image):
+        raise InvalidInput(f"{where}: expected an image; got {type(image).__name__}.")
+    image = ImageOps.exif_transpose(image)
+    image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+    if size is not None:
+        # Pillow's antialiased bilinear filter on the centre square.
+        image = ImageOps.fit(image, (size, size), method=Image.Resampling.BILINEAR)
+    return np.asarray(image, dtype=np.uint8)
+
+
+def _assemble(
+    arrays: Sequence[NDArray[np.uint8]],
+    labels: Iterable[int],
+    classes: tuple[str, ...],
+    name: str,
+    where: str,
+) -> ImageSet:
+    if not arrays:
+        raise InvalidInput(f"{where}: there are no images in it.")
+    sizes = {array.shape[:2] for array in arrays}
+    if len(sizes) > 1:
+        some = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)[:3])
+        raise InvalidInput(f"{where}: images of several sizes ({some}); say which with size=.")
+    if any(array.ndim == 3 for array in arrays):
+        stack = np.stack([a if a.ndim == 3 else np.stack([a] * 3, axis=-1) for a in arrays])
+        pixels = torch.from_numpy(stack).permute(0, 3, 1, 2)
+    else:
+        pixels = torch.from_numpy(np.stack(arrays))[:, None]
+    return ImageSet(
+        pixels.to(torch.float32).div_(255.0).contiguous(),
+        torch.tensor(list(labels), dtype=torch.int64),
+        classes,
+        name,
+    )

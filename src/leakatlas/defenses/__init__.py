@@ -1,0 +1,1 @@
+"""The defenses, one file a row: `defenses/<category>/<technique>/<work>.py`."""

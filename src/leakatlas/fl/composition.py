@@ -1,0 +1,70 @@
+"""Which defenses may stand together, and with which protocol: refused before a round, not after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from leakatlas.errors import IncompatibleDefenses
+from leakatlas.fl.hooks import ActsOn, Defense, Trait
+from leakatlas.fl.protocol import FedSGD, Protocol
+
+_BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def ordered(defenses: Sequence[Defense]) -> tuple[Defense, ...]:
+    """Defenses in the order of a client: data, model, step, clip, sparsify, noise, encode."""
+    return tuple(sorted(defenses, key=lambda defense: defense.stage))
+
+
+def check_composition(
+    defenses: Sequence[Defense], protocol: Protocol, model: nn.Module | None = None
+) -> None:
+    """Refuse pipelines in which one defense breaks another's guarantee.
+
+    Rules: noise that is accounted must come after every data-dependent step it covers (stages
+    enforce the order); error feedback voids DP; a server that cannot read updates cannot clip
+    or score them; per-example DP needs a model that does not mix examples; a defense declares
+    whether it acts on steps or on whole updates.
+
+    Raises:
+        IncompatibleDefenses: Naming the pair and the way out.
+    """
+    by_trait = {t: [d for d in defenses if t in d.active_traits()] for t in Trait}
+    dp = by_trait[Trait.DP_NOISE]
+    feedback = by_trait[Trait.ERROR_FEEDBACK]
+    if dp and feedback:
+        raise IncompatibleDefenses(
+            f"{feedback[0].key} keeps unprotected residuals (error feedback) and sends them in "
+            f"later rounds, which voids the accounting of {dp[0].key}; set error_feedback=False."
+        )
+    hiding, reading = by_trait[Trait.HIDES_UPDATES], by_trait[Trait.READS_UPDATES]
+    if hiding and reading:
+        raise IncompatibleDefenses(
+            f"{reading[0].key} must read each client's update on the server, which {hiding[0].key} "
+            "prevents; move it to the clients (client_dp, clipping) or drop one of the two."
+        )
+    if len(hiding) > 1:
+        raise IncompatibleDefenses(
+            f"{hiding[0].key} and {hiding[1].key} both encode the message; choose one."
+        )
+    example_dp = by_trait[Trait.EXAMPLE_DP]
+    if example_dp and model is not None:
+        mixing = [n for n, m in model.named_modules() if isinstance(m, _BATCHNORM)]
+        if mixing:
+            raise IncompatibleDefenses(
+                f"{example_dp[0].key} needs per-example gradients, but {mixing[0]!r} is a batch "
+                "normalisation, which mixes examples; use a GroupNorm model (norm='group')."
+            )
+    for defense in defenses:
+        if not isinstance(protocol, FedSGD) and defense.modes == {ActsOn.SINGLE_BATCH}:
+            raise IncompatibleDefenses(
+                f"{defense.key} is defined on the gradient of one batch; under FedAVG the upload "
+                "mixes several. Use FedSGD."
+            )
+    keys = [defense.key for defense in defenses]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise IncompatibleDefenses(f"{key} appears {keys.count(key)} times; use it once.")
+

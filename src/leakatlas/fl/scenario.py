@@ -1,0 +1,410 @@
+"""A whole set-up in one serializable object, and the stage on which it is played."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leakatlas import data, models
+from leakatlas.data import Box, ImageSet
+from leakatlas.errors import InvalidInput, InvalidParameter
+from leakatlas.fl import state
+from leakatlas.fl.hooks import Defense
+from leakatlas.fl.protocol import FedSGD, Protocol
+from leakatlas.fl.rounds import Client, Federation, RoundRecord
+from leakatlas.fl.seeding import stream
+from leakatlas.fl.state import ModelRef
+from leakatlas.fl.statistics import batchnorm_statistics
+from leakatlas.fl.view import (
+    SOURCES,
+    Distribution,
+    RoundView,
+    View,
+    defense_from_json,
+    defense_json,
+    protocol_from_json,
+    protocol_json,
+)
+from leakatlas.threat import Grant, Vantage, threat_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """Model + data + protocol + defenses + adversary + seed.
+
+    Args:
+        model: The architecture.
+        weights: Shipped checkpoint name or safetensors path; the architecture's own
+            initialisation if None.
+        data: Data set of the victims, as :func:`leakatlas.data.load` names it.
+        surrogate: Data set that letters with SURROGATE hold; disjoint from the victims.
+        examples: Examples per client N.
+        clients: Number of clients.
+        distinct_labels: Whether a client's labels are all different, as some rows assume.
+        protocol: The learning algorithm.
+        defenses: In any order.
+        letter: Threat model A-H.
+        vantage: Where the adversary looks.
+        grants: Extra facts.
+        rounds: Honest rounds that a passive adversary watches.
+        seed: Of data, training and noise.
+    """
+
+    model: ModelRef
+    weights: str | None = None
+    data: str = "photos"
+    surrogate: str | None = None
+    examples: int = 1
+    clients: int = 1
+    distinct_labels: bool = False
+    protocol: Protocol = field(default_factory=FedSGD)
+    defenses: tuple[Defense, ...] = ()
+    letter: str = "B"
+    vantage: Vantage = Vantage.SERVER
+    grants: frozenset[Grant] = frozenset()
+    rounds: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        threat_model(self.letter)
+        for name in ("examples", "clients", "rounds"):
+            if getattr(self, name) < 1:
+                raise InvalidParameter(
+                    f"Scenario({name}={getattr(self, name)}): expected at least 1."
+                )
+
+    def to_json(self) -> dict[str, Any]:
+        """The scenario as plain JSON values."""
+        return {
+            "model": {
+                "kind": self.model.kind,
+                "name": self.model.name,
+                "kwargs": self.model.kwargs,
+            },
+            "weights": self.weights,
+            "data": self.data,
+            "surrogate": self.surrogate,
+            "examples": self.examples,
+            "clients": self.clients,
+            "distinct_labels": self.distinct_labels,
+            "protocol": protocol_json(self.protocol),
+            "defenses": [defense_json(defense) for defense in self.defenses],
+            "letter": self.letter,
+            "vantage": self.vantage.value,
+            "grants": sorted(grant.value for grant in self.grants),
+            "rounds": self.rounds,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Scenario:
+        """The scenario whose :meth:`to_json` is ``values``.
+
+        Raises:
+            InvalidParameter: If a key is unknown or a value is outside its range.
+            UnknownName: If a defense, letter, grant or algorithm does not exist.
+        """
+        known = set(cls.__dataclass_fields__)
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise InvalidParameter(
+                f"A scenario has no key {unknown[0]!r}; it has: {', '.join(sorted(known))}."
+            )
+        plain = dict(values)
+        plain["model"] = ModelRef(**plain["model"])
+        if "protocol" in plain:
+            plain["protocol"] = protocol_from_json(plain["protocol"])
+        if "defenses" in plain:
+            plain["defenses"] = tuple(defense_from_json(d) for d in plain["defenses"])
+        if "vantage" in plain:
+            plain["vantage"] = Vantage(plain["vantage"])
+        if "grants" in plain:
+            plain["grants"] = frozenset(Grant(grant) for grant in plain["grants"])
+        return cls(**plain)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The private batch of one client; lives in the harness and meets results in ``metrics/``.
+
+    Args:
+        images: ``(N, C, H, W)`` in [0, 1].
+        labels: ``(N,)``.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+
+class Stage:
+    """A scenario with its live objects: the federation, the victims, the public data.
+
+    Args:
+        scenario: The description.
+        model: The undefended architecture with the initial global weights.
+        victims: Private images of every client.
+        box: Pixel space of the model.
+        surrogate: Public images, in the victims' shape.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        model: nn.Module,
+        victims: Mapping[int, ImageSet],
+        box: Box,
+        surrogate: ImageSet | None = None,
+    ) -> None:
+        self.scenario = scenario
+        self.victims = dict(victims)
+        self.box = box
+        self.surrogate = surrogate
+        first = next(iter(self.victims.values()))
+        self.input_shape = tuple(first.images.shape[1:])
+        dtype = next((p.dtype for p in model.parameters()), torch.float32)
+        clients = {
+            index: Client(box.normalize(images.images.to(dtype)), images.labels.clone())
+            for index, images in self.victims.items()
+        }
+        self.classes = _check_model(model, next(iter(clients.values())).x[:1], first)
+        self.federation = Federation(
+            model, clients, scenario.protocol, scenario.defenses, seed=scenario.seed
+        )
+
+    def truth(self, target: int = 0) -> Truth:
+        """One client's private batch."""
+        images = self.victims[target]
+        return Truth(images.images, images.labels)
+
+    def pooled_truth(self) -> Truth:
+        """All clients' private batches, in order of client id."""
+        ids = sorted(self.victims)
+        return Truth(
+            torch.cat([self.victims[i].images for i in ids]),
+            torch.cat([self.victims[i].labels for i in ids]),
+        )
+
+    def view(
+        self,
+        records: Sequence[RoundRecord] = (),
+        *,
+        target: int = 0,
+        keys: Sequence[Mapping[str, Tensor]] = (),
+    ) -> View:
+        """What the scenario's adversary holds after these rounds.
+
+        Args:
+            records: The rounds, oldest first.
+            target: The client under attack.
+            keys: What an active adversary noted for each round.
+        """
+        scenario, federation = self.scenario, self.federation
+        knowledge = threat_model(scenario.letter).knowledge
+        wanted = {
+            name
+            for name, (source, grant) in SOURCES.items()
+            if source & knowledge or (grant is not None and grant in scenario.grants)
+        }
+        keys = [*keys, *([{}] * (len(records) - len(keys)))]
+        seen = tuple(
+            self._round_view(record, target, key)
+            for record, key in zip(records, keys, strict=True)
+        )
+        offered: dict[str, Any] = {
+            "rounds": seen,
+            "num_examples": self._visible_examples(records, target),
+            "input_shape": self.input_shape,
+            "classes": self.classes,
+            "box": self.box,
+            "protocol": scenario.protocol,
+            "defenses": federation.defenses,
+            "key": dict(keys[-1]) if keys else {},
+            "clients": tuple(sorted(federation.clients)),
+            "target": target,
+        }
+        if self.surrogate is not None:
+            offered["surrogate"] = self.surrogate
+        client = federation.clients[target]
+        if "distribution" in wanted:
+            offered["distribution"] = _distribution(client.x, client.y, self.classes)
+        if "labels" in wanted:
+            offered["labels"] = client.y.clone()
+        if records and "batch_bn" in wanted:
+            received = records[-1].received[target]
+            received.train(scenario.protocol.mode == "train")
+            offered["batch_bn"] = {
+                layer: (mean.detach(), variance.detach())
+                for layer, (mean, variance) in batchnorm_statistics(
+                    received, state.model_state(received), client.x
+                ).items()
+            }
+        if records and "batch_order" in wanted:
+            offered["batch_order"] = tuple(i.clone() for i in records[-1].order[target])
+        if "secrets" in wanted:
+            offered["secrets"] = {
+                f"{defense.key}/{name}": tensor
+                for defense in federation.defenses
+                for name, tensor in defense.secrets(client.memories.get(defense.key, {})).items()
+            } | {f"private/{name}": tensor for name, tensor in client.private.items()}
+        return View(
+            letter=scenario.letter,
+            vantage=scenario.vantage,
+            grants=scenario.grants,
+            fields={name: offered[name] for name in wanted if name in offered},
+            architecture=self._public_architecture(),
+            model_ref=scenario.model,
+            architecture_defenses=[
+                d for d in federation.defenses if type(d).model is not Defense.model
+            ],
+        )
+
+    def _public_architecture(self) -> nn.Module:
+        """The global model in the clients' mode; private parameters hold their public initial
+        values, which are not any client's."""
+        model = state.load_into(
+            self.federation.model, state.model_state(self.federation.model)
+        )
+        return model.train(self.scenario.protocol.mode == "train")
+
+    def _visible_examples(self, records: Sequence[RoundRecord], target: int) -> int:
+        if records and self.scenario.vantage in (Vantage.AGGREGATE, Vantage.PEER):
+            return records[-1].aggregate.num_examples
+        return len(self.federation.clients[target].x)
+
+    def _round_view(
+        self, record: RoundRecord, target: int, key: Mapping[str, Tensor]
+    ) -> RoundView:
+        message = record.messages[target]
+        seen = RoundView(
+            index=record.index,
+            state={n: t.clone() for n, t in record.states[target].items()},
+            cohort=len(record.cohort),
+            update=None,
+            key=dict(key),
+        )
+        match self.scenario.vantage:
+            case Vantage.WIRE | Vantage.SERVER:
+                if message.update is not None:
+                    return replace(seen, update=message.update)
+                return replace(
+                    seen,
+                    payload=dict(message.payload),
+                    hidden_by=f"{message.encoded_by} encodes each client's message; "
+                    "only the vantage 'aggregate' shows a sum",
+                )
+            case Vantage.AGGREGATE:
+                return replace(seen, update=record.aggregate)
+            case Vantage.PEER:
+                peers = [c for c in record.cohort if c != target and c not in record.sybils]
+                own = record.updates[peers[0]] if peers else None
+                return replace(seen, update=record.aggregate, own=own)
+
+
+def stage(
+    scenario: Scenario,
+    *,
+    model: nn.Module | None = None,
+    victims: ImageSet | None = None,
+    surrogate: ImageSet | None = None,
+    box: Box | None = None,
+) -> Stage:
+    """Bring a scenario to life.
+
+    Args:
+        scenario: The description.
+        model: A live model, instead of the described one.
+        victims: Live private images, dealt to the clients in order, instead of the named set.
+        surrogate: Live public images, instead of the named set.
+        box: Pixel space; plain [0, 1] if None.
+
+    Raises:
+        InvalidInput: If there are too few images, or they do not fit the model.
+    """
+    if model is None:
+        model = scenario.model.build()
+    if scenario.weights is not None:
+        model = state.load_into(model, models.load_state(scenario.weights))
+    if victims is None:
+        loaded = data.load(scenario.data)
+        needed = scenario.examples * scenario.clients
+        chosen = _choose(loaded, needed, scenario)
+        dealt = {
+            client: loaded.subset(
+                chosen[client * scenario.examples : (client + 1) * scenario.examples]
+            )
+            for client in range(scenario.clients)
+        }
+    else:
+        per_client = len(victims) // scenario.clients
+        if per_client == 0:
+            raise InvalidInput(
+                f"{len(victims)} images cannot be dealt to {scenario.clients} clients."
+            )
+        dealt = {
+            client: victims.subset(range(client * per_client, (client + 1) * per_client))
+            for client in range(scenario.clients)
+        }
+    if surrogate is None and scenario.surrogate is not None:
+        surrogate = data.load(scenario.surrogate)
+    channels = next(iter(dealt.values())).images.shape[1]
+    return Stage(scenario, model, dealt, box or Box.unit(channels), surrogate)
+
+
+def _choose(images: ImageSet, needed: int, scenario: Scenario) -> list[int]:
+    order = torch.randperm(len(images), generator=stream(scenario.seed, "victims")).tolist()
+    if scenario.distinct_labels:
+        chosen: list[int] = []
+        for _ in range(scenario.clients):
+            taken: set[int] = set()
+            for index in order:
+                label = int(images.labels[index])
+                if label not in taken and index not in chosen and len(taken) < scenario.examples:
+                    taken.add(label)
+                    chosen.append(index)
+    else:
+        chosen = order[:needed]
+    if len(chosen) < needed:
+        raise InvalidInput(
+            f"Data set {images.name!r} gives {len(chosen)} of the {needed} images needed "
+            f"({scenario.clients} clients x {scenario.examples} examples"
+            f"{', distinct labels' if scenario.distinct_labels else ''})."
+        )
+    return chosen
+
+
+def _check_model(model: nn.Module, x: Tensor, images: ImageSet) -> int:
+    """Number of classes, after one forward pass that must work and give ``(1, K)`` logits."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits = model(x)
+    except RuntimeError as problem:
+        raise InvalidInput(
+            f"{type(model).__name__} cannot read inputs of shape {tuple(x.shape)}: {problem}"
+        ) from None
+    finally:
+        model.train(training)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InvalidInput(
+            f"{type(model).__name__} must return class logits (N, K); for one input it gave {got}."
+        )
+    classes = int(logits.shape[1])
+    if len(images.labels) and int(images.labels.max()) >= classes:
+        raise InvalidInput(
+            f"Label {int(images.labels.max())} is out of range for a model with {classes} classes "
+            f"(0..{classes - 1})."
+        )
+    return classes
+
+
+def _distribution(x: Tensor, y: Tensor, classes: int) -> Distribution:
+    counts = torch.bincount(y, minlength=classes).to(x.dtype)
+    return Distribution(counts / counts.sum(), x.mean(0), x.std(0, correction=0))
+
+

@@ -1,0 +1,177 @@
+"""A client's local work, done with real modules and real optimizers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from leakatlas.fl import state
+from leakatlas.fl.hooks import ClientContext, Defense, LocalStep
+from leakatlas.fl.protocol import FedAVG, FedSGD, task_loss
+from leakatlas.fl.seeding import stream_seed
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What local training produced, before any update hook.
+
+    Args:
+        tensors: Mean (or summed) gradient, or ``after - before``, by parameter name.
+        buffers_after: All buffers after training.
+        order: Example indices of every local step.
+        loss: Task loss of the first local step.
+    """
+
+    tensors: dict[str, Tensor]
+    buffers_after: dict[str, Tensor]
+    order: tuple[Tensor, ...]
+    loss: float
+
+
+def plain_gradients(step: LocalStep) -> dict[str, Tensor]:
+    """The undefended step: the gradient of the loss, zeros where a parameter takes no part."""
+    named = dict(step.model.named_parameters())
+    loss = step.loss(step.model(step.x), step.y)
+    gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(named.items(), gradients, strict=True)
+    }
+
+
+def local_batches(
+    examples: int, protocol: FedSGD | FedAVG, generator: torch.Generator
+) -> tuple[Tensor, ...]:
+    """Indices of every local step: all at once for FedSGD, epochs of batches for FedAVG."""
+    if isinstance(protocol, FedSGD):
+        return (torch.arange(examples),)
+    batches: list[Tensor] = []
+    for _ in range(protocol.epochs):
+        order = (
+            torch.randperm(examples, generator=generator)
+            if protocol.shuffle
+            else torch.arange(examples)
+        )
+        batches.extend(order.split(protocol.batch_size))
+    return tuple(batches)
+
+
+def train_locally(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    protocol: FedSGD | FedAVG,
+    *,
+    defenses: Sequence[Defense] = (),
+    contexts: Sequence[ClientContext] = (),
+    generator: torch.Generator,
+) -> LocalResult:
+    """Run one client's round on ``model``, which is changed in place.
+
+    Args:
+        model: A copy of the received model, owned by this call.
+        x: All examples of the client, model space ``(N, C, H, W)``.
+        y: Labels ``(N,)`` or probabilities ``(N, K)``.
+        protocol: The learning algorithm.
+        defenses: In client order; each acts at its ``batch`` and ``local_step`` hooks.
+        contexts: One for each defense.
+        generator: Order of the examples and the model's own randomness (dropout, sampling).
+    """
+    model.train(protocol.mode == "train")
+    reduction = protocol.reduction if isinstance(protocol, FedSGD) else "mean"
+    loss = functools.partial(task_loss, reduction=reduction)
+    before = state.parameters(model)
+    order = local_batches(len(x), protocol, generator)
+    gradients = _chain(defenses, contexts)
+    optimizer = _optimizer(model, protocol)
+    tensors: dict[str, Tensor] = {}
+    first_loss = float("nan")
+    with torch.random.fork_rng(devices=[]):
+        # Modules with their own randomness draw from the global generator.
+        torch.manual_seed(stream_seed(int(torch.randint(2**62, (1,), generator=generator))))
+        for index, batch in enumerate(order):
+            x_step, y_step = x[batch], y[batch]
+            for defense, context in zip(defenses, contexts, strict=True):
+                context.model = model
+                x_step, y_step = defense.batch(x_step, y_step, context)
+                context.x, context.y = x_step, y_step
+            observed: list[float] = []
+
+            def watched(
+                logits: Tensor, target: Tensor, record: list[float] = observed
+            ) -> Tensor:
+                value = loss(logits, target)
+                record.append(float(value.detach()))
+                return value
+
+            context = contexts[-1] if contexts else _no_context(model, x, y, protocol, generator)
+            step = LocalStep(model, x_step, y_step, watched, index, context)
+            tensors = gradients(step)
+            if index == 0 and observed:
+                first_loss = observed[0]
+            if optimizer is not None:
+                for name, parameter in model.named_parameters():
+                    parameter.grad = tensors[name].detach().clone()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+    if optimizer is not None:
+        after = state.parameters(model)
+        tensors = {name: after[name] - before[name] for name in before}
+    return LocalResult(
+        {name: tensor.detach() for name, tensor in tensors.items()},
+        state.buffers(model),
+        order,
+        first_loss,
+    )
+
+
+def _chain(
+    defenses: Sequence[Defense], contexts: Sequence[ClientContext]
+) -> Callable[[LocalStep], dict[str, Tensor]]:
+    """The step with every defense wrapped around it, the first one outermost."""
+    call: Callable[[LocalStep], dict[str, Tensor]] = plain_gradients
+    for defense, context in reversed(list(zip(defenses, contexts, strict=True))):
+        call = _wrapped(defense, context, call)
+    return call
+
+
+def _wrapped(
+    defense: Defense, context: ClientContext, inner: Callable[[LocalStep], dict[str, Tensor]]
+) -> Callable[[LocalStep], dict[str, Tensor]]:
+    def call(step: LocalStep) -> dict[str, Tensor]:
+        step.context = context
+        return defense.local_step(step, inner)
+
+    return call
+
+
+def _optimizer(model: nn.Module, protocol: FedSGD | FedAVG) -> torch.optim.Optimizer | None:
+    if isinstance(protocol, FedSGD):
+        return None
+    if protocol.optimizer == "adam":
+        return torch.optim.Adam(
+            model.parameters(),
+            lr=protocol.lr,
+            betas=protocol.betas,
+            weight_decay=protocol.weight_decay,
+        )
+    return torch.optim.SGD(
+        model.parameters(),
+        lr=protocol.lr,
+        momentum=protocol.momentum,
+        weight_decay=protocol.weight_decay,
+    )
+
+
+def _no_context(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    protocol: FedSGD | FedAVG,
+    generator: torch.Generator,
+) -> ClientContext:
+    return ClientContext(-1, -1, model, x, y, protocol, generator, {})

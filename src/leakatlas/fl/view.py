@@ -1,0 +1,656 @@
+"""Everything an adversary holds: what its threat model and grants give, and nothing else.
+
+===================  ==========================================================
+field                given by
+===================  ==========================================================
+``rounds``           UPDATES (and with it ``update``, ``model``, ``num_examples``,
+                     ``input_shape``, ``classes``)
+``box``              BASIC, or ``Grant.PIXEL_RANGE``
+``protocol``         TRAINING
+``defenses``         TRAINING
+``surrogate``        SURROGATE
+``distribution``     DISTRIBUTION
+``key``              MANIPULATION
+``clients``          SELECTION (and with it ``target``)
+``labels``           ``Grant.LABELS``
+``batch_bn``         ``Grant.BATCH_BN``
+``batch_order``      ``Grant.BATCH_ORDER``
+``secrets``          ``Grant.DEFENSE_SECRETS``
+===================  ==========================================================
+
+A field that was not granted is not in the object; reading it raises
+:class:`~leakatlas.errors.NotGranted`. Reads are recorded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from leakatlas.catalogue import registry
+from leakatlas.data import Box, ImageSet
+from leakatlas.errors import InvalidInput, NotGranted, UnsupportedModel
+from leakatlas.fl import replay, state
+from leakatlas.fl.hooks import Defense
+from leakatlas.fl.protocol import PROTOCOLS, FedAVG, FedSGD, Protocol, task_loss
+from leakatlas.fl.state import ModelRef
+from leakatlas.fl.update import Update
+from leakatlas.threat import Grant, Knowledge, Vantage, threat_model
+
+SOURCES: dict[str, tuple[Knowledge, Grant | None]] = {
+    "rounds": (Knowledge.UPDATES, None),
+    "num_examples": (Knowledge.UPDATES, None),
+    "input_shape": (Knowledge.UPDATES, None),
+    "classes": (Knowledge.UPDATES, None),
+    "box": (Knowledge.BASIC, Grant.PIXEL_RANGE),
+    "protocol": (Knowledge.TRAINING, None),
+    "defenses": (Knowledge.TRAINING, None),
+    "surrogate": (Knowledge.SURROGATE, None),
+    "distribution": (Knowledge.DISTRIBUTION, None),
+    "key": (Knowledge.MANIPULATION, None),
+    "clients": (Knowledge.SELECTION, None),
+    "target": (Knowledge.SELECTION, None),
+    "labels": (Knowledge(0), Grant.LABELS),
+    "batch_bn": (Knowledge(0), Grant.BATCH_BN),
+    "batch_order": (Knowledge(0), Grant.BATCH_ORDER),
+    "secrets": (Knowledge(0), Grant.DEFENSE_SECRETS),
+}
+"""Which knowledge, or which grant instead, puts a field into a view."""
+
+Statistics = Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """What is known of a client's data under ``Knowledge.DISTRIBUTION``.
+
+    Args:
+        class_frequencies: ``(K,)``, sums to 1.
+        mean: Per-pixel mean ``(C, H, W)``, model space.
+        std: Per-pixel standard deviation ``(C, H, W)``, model space.
+    """
+
+    class_frequencies: Tensor
+    mean: Tensor
+    std: Tensor
+
+
+@dataclass(frozen=True)
+class RoundView:
+    """One round as the adversary saw it.
+
+    Args:
+        index: Round number.
+        state: Shared state of the model that the target received, by name.
+        cohort: How many clients took part.
+        update: The update visible at the vantage, or None.
+        hidden_by: Why there is none.
+        payload: Encoded tensors seen instead.
+        own: At the peer vantage, the peer's own update.
+        key: What an active adversary noted when it tampered with this round.
+    """
+
+    index: int
+    state: Mapping[str, Tensor]
+    cohort: int
+    update: Update | None
+    hidden_by: str = ""
+    payload: Mapping[str, Tensor] = field(default_factory=dict)
+    own: Update | None = None
+    key: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class View:
+    """The adversary's side of a scenario.
+
+    Args:
+        letter: Threat model, A-H.
+        vantage: Where the adversary looks.
+        grants: Extra facts.
+        fields: The granted fields, by the names of :data:`SOURCES`.
+        architecture: The shared architecture with the state broadcast last; its mode is the
+            client's, its private parameters hold what the adversary would guess.
+        model_ref: How to rebuild the undefended architecture elsewhere.
+        architecture_defenses: Defenses that changed the architecture, which is public.
+
+    Raises:
+        InvalidInput: If a field is given that neither the letter nor a grant allows.
+    """
+
+    def __init__(
+        self,
+        *,
+        letter: str,
+        vantage: Vantage,
+        grants: frozenset[Grant],
+        fields: Mapping[str, Any],
+        architecture: nn.Module,
+        model_ref: ModelRef,
+        architecture_defenses: Sequence[Defense] = (),
+    ) -> None:
+        self.letter = threat_model(letter).letter
+        self.knowledge = threat_model(letter).knowledge
+        self.vantage = vantage
+        self.grants = grants
+        self._architecture = architecture
+        self._model_ref = model_ref
+        self._architecture_defenses = tuple(architecture_defenses)
+        self._reads: set[str] = set()
+        self._fields = dict(fields)
+        for name in self._fields:
+            if not self._allowed(name):
+                raise InvalidInput(f"{name!r} is not given to {self.describe()}.")
+
+    def _allowed(self, name: str) -> bool:
+        knowledge, grant = SOURCES[name]
+        return bool(knowledge & self.knowledge) or (grant is not None and grant in self.grants)
+
+    def describe(self) -> str:
+        """The adversary in words, for messages."""
+        grants = f" + {', '.join(sorted(self.grants))}" if self.grants else ""
+        return f"threat model {self.letter} at {self.vantage.value}{grants}"
+
+    def has(self, name: str) -> bool:
+        """Whether a field was granted; asking is not reading.
+
+        Args:
+            name: A name of :data:`SOURCES`.
+        """
+        return name in self._fields
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The fields read so far, and the sources that they stand for."""
+        return frozenset(self._reads)
+
+    def forget_reads(self) -> None:
+        """Start a new record of reads."""
+        self._reads.clear()
+
+    def _get(self, name: str) -> Any:
+        if name not in self._fields:
+            knowledge, grant = SOURCES[name]
+            ways = []
+            if knowledge:
+                ways.append(f"a threat model with {'/'.join(knowledge.names()).upper()}")
+            if grant is not None:
+                ways.append(f"the grant {grant.value!r}")
+            why = " or ".join(ways)
+            held = ", ".join(self.knowledge.names()).upper()
+            if self._allowed(name):
+                why = "a vantage or a round at which it exists"
+            raise NotGranted(
+                f"view.{name} is not granted to {self.describe()} (which holds {held}); "
+                f"it takes {why}."
+            )
+        self._reads.add(name)
+        return self._fields[name]
+
+    # -- fields --------------------------------------------------------------------------------
+
+    @property
+    def rounds(self) -> tuple[RoundView, ...]:
+        """Every round seen, oldest first."""
+        return self._get("rounds")  # type: ignore[no-any-return]
+
+    @property
+    def num_examples(self) -> int:
+        """Examples behind the observed update; clients send it as their aggregation weight."""
+        return self._get("num_examples")  # type: ignore[no-any-return]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """``(C, H, W)``, which the architecture fixes."""
+        return self._get("input_shape")  # type: ignore[no-any-return]
+
+    @property
+    def classes(self) -> int:
+        """Number of classes K, the width of the head."""
+        return self._get("classes")  # type: ignore[no-any-return]
+
+    @property
+    def box(self) -> Box:
+        """The pixel space."""
+        return self._get("box")  # type: ignore[no-any-return]
+
+    @property
+    def protocol(self) -> Protocol:
+        """The learning algorithm and its local hyperparameters."""
+        return self._get("protocol")  # type: ignore[no-any-return]
+
+    @property
+    def defenses(self) -> tuple[Defense, ...]:
+        """The defenses in force: mechanism and parameters, never their secrets."""
+        return self._get("defenses")  # type: ignore[no-any-return]
+
+    @property
+    def surrogate(self) -> ImageSet:
+        """Public images from the client's population, in [0, 1]; none of them is the client's."""
+        return self._get("surrogate")  # type: ignore[no-any-return]
+
+    @property
+    def distribution(self) -> Distribution:
+        """Statistics of the client's data."""
+        return self._get("distribution")  # type: ignore[no-any-return]
+
+    @property
+    def key(self) -> Mapping[str, Tensor]:
+        """What the adversary noted when it tampered with the last round."""
+        return self._get("key")  # type: ignore[no-any-return]
+
+    @property
+    def clients(self) -> tuple[int, ...]:
+        """Ids that the adversary may select from."""
+        return self._get("clients")  # type: ignore[no-any-return]
+
+    @property
+    def target(self) -> int:
+        """Id of the client under attack."""
+        return self._get("target")  # type: ignore[no-any-return]
+
+    @property
+    def labels(self) -> Tensor:
+        """The private labels ``(N,)``, in order; an oracle."""
+        return self._get("labels")  # type: ignore[no-any-return]
+
+    @property
+    def batch_bn(self) -> Statistics:
+        """Mean and biased variance at each BN layer's input on the private batch; an oracle."""
+        return self._get("batch_bn")  # type: ignore[no-any-return]
+
+    @property
+    def batch_order(self) -> tuple[Tensor, ...]:
+        """Example indices of every local step; an oracle."""
+        return self._get("batch_order")  # type: ignore[no-any-return]
+
+    @property
+    def secrets(self) -> Mapping[str, Tensor]:
+        """Secret state of the defenses, ``key/name -> tensor``; an oracle."""
+        return self._get("secrets")  # type: ignore[no-any-return]
+
+    # -- what follows from the fields ----------------------------------------------------------
+
+    @property
+    def update(self) -> Update:
+        """The update of the last round.
+
+        Raises:
+            NotGranted: If a defense hides it at this vantage.
+        """
+        return self.update_at(-1)
+
+    def update_at(self, round: int) -> Update:
+        """The update of one round.
+
+        Raises:
+            NotGranted: If there was no round yet, or a defense hides it at this vantage.
+        """
+        if not self.rounds:
+            raise NotGranted("No round was played yet, so there is no update to read.")
+        seen = self.rounds[round]
+        if seen.update is None:
+            raise NotGranted(
+                f"The update of round {seen.index} is not readable at {self.vantage.value}: "
+                f"{seen.hidden_by}."
+            )
+        return seen.update
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """``(N, C, H, W)`` of the private batch."""
+        return (self.num_examples, *self.input_shape)
+
+    @property
+    def model(self) -> nn.Module:
+        """A copy of the model of the last round, or the global model before any."""
+        return self.model_at(-1)
+
+    def model_at(self, round: int) -> nn.Module:
+        """A copy of the model that the target received in a round.
+
+        Raises:
+            UnsupportedModel: If that round's architecture was another one.
+        """
+        if not self.rounds:
+            return state.load_into(self._architecture, state.model_state(self._architecture))
+        own = state.model_state(self._architecture)
+        received = self.rounds[round].state
+        if not received.keys() <= own.keys():
+            extra = sorted(received.keys() - own.keys())[0]
+            raise UnsupportedModel(
+                f"Round {self.rounds[round].index} used another architecture (it has {extra!r}); "
+                "its update can be read out, but not replayed."
+            )
+        return state.load_into(self._architecture, {**own, **received})
+
+    def replayer(
+        self, *, round: int = -1, adaptive: bool = True
+    ) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+        """The client's computation of one round, as a pure function of candidates.
+
+        What the view does not know it does not use: without the protocol a gradient can be
+        replayed (one step, mean or sum as the message says) but a delta cannot; without the
+        batch order, batches follow the order of the candidates.
+
+        Args:
+            round: Which round.
+            adaptive: Whether known defenses' mirrors are applied; an oblivious attack says no.
+
+        Returns:
+            ``(x, y) -> {name: tensor}`` in the units of that round's update, differentiable in
+            ``x`` ``(N, C, H, W)`` and, if it holds probabilities, in ``y`` ``(N, K)``.
+
+        Raises:
+            NotGranted: If the update is a delta and the protocol is not granted.
+        """
+        update = self.update_at(round)
+        model = self.model_at(round)
+        parameters = {n: p.detach() for n, p in model.named_parameters()}
+        held = {n: b.detach() for n, b in model.named_buffers()}
+        protocol: Protocol = (
+            FedSGD(reduction=update.reduction) if update.kind == "gradient" else self.protocol
+        )
+        order = self.batch_order if self.has("batch_order") else None
+        defenses = self.defenses if adaptive and self.has("defenses") else ()
+
+        def loss(logits: Tensor, y: Tensor) -> Tensor:
+            value = task_loss(logits, y, update.reduction)
+            for defense in defenses:
+                value = defense.simulate_loss(value, model)
+            return value
+
+        def batch_map(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            for defense in defenses:
+                x, y = defense.simulate_batch(x, y)
+            return x, y
+
+        def run(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            quantity = replay.simulate_client(
+                model, parameters, held, x, y, protocol,
+                batches=order if isinstance(protocol, FedAVG) else None,
+                loss=loss, batch_map=batch_map,
+            )  # fmt: skip
+            factor = update.sign * update.scale
+            sent = {n: quantity[n] * factor for n in update.tensors}
+            for defense in defenses:
+                sent = defense.simulate(sent, x, y, update)
+            return sent
+
+        return run
+
+    def replay(
+        self, x: Tensor, y: Tensor, *, round: int = -1, adaptive: bool = True
+    ) -> dict[str, Tensor]:
+        """What the client would have sent for ``(x, y)``; see :meth:`replayer`."""
+        return self.replayer(round=round, adaptive=adaptive)(x, y)
+
+    def without(self, name: str) -> View:
+        """The same view with one field taken away, to test what an attack needs."""
+        return self._copy({n: v for n, v in self._fields.items() if n != name})
+
+    def with_rounds(self, rounds: Sequence[RoundView], key: Mapping[str, Tensor]) -> View:
+        """The same adversary after more rounds."""
+        fields = {**self._fields, "rounds": tuple(rounds)}
+        if self._allowed("key"):
+            fields["key"] = key
+        return self._copy(fields)
+
+    def _copy(self, fields: Mapping[str, Any]) -> View:
+        return View(
+            letter=self.letter,
+            vantage=self.vantage,
+            grants=self.grants,
+            fields=fields,
+            architecture=self._architecture,
+            model_ref=self._model_ref,
+            architecture_defenses=self._architecture_defenses,
+        )
+
+    # -- on disk -------------------------------------------------------------------------------
+
+    def save(self, folder: Path | str) -> None:
+        """Write ``view.json`` and ``view.safetensors``; no code, no pickle, no private tensor."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors, facts = _pack(self._fields)
+        for name, tensor in state.model_state(self._architecture).items():
+            tensors[f"architecture/{name}"] = tensor
+        description = {
+            "format": "leakatlas/view/1",
+            "letter": self.letter,
+            "vantage": self.vantage.value,
+            "grants": sorted(grant.value for grant in self.grants),
+            "model": {
+                "kind": self._model_ref.kind,
+                "name": self._model_ref.name,
+                "kwargs": self._model_ref.kwargs,
+            },
+            "mode": "train" if self._architecture.training else "eval",
+            "architecture_defenses": [defense_json(d) for d in self._architecture_defenses],
+            "fields": facts,
+        }
+        # Copies: safetensors refuses tensors that share memory.
+        save_file({n: t.detach().clone().contiguous() for n, t in tensors.items()},
+                  folder / "view.safetensors")  # fmt: skip
+        (folder / "view.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path | str, *, model: nn.Module | None = None) -> View:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            folder: Where it lies.
+            model: The undefended architecture, if the view names one that only exists live.
+
+        Raises:
+            InvalidInput: If a file is missing, truncated, or not a view.
+        """
+        folder = Path(folder)
+        try:
+            description = json.loads((folder / "view.json").read_text(encoding="utf-8"))
+            tensors = load_file(folder / "view.safetensors")
+        except FileNotFoundError as problem:
+            raise InvalidInput(f"{folder} is not a saved view: {problem.filename} is missing.") from None
+        except (SafetensorError, json.JSONDecodeError) as problem:
+            raise InvalidInput(f"The view in {folder} is damaged: {problem}.") from None
+        if description.get("format") != "leakatlas/view/1":
+            raise InvalidInput(
+                f"{folder / 'view.json'} has format {description.get('format')!r}, "
+                "expected 'leakatlas/view/1'."
+            )
+        reference = ModelRef(**description["model"])
+        architecture = model if model is not None else reference.build()
+        defenses = [defense_from_json(d) for d in description["architecture_defenses"]]
+        for defense in defenses:
+            architecture = defense.model(architecture)
+        prefix = "architecture/"
+        architecture = state.load_into(
+            architecture,
+            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
+        )
+        architecture.train(description["mode"] == "train")
+        return cls(
+            letter=description["letter"],
+            vantage=Vantage(description["vantage"]),
+            grants=frozenset(Grant(grant) for grant in description["grants"]),
+            fields=_unpack(description["fields"], tensors),
+            architecture=architecture,
+            model_ref=reference,
+            architecture_defenses=defenses,
+        )
+
+
+# -- (de)serialisation: plain values into JSON, tensors beside them under their path -------------
+
+
+def defense_json(defense: Defense) -> dict[str, Any]:
+    """A defense as ``{"key": ..., parameters}``."""
+    return {"key": defense.key, **defense.to_json()}
+
+
+def defense_from_json(description: Mapping[str, Any]) -> Defense:
+    """The defense that :func:`defense_json` described.
+
+    Raises:
+        UnknownName: If no defense has that key.
+        InvalidParameter: If a parameter is unknown or outside its range.
+    """
+    values = dict(description)
+    cls = registry.load_defense(values.pop("key"))
+    return cls.from_json(values)  # type: ignore[no-any-return]  # the registry is torch-free, hence untyped
+
+
+def protocol_json(protocol: Protocol) -> dict[str, Any]:
+    """A protocol as ``{"algorithm": ..., parameters}``."""
+    return {"algorithm": type(protocol).__name__.lower(), **protocol.to_json()}
+
+
+def protocol_from_json(description: Mapping[str, Any]) -> Protocol:
+    """The protocol that :func:`protocol_json` described.
+
+    Raises:
+        UnknownName: If there is no such algorithm.
+        InvalidParameter: If a parameter is unknown or outside its range.
+    """
+    from leakatlas.errors import UnknownName
+
+    values = dict(description)
+    algorithm = str(values.pop("algorithm", "fedsgd")).lower()
+    if algorithm not in PROTOCOLS:
+        raise UnknownName("learning algorithm", algorithm, PROTOCOLS)
+    return PROTOCOLS[algorithm].from_json(values)
+
+
+def _pack(fields: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, Any] = {}
+
+    def put(path: str, group: Mapping[str, Tensor]) -> None:
+        tensors.update({f"{path}/{name}": tensor for name, tensor in group.items()})
+
+    def put_update(path: str, update: Update | None) -> Any:
+        if update is None:
+            return None
+        content, description = update.pack()
+        put(path, content)
+        return description
+
+    for name, value in fields.items():
+        match name:
+            case "rounds":
+                facts[name] = []
+                for number, seen in enumerate(value):
+                    path = f"rounds/{number}"
+                    put(f"{path}/state", seen.state)
+                    put(f"{path}/payload", seen.payload)
+                    put(f"{path}/key", seen.key)
+                    facts[name].append(
+                        {
+                            "index": seen.index,
+                            "cohort": seen.cohort,
+                            "hidden_by": seen.hidden_by,
+                            "update": put_update(f"{path}/update", seen.update),
+                            "own": put_update(f"{path}/own", seen.own),
+                        }
+                    )
+            case "num_examples" | "classes" | "target":
+                facts[name] = int(value)
+            case "input_shape" | "clients":
+                facts[name] = list(value)
+            case "box":
+                facts[name] = value.to_json()
+            case "protocol":
+                facts[name] = protocol_json(value)
+            case "defenses":
+                facts[name] = [defense_json(defense) for defense in value]
+            case "surrogate":
+                put(name, {"images": value.images, "labels": value.labels})
+                facts[name] = {"classes": list(value.classes), "name": value.name}
+            case "distribution":
+                put(name, vars(value))
+                facts[name] = {}
+            case "labels":
+                put(name, {"labels": value})
+                facts[name] = {}
+            case "key" | "secrets":
+                put(name, value)
+                facts[name] = {}
+            case "batch_bn":
+                for layer, (mean, variance) in value.items():
+                    put(name, {f"{layer}:mean": mean, f"{layer}:variance": variance})
+                facts[name] = list(value)
+            case "batch_order":
+                put(name, {str(step): indices for step, indices in enumerate(value)})
+                facts[name] = len(value)
+    return tensors, facts
+
+
+def _unpack(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def take(path: str) -> dict[str, Tensor]:
+        prefix = f"{path}/"
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+    def take_update(path: str, description: Mapping[str, Any] | None) -> Update | None:
+        return None if description is None else Update.unpack(take(path), description).check()
+
+    fields: dict[str, Any] = {}
+    for name, value in facts.items():
+        match name:
+            case "rounds":
+                fields[name] = tuple(
+                    RoundView(
+                        index=seen["index"],
+                        state=take(f"rounds/{number}/state"),
+                        cohort=seen["cohort"],
+                        update=take_update(f"rounds/{number}/update", seen["update"]),
+                        hidden_by=seen["hidden_by"],
+                        payload=take(f"rounds/{number}/payload"),
+                        own=take_update(f"rounds/{number}/own", seen["own"]),
+                        key=take(f"rounds/{number}/key"),
+                    )
+                    for number, seen in enumerate(value)
+                )
+            case "num_examples" | "classes" | "target":
+                fields[name] = int(value)
+            case "input_shape" | "clients":
+                fields[name] = tuple(value)
+            case "box":
+                fields[name] = Box.from_json(value)
+            case "protocol":
+                fields[name] = protocol_from_json(value)
+            case "defenses":
+                fields[name] = tuple(defense_from_json(defense) for defense in value)
+            case "surrogate":
+                content = take(name)
+                fields[name] = ImageSet(
+                    images=content["images"],
+                    labels=content["labels"],
+                    classes=tuple(value["classes"]),
+                    name=value["name"],
+                )
+            case "distribution":
+                fields[name] = Distribution(**take(name))
+            case "labels":
+                fields[name] = take(name)["labels"]
+            case "key" | "secrets":
+                fields[name] = take(name)
+            case "batch_bn":
+                content = take(name)
+                fields[name] = {
+                    layer: (content[f"{layer}:mean"], content[f"{layer}:variance"])
+                    for layer in value
+                }
+            case "batch_order":
+                content = take(name)
+                fields[name] = tuple(content[str(step)] for step in range(value))
+            case _:
+                raise InvalidInput(f"A view has no field {name!r}.")
+    return fields

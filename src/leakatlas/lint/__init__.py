@@ -1,0 +1,1 @@
+"""Client-side detection of tampered models."""

@@ -1,0 +1,76 @@
+"""What a model is made of: the questions that attacks, defenses and reports ask any module."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def batchnorm_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every batch normalisation layer by its name, in the order of the module tree."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+
+
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether the model has a batch normalisation layer of any dimension."""
+    return bool(batchnorm_layers(model))
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear layer by its name, in the order of the module tree."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def first_linear(model: nn.Module) -> tuple[str, nn.Linear] | None:
+    """The first linear layer and its name; None if there is none."""
+    return next(iter(linear_layers(model).items()), None)
+
+
+def last_linear(model: nn.Module) -> tuple[str, nn.Linear] | None:
+    """The last linear layer (the head of a classifier) and its name; None if there is none."""
+    return next(reversed(linear_layers(model).items()), None)
+
+
+def parameter_count(model: nn.Module, *, trainable_only: bool = False) -> int:
+    """Number of scalars in the parameters; shared parameters count once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+
+@torch.no_grad()
+def multiply_adds(model: nn.Module, shape: Sequence[int]) -> int:
+    """Multiply-adds of one forward pass on one input of ``shape`` = ``(C, H, W)``.
+
+    Counts the linear and convolution layers, which dominate; matrix products written outside
+    modules (attention scores), normalisations and activations are left out. The model is run once
+    in eval mode; its mode is restored.
+
+    Args:
+        model: Any module.
+        shape: Shape of one input, without the batch.
+    """
+    total = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        if isinstance(module, nn.Linear):
+            total += output.numel() * module.in_features
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            per_output = module.in_channels // module.groups * math.prod(module.kernel_size)
+            total += output.numel() * per_output
+
+    modes = {module: module.training for module in model.modules()}
+    handles = [module.register_forward_hook(count) for module in model.modules()]
+    like = next(model.parameters(), torch.empty(0))
+    try:
+        model.eval()
+        model(like.new_zeros(1, *shape))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    return total

@@ -1,0 +1,75 @@
+"""Constrained parameter types, and the base of everything that is configured.
+
+An attack, a defense or a protocol is a frozen dataclass whose constraints stand in its field
+types (``steps: PositiveInt = 4_800``). :class:`Configured` checks them when the object is made
+and turns the object into plain JSON and back, so that a recipe can name it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from typing import Annotated, Any, Self, get_type_hints
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from leakatlas.errors import InvalidParameter
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveOrInf = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@functools.cache
+def _adapters(cls: type[Configured]) -> dict[str, TypeAdapter[Any]]:
+    hints = get_type_hints(cls, include_extras=True)
+    infinities_as_strings = ConfigDict(ser_json_inf_nan="strings")
+    return {
+        f.name: TypeAdapter(hints[f.name], config=infinities_as_strings)
+        for f in dataclasses.fields(cls)
+    }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Configured:
+    """A frozen set of checked parameters that round-trips through JSON."""
+
+    def __post_init__(self) -> None:
+        for name, adapter in _adapters(type(self)).items():
+            value = getattr(self, name)
+            try:
+                checked = adapter.validate_python(value)
+            except ValidationError as problem:
+                reason = problem.errors()[0]["msg"]
+                raise InvalidParameter(
+                    f"{type(self).__name__}({name}={value!r}): {reason[:1].lower()}{reason[1:]}."
+                ) from None
+            object.__setattr__(self, name, checked)
+
+    def to_json(self) -> dict[str, Any]:
+        """The parameters as plain JSON values (infinities as the strings JSON lacks)."""
+        return {
+            name: json.loads(adapter.dump_json(getattr(self, name)))
+            for name, adapter in _adapters(type(self)).items()
+        }
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The object whose :meth:`to_json` is ``values``.
+
+        Raises:
+            InvalidParameter: If a name is unknown or a value is outside its range.
+        """
+        known = _adapters(cls)
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise InvalidParameter(
+                f"{cls.__name__} has no parameter {unknown[0]!r}; it has: {', '.join(known)}."
+            )
+        return cls(**values)
