@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, final
+from typing import Any, ClassVar, Literal, Self, TypeVar, final
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -98,6 +98,19 @@ class Reconstruction:
     recipe: Recipe | None = None
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What an attack expects of a view before any compute is spent.
+
+    Args:
+        verdict: ``hopeless`` means that theory rules success out, not that it is hard.
+        reason: One sentence for people.
+    """
+
+    verdict: Literal["applicable", "hopeless", "unknown"]
+    reason: str
+
+
 def nothing_found(shape: tuple[int, ...], reason: str, **notes: float) -> Reconstruction:
     """A failed reconstruction without candidates.
 
@@ -128,6 +141,15 @@ class Attack(Configured, ABC):
         """Grants that these parameters need."""
         return frozenset()
 
+    @classmethod
+    def tuned(cls) -> Self:
+        """The preset for short budgets, chosen on public images; the published one by default."""
+        return cls()
+
+    def outlook(self, view: View) -> Outlook:
+        """Whether this attack can work on ``view``, judged in a second from what it holds."""
+        return Outlook("unknown", "nothing rules it out, nothing promises success")
+
     @abstractmethod
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
         """The algorithm, in the paper's order."""
@@ -148,19 +170,22 @@ class Attack(Configured, ABC):
         model's weights, so a changed checkpoint is learned anew.
         """
         identity = json.dumps(
-            [self.key, self.version, self.to_json(), surrogate.fingerprint,
+            [self.key, self.version, self.to_json(), surrogate.fingerprint(),
              state_hash(model_state(model))]
         )  # fmt: skip
         file = cache_folder() / f"{self.key}-{hashlib.sha256(identity.encode()).hexdigest()}"
         file = file.with_suffix(".safetensors")
         if file.is_file():
             return load_file(file)
-        learned = self.prepare(
-            surrogate,
-            model,
-            generator=stream(self.key, "prepare"),
-            watch=watch or Watch(),
-        )
+        watch = watch or Watch()
+        with torch.random.fork_rng(devices=[]):
+            # The cache key has no seed of the attack, so no draw may depend on one.
+            torch.manual_seed(stream_seed(self.key, "prepare"))
+            learned = self.prepare(
+                surrogate, model, generator=stream(self.key, "prepare"), watch=watch
+            )
+        if watch.cut_short:  # half-learned: good for this run, not for the next
+            return learned
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
         save_file({n: t.detach().clone().contiguous() for n, t in learned.items()}, partial)

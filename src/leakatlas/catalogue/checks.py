@@ -26,14 +26,16 @@ R = TypeVar("R", bound=Row)
 Finding = tuple[str, str, str]
 
 
-def cross_check(catalogue: Catalogue, origins: dict[int, tuple[str, str]]) -> list[Problem]:
+def cross_check(
+    catalogue: Catalogue, origins: dict[int, tuple[str, str]], numbers: set[int]
+) -> list[Problem]:
     """Every contradiction within and between rows.
 
     Args:
         catalogue: All rows.
         origins: File and label of each row, by ``id``.
+        numbers: The references that exist.
     """
-    numbers = {row.number for row in catalogue.reference}
     attack_numbers = {row.number for row in catalogue.attack}
     problems: list[Problem] = []
 
@@ -207,8 +209,10 @@ def _duplicates(
     of: Callable[[R], object],
     origins: dict[int, tuple[str, str]],
 ) -> Iterator[Problem]:
+    files = list(dict.fromkeys(file for file, _ in origins.values()))
     first: dict[object, R] = {}
-    for row in rows:
+    # in the order the files were given: the row that came later is the one to change
+    for row in sorted(rows, key=lambda row: files.index(origins[id(row)][0])):
         value = of(row)
         if value in first:
             file, label = origins[id(first[value])]

@@ -135,20 +135,23 @@ def check_texts(texts: dict[str, str]) -> tuple[Catalogue, list[Problem]]:
     problems: list[Problem] = []
     rows: dict[str, list[Row]] = {kind: [] for kind in ROW_TYPES}
     origins: dict[int, tuple[str, str]] = {}
+    declared: set[int] = set()  # also by rows that are refused: one mistake, one message
     for file, text in texts.items():
         for kind, entry, raw in _tables(file, text, problems):
+            if kind == "reference" and isinstance(raw.get("number"), int):
+                declared.add(raw["number"])
             row = _row(kind, raw, file, entry, problems)
             if row is not None:
                 rows[kind].append(row)
                 origins[id(row)] = (file, label(kind, raw, entry))
     catalogue = Catalogue.model_construct(**{kind: tuple(found) for kind, found in rows.items()})
-    problems += cross_check(catalogue, origins)
+    problems += cross_check(catalogue, origins, declared)
     return catalogue, problems
 
 
 def label(kind: str, raw: dict[str, Any], entry: int) -> str:
-    """How a row is named in messages: by its key where it has one."""
-    for name in ("key", "letter", "number"):
+    """How a row is named in messages: by letter, number or key, else by its place."""
+    for name in ("letter", "number" if kind == "reference" else "key"):
         if isinstance(raw.get(name), (str, int)):
             return f'{kind} "{raw[name]}"'
     return f"{kind} (entry {entry})"

@@ -58,7 +58,7 @@ def from_validation(
 def closest(name: object, known: Iterable[str]) -> str:
     """``Did you mean 'x'?`` where something known is close, else the list of what is known."""
     known = list(known)
-    close = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(known)}."
 
 
@@ -116,9 +116,31 @@ def _explain(
     if kind == "literal_error":
         expected = [part.strip(" '") for part in error["ctx"]["expected"].replace(" or ", ",").split(",")]
         return f"{got} is not allowed.", closest(error.get("input"), expected)
-    reason = error["msg"].removeprefix("Value error, ")
-    reason = reason[:1].lower() + reason[1:]
-    return f"got {got}; {reason}.", f"write {_example(name, info)}"
+    return f"got {got}; {_reason(error)}.", f"write {_example(name, info)}"
+
+
+# In the words of TOML, which is what a contributor writes.
+_REASONS = {
+    "model_type": "expected a table in braces",
+    "dict_type": "expected a table in braces",
+    "tuple_type": "expected a list in brackets",
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_type": "expected a number",
+    "float_parsing": "expected a number",
+    "string_type": "expected text in quotes",
+    "bool_type": "expected true or false",
+    "bool_parsing": "expected true or false",
+    "string_pattern_mismatch": "it does not have the expected form",
+    "string_too_short": "it is empty",
+    "too_short": "the list is too short",
+    "too_long": "the list is too long",
+}
+
+
+def _reason(error: Any) -> str:
+    plain = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return _REASONS.get(error["type"], f"expected a value {plain[:1].lower()}{plain[1:]}")
 
 
 def _example(name: str, info: FieldInfo | None) -> str:

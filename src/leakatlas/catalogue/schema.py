@@ -149,7 +149,11 @@ class Code(Strict):
         Field(description="none, a link, a colab, or various implementations.", examples=["link"]),
     ] = "none"
     url: Annotated[
-        Url | None, Field(description="The repository, for link and colab.")
+        Url | None,
+        Field(
+            description="The repository as a full http(s) link, for kind link and colab.",
+            examples=["https://github.com/mit-han-lab/dlg"],
+        ),
     ] = None
     official: Annotated[
         bool, Field(description="false for a third party's copy.", examples=[True])
@@ -286,17 +290,22 @@ class Attack(Row):
     planned: Annotated[bool, Field(description="true until the module exists.")] = False
 
 
+StanceCell = Annotated[
+    Stance, Field(description="holds, partial or fails.", examples=["partial"])
+]
+
+
 class Stances(Strict):
     """How well a defense does against each letter."""
 
-    A: Stance
-    B: Stance
-    C: Stance
-    D: Stance
-    E: Stance
-    F: Stance
-    G: Stance
-    H: Stance
+    A: StanceCell
+    B: StanceCell
+    C: StanceCell
+    D: StanceCell
+    E: StanceCell
+    F: StanceCell
+    G: StanceCell
+    H: StanceCell
 
     def of(self, letter: str) -> Stance:
         """The stance against one letter."""

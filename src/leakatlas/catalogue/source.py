@@ -52,6 +52,7 @@ class Source:
         reads: What the module reads from the view.
         version: ``version`` of the class (1 where it inherits the base's).
         departs_from_letter: Why the needs differ from the row's letter; empty if they do not.
+        knob: The parameter that trades privacy for utility (defenses).
     """
 
     class_name: str
@@ -62,6 +63,7 @@ class Source:
     reads: tuple[str, ...]
     version: int
     departs_from_letter: str
+    knob: str
 
 
 def of(kind: Kind, key: str) -> Source | None:
@@ -103,6 +105,7 @@ def _read(path: Path, key: str) -> Source | None:
         reads=_reads(tree),
         version=_version(unit),
         departs_from_letter=_constant(unit, "departs_from_letter"),
+        knob=_constant(unit, "knob"),
     )
 
 

@@ -10,6 +10,7 @@ import io
 import json
 import re
 import shlex
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from leakatlas.errors import InvalidInput, InvalidParameter, Unavailable, Unknow
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+MAX_CLASSES = 100_000  # ImageNet-21k has 21,843; one stray label must not allocate a name each
 MAX_PIXELS = 64_000_000  # of one file; above it, a decompression bomb is likelier than a photo
 
 # How torchvision's constructor of each set names its parts: a flag, or a word.
@@ -75,7 +77,7 @@ def parquet(
             raise InvalidInput(f"{where}: the label is missing.")
         labels.append(label)
     names = _class_names(file.schema_arrow.metadata, label_column)
-    classes = names or tuple(str(label) for label in range(max(labels, default=0) + 1))
+    classes = names or _numbers(labels, str(path))
     return _assemble(arrays, labels, classes, name or path.stem, str(path))
 
 
@@ -166,7 +168,7 @@ def torchvision_set(
         arrays.append(_pixels(image, f"{name} {split}, image {index}", size))
         labels.append(int(label))
     named = getattr(dataset, "classes", None)
-    classes = tuple(map(str, named or range(max(labels, default=0) + 1)))
+    classes = tuple(map(str, named)) if named else _numbers(labels, name)
     return _assemble(arrays, labels, classes, f"{name} {split}", f"{name} under {root}")
 
 
@@ -288,9 +290,20 @@ def _class_names(metadata: Mapping[bytes, bytes] | None, column: str) -> tuple[s
     return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
+def _numbers(labels: Sequence[int], where: str) -> tuple[str, ...]:
+    """Class names for labels that came without: their numbers."""
+    highest = max(labels, default=0)
+    if highest >= MAX_CLASSES:
+        raise InvalidInput(
+            f"{where}: label {highest} without class names; at most {MAX_CLASSES:,} are numbered."
+        )
+    return tuple(map(str, range(max(highest, 0) + 1)))
+
+
 def _decode(content: bytes, where: str, size: int | None) -> NDArray[np.uint8]:
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        # Pillow remarks on odd metadata and on large images; the pixels decide here.
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise InvalidInput(
                     f"{where}: {image.width}x{image.height} pixels; the limit is {MAX_PIXELS:,}."
@@ -306,7 +319,6 @@ def _decode(content: bytes, where: str, size: int | None) -> NDArray[np.uint8]:
         SyntaxError,  # Pillow's word for a broken PNG chunk
         ValueError,
         Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
     ) as problem:
         raise InvalidInput(f"{where}: damaged image: {problem}") from None
 
@@ -316,10 +328,17 @@ def _pixels(image: Image.Image, where: str, size: int | None) -> NDArray[np.uint
     if not isinstance(image, Image.Image):
         raise InvalidInput(f"{where}: expected an image; got {type(image).__name__}.")
     image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":
+        raise InvalidInput(
+            f"{where}: {image.mode} pixels have no fixed range; save the image with 8 bits."
+        )
     image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     if size is not None:
-        # Pillow's antialiased bilinear filter on the centre square.
-        image = ImageOps.fit(image, (size, size), method=Image.Resampling.BILINEAR)
+        # Cropped before it is resized (ImageOps.fit is not), so that nothing outside bleeds in.
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image, dtype=np.uint8)
 
 

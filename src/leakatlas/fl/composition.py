@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from leakatlas.errors import IncompatibleDefenses
-from leakatlas.fl.hooks import ActsOn, Defense, Trait
+from leakatlas.fl.hooks import ActsOn, Defense, Trait, acts_at
 from leakatlas.fl.protocol import FedSGD, Protocol
 
 _BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -25,7 +25,8 @@ def check_composition(
 
     Rules: noise that is accounted must come after every data-dependent step it covers (stages
     enforce the order); error feedback voids DP; a server that cannot read updates cannot clip
-    or score them; per-example DP needs a model that does not mix examples; a defense declares
+    or score them; noise that the server adds fits a weighted mean and no other aggregate;
+    per-example DP needs a model and batches that do not mix examples; a defense declares
     whether it acts on steps or on whole updates.
 
     Raises:
@@ -49,7 +50,22 @@ def check_composition(
         raise IncompatibleDefenses(
             f"{hiding[0].key} and {hiding[1].key} both encode the message; choose one."
         )
+    central = [d for d in dp if d in reading]
+    others = [d for d in reading if d not in central]
+    if central and others:
+        raise IncompatibleDefenses(
+            f"{central[0].key} adds noise to a weighted mean, whose sensitivity is not that of what "
+            f"{others[0].key} makes of the updates; use one of the two, or client_dp, whose noise "
+            "is in every update already."
+        )
     example_dp = by_trait[Trait.EXAMPLE_DP]
+    rebatching = [d for d in defenses if "batch" in acts_at(d) and not _neutral(d)]
+    if example_dp and rebatching:
+        raise IncompatibleDefenses(
+            f"{example_dp[0].key} bounds what one example adds to a step, but {rebatching[0].key} "
+            "changes the batch and may put an example into several of its members; drop one of "
+            "the two, or use client_dp(unit='update')."
+        )
     if example_dp and model is not None:
         mixing = [n for n, m in model.named_modules() if isinstance(m, _BATCHNORM)]
         if mixing:
@@ -68,3 +84,6 @@ def check_composition(
         if keys.count(key) > 1:
             raise IncompatibleDefenses(f"{key} appears {keys.count(key)} times; use it once.")
 
+
+def _neutral(defense: Defense) -> bool:
+    return bool(getattr(defense, defense.knob) == defense.neutral)

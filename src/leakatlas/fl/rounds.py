@@ -246,9 +246,7 @@ class Federation:
             stream(self.seed, "setup", defense.key, index),
         )
 
-    def _sent_to(
-        self, member: int, sent: nn.Module | Mapping[int, nn.Module] | None
-    ) -> nn.Module:
+    def _sent_to(self, member: int, sent: nn.Module | Mapping[int, nn.Module] | None) -> nn.Module:
         model = sent.get(member) if isinstance(sent, Mapping) else sent
         if model is None:
             model = self.model
@@ -257,11 +255,21 @@ class Federation:
     def _with_private(self, model: nn.Module, member: int) -> nn.Module:
         held = state.model_state(model)
         own = self.clients[member].private
+        if self.private_names and not own:
+            own.update(self._private_start(member))
         for name in self.private_names & held.keys():
-            if name not in own:
-                own[name] = held[name].clone()
             held[name] = own[name]
         return state.load_into(model, held)
+
+    def _private_start(self, member: int) -> dict[str, Tensor]:
+        """What a client draws on its own device: not the public values that everyone knows."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream(self.seed, "private", member).initial_seed())
+            own = self.base_model
+            for defense in self.defenses:
+                own = defense.model(own)
+        drawn = state.model_state(own)
+        return {name: drawn[name] for name in sorted(self.private_names)}
 
     def _context(
         self,
@@ -347,7 +355,7 @@ class Federation:
                 raise ProtocolError("The server cannot average encoded messages.")
             return average(clear)
 
-        combine = plain
+        combine: Callable[[Mapping[int, Message]], Update] = plain
         for defense in self.defenses:
             context = ServerContext(
                 index,

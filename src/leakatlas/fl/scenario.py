@@ -121,9 +121,9 @@ class Scenario:
         if "defenses" in plain:
             plain["defenses"] = tuple(defense_from_json(d) for d in plain["defenses"])
         if "vantage" in plain:
-            plain["vantage"] = Vantage(plain["vantage"])
+            plain["vantage"] = Vantage.named(plain["vantage"])
         if "grants" in plain:
-            plain["grants"] = frozenset(Grant(grant) for grant in plain["grants"])
+            plain["grants"] = frozenset(Grant.named(grant) for grant in plain["grants"])
         return cls(**plain)
 
 
@@ -163,6 +163,7 @@ class Stage:
         self.victims = dict(victims)
         self.box = box
         self.surrogate = surrogate
+        _check_disjoint(self.victims, surrogate)
         first = next(iter(self.victims.values()))
         self.input_shape = tuple(first.images.shape[1:])
         dtype = next((p.dtype for p in model.parameters()), torch.float32)
@@ -211,8 +212,7 @@ class Stage:
         }
         keys = [*keys, *([{}] * (len(records) - len(keys)))]
         seen = tuple(
-            self._round_view(record, target, key)
-            for record, key in zip(records, keys, strict=True)
+            self._round_view(record, target, key) for record, key in zip(records, keys, strict=True)
         )
         offered: dict[str, Any] = {
             "rounds": seen,
@@ -229,7 +229,7 @@ class Stage:
         if self.surrogate is not None:
             offered["surrogate"] = self.surrogate
         client = federation.clients[target]
-        if "distribution" in wanted:
+        if "distribution" in wanted and len(client.x) > 1:  # the mean of one image is the image
             offered["distribution"] = _distribution(client.x, client.y, self.classes)
         if "labels" in wanted:
             offered["labels"] = client.y.clone()
@@ -249,7 +249,7 @@ class Stage:
                 f"{defense.key}/{name}": tensor
                 for defense in federation.defenses
                 for name, tensor in defense.secrets(client.memories.get(defense.key, {})).items()
-            } | {f"private/{name}": tensor for name, tensor in client.private.items()}
+            } | {f"private/{name}": tensor.clone() for name, tensor in client.private.items()}
         return View(
             letter=scenario.letter,
             vantage=scenario.vantage,
@@ -264,10 +264,9 @@ class Stage:
 
     def _public_architecture(self) -> nn.Module:
         """The global model in the clients' mode; private parameters hold their public initial
-        values, which are not any client's."""
-        model = state.load_into(
-            self.federation.model, state.model_state(self.federation.model)
-        )
+        values, which are not any client's.
+        """
+        model = state.load_into(self.federation.model, state.model_state(self.federation.model))
         return model.train(self.scenario.protocol.mode == "train")
 
     def _visible_examples(self, records: Sequence[RoundRecord], target: int) -> int:
@@ -275,9 +274,7 @@ class Stage:
             return records[-1].aggregate.num_examples
         return len(self.federation.clients[target].x)
 
-    def _round_view(
-        self, record: RoundRecord, target: int, key: Mapping[str, Tensor]
-    ) -> RoundView:
+    def _round_view(self, record: RoundRecord, target: int, key: Mapping[str, Tensor]) -> RoundView:
         message = record.messages[target]
         seen = RoundView(
             index=record.index,
@@ -327,7 +324,12 @@ def stage(
     if model is None:
         model = scenario.model.build()
     if scenario.weights is not None:
-        model = state.load_into(model, models.load_state(scenario.weights))
+        held = (
+            models.load_weights(scenario.weights)
+            if scenario.weights in models.shipped()
+            else models.load_state(scenario.weights)
+        )
+        model = state.load_into(model, held)
     if victims is None:
         loaded = data.load(scenario.data)
         needed = scenario.examples * scenario.clients
@@ -376,13 +378,28 @@ def _choose(images: ImageSet, needed: int, scenario: Scenario) -> list[int]:
     return chosen
 
 
+def _check_disjoint(victims: Mapping[int, ImageSet], surrogate: ImageSet | None) -> None:
+    """Refuse public data that hold a private image: no attack may find the truth in its prior."""
+    if surrogate is None:
+        return
+    public = {image.numpy().tobytes() for image in surrogate.images}
+    for client, images in victims.items():
+        shared = sum(image.numpy().tobytes() in public for image in images.images)
+        if shared:
+            raise InvalidInput(
+                f"{shared} of client {client}'s {len(images)} images are also in the surrogate set "
+                f"{surrogate.name!r}; public and private data must be disjoint."
+            )
+
+
 def _check_model(model: nn.Module, x: Tensor, images: ImageSet) -> int:
     """Number of classes, after one forward pass that must work and give ``(1, K)`` logits."""
     training = model.training
     model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            logits = model(x)
+            # Zeros: a module that remembers its last input would carry a victim into the view.
+            logits = model(torch.zeros_like(x))
     except RuntimeError as problem:
         raise InvalidInput(
             f"{type(model).__name__} cannot read inputs of shape {tuple(x.shape)}: {problem}"
@@ -406,5 +423,3 @@ def _check_model(model: nn.Module, x: Tensor, images: ImageSet) -> int:
 def _distribution(x: Tensor, y: Tensor, classes: int) -> Distribution:
     counts = torch.bincount(y, minlength=classes).to(x.dtype)
     return Distribution(counts / counts.sum(), x.mean(0), x.std(0, correction=0))
-
-

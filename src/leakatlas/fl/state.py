@@ -124,7 +124,9 @@ def _factory(path: str) -> Callable[..., object]:
         try:
             module = importlib.import_module(location)
         except ModuleNotFoundError as problem:
-            raise InvalidInput(f"The model module {location!r} is not importable: {problem}.") from None
+            raise InvalidInput(
+                f"The model module {location!r} is not importable: {problem}."
+            ) from None
     factory = getattr(module, attribute, None)
     if not callable(factory):
         names = [name for name in vars(module) if not name.startswith("_")]

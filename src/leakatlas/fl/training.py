@@ -101,9 +101,7 @@ def train_locally(
                 context.x, context.y = x_step, y_step
             observed: list[float] = []
 
-            def watched(
-                logits: Tensor, target: Tensor, record: list[float] = observed
-            ) -> Tensor:
+            def watched(logits: Tensor, target: Tensor, record: list[float] = observed) -> Tensor:
                 value = loss(logits, target)
                 record.append(float(value.detach()))
                 return value

@@ -13,9 +13,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from leakatlas.errors import InvalidInput
+from leakatlas.errors import InvalidInput, InvalidParameter
+from leakatlas.params import Configured, Positive, PositiveInt
 
 Kind = Literal["gradient", "delta", "weights"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts(Configured):
+    """What a file says of an update besides its tensors; see :class:`Update`."""
+
+    kind: Kind
+    state_hash: str
+    num_examples: PositiveInt
+    sign: Literal[1, -1]
+    scale: Positive
+    reduction: Literal["mean", "sum"]
+    clients: PositiveInt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,14 +161,15 @@ class Update:
                 raise InvalidInput(f"{key!r} is not a tensor of an update file.")
             groups[group][name] = tensor
         try:
-            return cls(
-                tensors=groups["tensors"],
-                buffers_before=groups["before"],
-                buffers_after=groups["after"],
-                **facts,  # type: ignore[arg-type]  # the facts of pack(), checked by name here
-            )
-        except TypeError as problem:
-            raise InvalidInput(f"The update's description is malformed: {problem}.") from None
+            known = _Facts.from_json(dict(facts))
+        except (InvalidParameter, TypeError) as problem:
+            raise InvalidInput(f"The update's description is malformed: {problem}") from None
+        return cls(
+            tensors=groups["tensors"],
+            buffers_before=groups["before"],
+            buffers_after=groups["after"],
+            **vars(known),
+        )
 
     def save(self, path: Path | str) -> None:
         """Write to one safetensors file."""
@@ -171,13 +186,17 @@ class Update:
         try:
             with safe_open(str(path), framework="pt") as file:
                 facts = json.loads((file.metadata() or {}).get("leakatlas.update", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
         except FileNotFoundError:
             raise InvalidInput(f"The update file {str(path)!r} does not exist.") from None
         except (SafetensorError, OSError) as problem:
             raise InvalidInput(
                 f"{str(path)!r} is not a readable safetensors file ({problem}); it may be "
                 "truncated. Ask for it again."
+            ) from None
+        except json.JSONDecodeError as problem:
+            raise InvalidInput(
+                f"The update's description in {str(path)!r} is not JSON ({problem})."
             ) from None
         if not isinstance(facts, dict):
             raise InvalidInput(
@@ -193,8 +212,10 @@ def average(updates: Mapping[int, Update], weights: Mapping[int, float] | None =
     For sum-reduced gradients the weights are 1, so that the result is the mean of sums.
 
     Raises:
-        InvalidInput: If the updates differ in kind, sign, scale or names.
+        InvalidInput: If there are none, or they differ in kind, sign, scale or names.
     """
+    if not updates:
+        raise InvalidInput("There are no updates to average.")
     first = next(iter(updates.values()))
     for client, update in updates.items():
         same = (update.kind, update.sign, update.scale, update.reduction) == (
@@ -208,7 +229,9 @@ def average(updates: Mapping[int, Update], weights: Mapping[int, float] | None =
                 f"{len(first.tensors)} tensors)."
             )
     if weights is None:
-        weights = {c: float(u.num_examples if u.reduction == "mean" else 1) for c, u in updates.items()}
+        weights = {
+            c: float(u.num_examples if u.reduction == "mean" else 1) for c, u in updates.items()
+        }
     total = sum(weights.values())
 
     def mean(content: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ field                given by
 ``surrogate``        SURROGATE
 ``distribution``     DISTRIBUTION
 ``key``              MANIPULATION
-``clients``          SELECTION (and with it ``target``)
+``clients``          MANIPULATION or SELECTION (and with it ``target``)
 ``labels``           ``Grant.LABELS``
 ``batch_bn``         ``Grant.BATCH_BN``
 ``batch_order``      ``Grant.BATCH_ORDER``
@@ -30,14 +30,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from leakatlas.catalogue import registry
 from leakatlas.data import Box, ImageSet
-from leakatlas.errors import InvalidInput, NotGranted, UnsupportedModel
+from leakatlas.errors import InvalidInput, LeakAtlasError, NotGranted, UnsupportedModel
 from leakatlas.fl import replay, state
 from leakatlas.fl.hooks import Defense
 from leakatlas.fl.protocol import PROTOCOLS, FedAVG, FedSGD, Protocol, task_loss
@@ -56,8 +55,8 @@ SOURCES: dict[str, tuple[Knowledge, Grant | None]] = {
     "surrogate": (Knowledge.SURROGATE, None),
     "distribution": (Knowledge.DISTRIBUTION, None),
     "key": (Knowledge.MANIPULATION, None),
-    "clients": (Knowledge.SELECTION, None),
-    "target": (Knowledge.SELECTION, None),
+    "clients": (Knowledge.MANIPULATION | Knowledge.SELECTION, None),
+    "target": (Knowledge.MANIPULATION | Knowledge.SELECTION, None),
     "labels": (Knowledge(0), Grant.LABELS),
     "batch_bn": (Knowledge(0), Grant.BATCH_BN),
     "batch_order": (Knowledge(0), Grant.BATCH_ORDER),
@@ -186,7 +185,7 @@ class View:
             why = " or ".join(ways)
             held = ", ".join(self.knowledge.names()).upper()
             if self._allowed(name):
-                why = "a vantage or a round at which it exists"
+                raise NotGranted(f"view.{name} is absent for {self.describe()}: {_absence(name)}.")
             raise NotGranted(
                 f"view.{name} is not granted to {self.describe()} (which holds {held}); "
                 f"it takes {why}."
@@ -350,10 +349,12 @@ class View:
 
         Raises:
             NotGranted: If the update is a delta and the protocol is not granted.
+            InvalidInput: If the update does not belong to the model.
         """
         update = self.update_at(round)
         model = self.model_at(round)
         parameters = {n: p.detach() for n, p in model.named_parameters()}
+        update.check_fits(parameters)
         held = {n: b.detach() for n, b in model.named_buffers()}
         protocol: Protocol = (
             FedSGD(reduction=update.reduction) if update.kind == "gradient" else self.protocol
@@ -452,20 +453,38 @@ class View:
 
         Raises:
             InvalidInput: If a file is missing, truncated, or not a view.
+            UnknownName: If it names a letter, vantage, grant or model that does not exist.
         """
         folder = Path(folder)
         try:
             description = json.loads((folder / "view.json").read_text(encoding="utf-8"))
             tensors = load_file(folder / "view.safetensors")
         except FileNotFoundError as problem:
-            raise InvalidInput(f"{folder} is not a saved view: {problem.filename} is missing.") from None
-        except (SafetensorError, json.JSONDecodeError) as problem:
+            raise InvalidInput(
+                f"{folder} is not a saved view: {problem.filename} is missing."
+            ) from None
+        except (SafetensorError, OSError, ValueError) as problem:
             raise InvalidInput(f"The view in {folder} is damaged: {problem}.") from None
+        if not isinstance(description, dict):
+            raise InvalidInput(f"{folder / 'view.json'} is not the description of a view.")
         if description.get("format") != "leakatlas/view/1":
             raise InvalidInput(
                 f"{folder / 'view.json'} has format {description.get('format')!r}, "
                 "expected 'leakatlas/view/1'."
             )
+        try:
+            return cls._from_file(description, tensors, model)
+        except LeakAtlasError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as problem:
+            raise InvalidInput(
+                f"The view in {folder} is damaged: {type(problem).__name__}: {problem}."
+            ) from problem
+
+    @classmethod
+    def _from_file(
+        cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module | None
+    ) -> View:
         reference = ModelRef(**description["model"])
         architecture = model if model is not None else reference.build()
         defenses = [defense_from_json(d) for d in description["architecture_defenses"]]
@@ -479,13 +498,24 @@ class View:
         architecture.train(description["mode"] == "train")
         return cls(
             letter=description["letter"],
-            vantage=Vantage(description["vantage"]),
-            grants=frozenset(Grant(grant) for grant in description["grants"]),
+            vantage=Vantage.named(description["vantage"]),
+            grants=frozenset(Grant.named(grant) for grant in description["grants"]),
             fields=_unpack(description["fields"], tensors),
             architecture=architecture,
             model_ref=reference,
             architecture_defenses=defenses,
         )
+
+
+def _absence(name: str) -> str:
+    """Why a field that knowledge or a grant allows can still be missing."""
+    match name:
+        case "surrogate":
+            return "the scenario names no `surrogate` data"
+        case "distribution":
+            return "the statistics of a single example are the example; the client needs two"
+        case _:
+            return "this view holds none (it may exist only once a round was played)"
 
 
 # -- (de)serialisation: plain values into JSON, tensors beside them under their path -------------

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from leakatlas.errors import InvalidInput
 from leakatlas.metrics import _checks
-from leakatlas.metrics.assignment import pairwise_mse
 
 
 def _public(who: str, public: Tensor) -> None:
@@ -30,8 +29,16 @@ def mean_image(public: Tensor) -> Tensor:
 def nearest_public(originals: Tensor, public: Tensor) -> Tensor:
     """For each original its nearest public image by MSE, ``(B, C, H, W)`` float64."""
     _public("nearest_public", public)
-    nearest = pairwise_mse(public, originals).argmin(dim=0)
-    return public.double()[nearest]
+    _checks.images("nearest_public", "originals", originals)
+    if originals.shape[1:] != public.shape[1:]:
+        raise InvalidInput(
+            f"nearest_public: public images must be {tuple(originals.shape[1:])} like the "
+            f"originals, got {tuple(public.shape[1:])}."
+        )
+    rows, columns = public.double().flatten(1), originals.double().flatten(1)
+    # ||p - x||^2 without ||x||^2: one matrix product, since only the order matters
+    distance = rows.square().sum(dim=1, keepdim=True) - 2 * rows @ columns.T
+    return public.double()[distance.argmin(dim=0)]
 
 
 def random_same_class(

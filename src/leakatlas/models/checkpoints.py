@@ -12,6 +12,7 @@ import json
 import math
 import pickle
 import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -38,6 +39,7 @@ _UNREADABLE = (
     LookupError,
     TypeError,
     AttributeError,
+    AssertionError,  # its reader of the oldest format asserts what it read
     struct.error,
 )
 _WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which trainers nest weights
@@ -217,7 +219,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> object:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch remarks on sparse and legacy files; what we refuse, we explain ourselves.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as problem:
         reason = str(problem).strip().splitlines() or [type(problem).__name__]
         raise InvalidInput(

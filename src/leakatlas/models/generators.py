@@ -7,6 +7,7 @@ trains, so latents of a standard normal give plausible images.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class Generator(nn.Module):
                         norm2d("group", widths[0]),
                         nn.SiLU(),
                     ),
-                    *(_upsample(coarse, fine) for coarse, fine in zip(widths, widths[1:])),
+                    *(_upsample(coarse, fine) for coarse, fine in itertools.pairwise(widths)),
                     nn.Sequential(nn.Conv2d(widths[-1], channels, 3, padding=1), nn.Sigmoid()),
                 ]
             )

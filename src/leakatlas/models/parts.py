@@ -36,7 +36,7 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed: that would also reseed every accelerator, which devices=[]
         # does not restore.
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
 
 

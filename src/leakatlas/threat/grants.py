@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 
+from leakatlas.errors import UnknownName
+
 
 class Grant(enum.StrEnum):
     """One fact handed to the adversary by the scenario; recorded with every result.
@@ -22,3 +24,15 @@ class Grant(enum.StrEnum):
     """The pixel space, for letters without basic knowledge."""
     DEFENSE_SECRETS = "defense_secrets"
     """Secret state of the defenses: private weights, keys, drawn masks."""
+
+    @classmethod
+    def named(cls, name: str) -> Grant:
+        """The grant with this name.
+
+        Raises:
+            UnknownName: If there is none.
+        """
+        try:
+            return cls(name)
+        except ValueError:
+            raise UnknownName("grant", name, map(str, cls)) from None

@@ -69,8 +69,8 @@ def threat_models(letters: str) -> tuple[ThreatModel, ...]:
     """
     chosen: set[str] = set()
     for part in letters.replace(" ", "").upper().split(","):
-        first, _, last = part.partition("-")
-        start, end = threat_model(first).letter, threat_model(last or first).letter
+        first, dash, last = part.partition("-")
+        start, end = threat_model(first).letter, threat_model(last if dash else first).letter
         span = [letter for letter in LETTERS if start <= letter <= end]
         if not span:
             raise UnknownName("threat model range", part, LETTERS)

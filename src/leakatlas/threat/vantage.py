@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 
+from leakatlas.errors import UnknownName
+
 
 class Vantage(enum.StrEnum):
     """The place at which a message is observed; defenses protect some places and not others."""
@@ -16,3 +18,15 @@ class Vantage(enum.StrEnum):
     """The aggregate alone: what secure aggregation shows, or what the next broadcast reveals."""
     PEER = "peer"
     """Another client: the broadcast before and after, and its own contribution to the round."""
+
+    @classmethod
+    def named(cls, name: str) -> Vantage:
+        """The vantage with this name.
+
+        Raises:
+            UnknownName: If there is none.
+        """
+        try:
+            return cls(name)
+        except ValueError:
+            raise UnknownName("vantage", name, map(str, cls)) from None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leakatlas.blocks.labels import _checks
 from leakatlas.errors import InvalidInput
 
 
@@ -28,13 +29,13 @@ def counts_from_bias(bias_grad: Tensor, mean_probability: Tensor, batch_size: in
         mean_probability: The batch mean of the softmax output ``(K,)``, or a guess of it.
         batch_size: B.
     """
-    _vector("counts_from_bias", "bias_grad", bias_grad)
+    _checks.vector("counts_from_bias", "bias_grad", bias_grad)
     if mean_probability.shape != bias_grad.shape:
         raise InvalidInput(
             f"counts_from_bias: mean_probability must be {tuple(bias_grad.shape)}, got "
             f"{tuple(mean_probability.shape)}."
         )
-    _batch("counts_from_bias", batch_size)
+    _checks.batch("counts_from_bias", batch_size)
     return batch_size * (mean_probability.double() - bias_grad.double())
 
 
@@ -51,8 +52,8 @@ def counts_from_weight(
         mean_feature_sum: Batch mean of ``sum_j h_j``, or a guess; must not be near 0.
         batch_size: B.
     """
-    _matrix("counts_from_weight", weight_grad)
-    _batch("counts_from_weight", batch_size)
+    _checks.matrix("counts_from_weight", weight_grad)
+    _checks.batch("counts_from_weight", batch_size)
     rows = weight_grad.double().sum(dim=1)
     return batch_size * (mean_probability.double() - rows / mean_feature_sum)
 
@@ -86,8 +87,8 @@ def round_counts(raw: Tensor, batch_size: int) -> Tensor:
     has one. NaN counts as 0, infinities as the end of the range. Ties go to the lower class, so a
     vector without any information spreads the batch evenly.
     """
-    _vector("round_counts", "raw", raw)
-    _batch("round_counts", batch_size)
+    _checks.vector("round_counts", "raw", raw)
+    _checks.batch("round_counts", batch_size)
     target = torch.nan_to_num(
         raw.detach().double(), nan=0.0, posinf=float(batch_size), neginf=0.0
     ).clamp(0, batch_size)
@@ -110,18 +111,3 @@ def round_counts(raw: Tensor, batch_size: int) -> Tensor:
 def labels_from_counts(counts: Tensor) -> Tensor:
     """The multiset of labels in ascending order, ``(K,)`` counts to ``(B,)`` labels."""
     return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts.long())
-
-
-def _vector(who: str, name: str, value: Tensor) -> None:
-    if value.ndim != 1 or value.numel() == 0:
-        raise InvalidInput(f"{who}: {name} must be (K,), got {tuple(value.shape)}.")
-
-
-def _matrix(who: str, weight_grad: Tensor) -> None:
-    if weight_grad.ndim != 2 or weight_grad.numel() == 0:
-        raise InvalidInput(f"{who}: weight_grad must be (K, D), got {tuple(weight_grad.shape)}.")
-
-
-def _batch(who: str, batch_size: int) -> None:
-    if batch_size < 1:
-        raise InvalidInput(f"{who}: batch_size must be positive, got {batch_size}.")

@@ -1,0 +1,47 @@
+# Two commands do everything, set-up included: `make audit` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+
+.PHONY: audit test check types lint unit generate study-quality study-analytic study-defenses study-generative study-labels clean
+
+audit: $(STAMP) ## Attack bundled photos in four set-ups; writes leak-report/report.html
+	$(BIN)/leakatlas audit --out leak-report
+
+test: $(STAMP) browser ## The whole gate: style, types, architecture, tests with coverage
+	$(BIN)/python scripts/check.py
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip uv
+	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[test]"
+	touch $(STAMP)
+
+.PHONY: browser
+browser: # The site's tests drive a real browser; Debian's is installed where there is none.
+ifeq ($(CHROMIUM),)
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; \
+	else echo "No Chromium found: install it (Debian: apt-get install chromium) for the site's tests."; fi
+endif
+
+generate: $(STAMP) ## Rebuild the generated tables and pages from the catalogue
+	$(BIN)/python scripts/generate.py
+
+# Reproductions: slow, not in the gate; they write results/*.json. DATA is a folder of Parquet files.
+DATA ?= ../shared/data
+study-quality: $(STAMP)
+	$(BIN)/python benchmarks/quality.py --data $(DATA)/cifar10
+study-analytic: $(STAMP)
+	$(BIN)/python benchmarks/analytic.py --data $(DATA)/cifar10/test.parquet
+study-defenses: $(STAMP)
+	$(BIN)/python benchmarks/defenses.py
+study-generative: $(STAMP)
+	$(BIN)/python benchmarks/generative.py --data $(DATA)/cifar10/test.parquet
+study-labels: $(STAMP)
+	$(BIN)/python benchmarks/labels.py
+
+clean:
+	rm -rf $(VENV) leak-report .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""Passive closed forms: linear systems and ratios on an honest update."""

@@ -1,0 +1,1 @@
+"""Active attacks that take one client's update out of an aggregate."""

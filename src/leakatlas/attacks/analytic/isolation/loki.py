@@ -1,0 +1,218 @@
+r"""LOKI: every client gets columns of its own, and an aggregated FedAVG round still shows images.
+
+Zhao, Sharma, Elkordy, Ezzeldin, Avestimehr and Bagchi, "LOKI: Large-scale Data Reconstruction
+Attack against Federated Learning through Model Manipulation", IEEE S&P 2024. FedAVG (and FedSGD),
+one round or several, aggregate vantage: only the sum over clients is needed, so secure aggregation
+does not help. Letter G: a different model for each client, and public images for the brightness.
+
+1. *Identity mapping set*: a convolution with C kernels per client. In client j's copy only its own
+   kernels are non-zero; they copy the image times kappa.
+2. FC1 measures brightness: row i is 1 / (kappa n (c_{i+1} - c_i)) on the columns of block j and 0
+   elsewhere, its bias -c_i / (c_{i+1} - c_i), behind a hard tanh on [0, 1]: neuron i is active iff
+   c_i < h(x) < c_{i+1}. FC2 is constant.
+3. *Convolutional scaling factor* kappa >> 1: the forward pass does not change, but the gradient of
+   FC1 grows by kappa while its weights shrink by it. Updates survive float32, and one hit moves a
+   neuron out of its band (by about eta delta kappa^2 |x|^2), so later local steps do not overwrite
+   what it holds.
+4. Read-out: block j of (before - after) is client j's, row by row. Biases are summed over clients,
+   so a row gives the image up to a factor, which ``scale`` chooses.
+5. Over several rounds, mean and spread of brightness are estimated again from the bins that fired.
+
+Since both the kernels and the FC1 columns of the other blocks are zero in a client's copy, their
+gradients are exactly zero through all local steps: the sum of updates keeps clients apart.
+
+Which rows hold an image is decided blindly: energy, valid pixels, no near-copies.
+
+Departures:
+    * The third-party demo counts and selects hits with the true activations, and stretches |row|
+      from its minimum to its maximum. Selection here sees the update only, and the sign of a row is
+      the one that puts it into its own bin.
+    * ``scale="max"`` is the published rule: as bright as the pixel box allows. ``"midpoint"`` (ours)
+      uses that the bin fixes the brightness, and is right to half a bin. ``"anchor"`` (ours) adds a
+      constant channel to every client's set; its column sums the deltas of that client alone, so
+      the row ratio is exact again.
+    * Brightness is measured in pixels of [0, 1] whatever the model's normalisation.
+    * FC2 is scaled so that the block's output has the size of pixels (demo: 1000), and the first
+      round's thresholds are empirical quantiles of the surrogate images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from leakatlas.attacks.api import (
+    ActiveAttack,
+    Reconstruction,
+    Tampering,
+    attack,
+    nothing_found,
+)
+from leakatlas.blocks import readout, surgery
+from leakatlas.blocks.watch import Watch
+from leakatlas.data import Box
+from leakatlas.fl import View
+from leakatlas.params import OpenFraction, Positive, PositiveInt
+from leakatlas.threat import Knowledge
+
+WEIGHT = "block.first.weight"
+
+
+@attack(
+    "loki",
+    needs=Knowledge.UPDATES | Knowledge.BASIC | Knowledge.SURROGATE | Knowledge.MANIPULATION,
+)
+@dataclass(frozen=True, kw_only=True)
+class LOKI(ActiveAttack):
+    """Per-client identity sets, binned brightness, weight-only read-out.
+
+    Args:
+        bins: FC1 units k (demo: 4 for each image of a client, 256).
+        kappa: Convolutional scaling factor (demo: 500; an independent port: 50).
+        scale: How a row becomes an image: ``max`` (paper), ``midpoint`` or ``anchor`` (ours).
+        connection: ``linear`` passes the block's output on, ``addition`` adds it to the input.
+        spread: Size of the block's output on an average input.
+        min_energy: A row holds an image if its norm exceeds this share of its client's largest.
+        rounds: Rounds; from the second on, thresholds follow the bins that fired.
+    """
+
+    bins: PositiveInt = 256
+    kappa: Positive = 500.0
+    scale: Literal["max", "midpoint", "anchor"] = "max"
+    connection: Literal["linear", "addition"] = "linear"
+    spread: Positive = 1.0
+    min_energy: OpenFraction = 1e-3
+    rounds: PositiveInt = 1
+
+    def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
+        """One model per client, with its own group of kernels and columns."""
+        del generator
+        if len(view.rounds) == self.rounds:
+            return None
+        model = view.model
+        like = next(model.parameters()).detach()
+        shape = tuple(view.input_shape)
+        w, offset = brightness(view.box, shape, like)
+        if view.rounds:
+            edges = self.learned_edges(view, shape)
+        else:
+            h = view.surrogate.images.to(like).flatten(1).mean(dim=1)
+            edges = readout.bin_edges("empirical", self.bins, values=h)
+        edges = edges.to(like)
+        clients = view.clients
+        sent = {
+            client: surgery.Imprinted(
+                surgery.SplitImprint(
+                    w,
+                    edges,
+                    shape=shape,
+                    clients=len(clients),
+                    group=group,
+                    kappa=self.kappa,
+                    anchor=self.scale == "anchor",
+                    spread=self.spread,
+                    connection=self.connection,
+                    offset=offset,
+                ),
+                model,
+            )
+            for group, client in enumerate(clients)
+        }
+        return Tampering(sent=sent, key={"edges": edges, "clients": torch.tensor(clients)})
+
+    def learned_edges(self, view: View, shape: tuple[int, ...]) -> Tensor:
+        """Normal quantiles with mean and spread of the brightness behind the bins that fired."""
+        seen = view.rounds[-1].key["edges"].double()
+        middle = (seen[:-1] + seen[1:]) / 2
+        hits = torch.zeros_like(middle)
+        for block in self.blocks(view, -1, shape):
+            hits[readout.energetic_rows(block.images, self.min_energy)] += 1
+        hits[[0, -1]] = 0  # the outer bins are open; their middle is no brightness
+        if float(hits.sum()) < 2:
+            return seen
+        mean = float((hits * middle).sum() / hits.sum())
+        std = float((hits * (middle - mean).square()).sum() / hits.sum()) ** 0.5
+        return readout.bin_edges("normal", self.bins, mean=mean, std=max(std, 1e-3))
+
+    def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
+        """Every block of every round, its rows scaled, sifted and freed of copies."""
+        del generator
+        shape = tuple(view.input_shape)
+        found, sure, owner = [], [], []
+        blocks = [(r, b) for r in range(len(view.rounds)) for b in self.blocks(view, r, shape)]
+        for part, (number, block) in zip(watch.share(len(blocks)), blocks, strict=False):
+            del part
+            edges = view.rounds[number].key["edges"]
+            images, energy = self.read_block(block, edges, view.box, shape)
+            found.append(images)
+            sure.append(energy)
+            owner.append(torch.full((len(images),), float(block.client)))
+        if not found or not sum(len(part) for part in found):
+            return nothing_found(shape, "no row of any client's block holds a valid image")
+        images, confidence, client = torch.cat(found), torch.cat(sure), torch.cat(owner)
+        kept = readout.distinct(images, confidence)
+        traced = {f"candidates/client_{int(c)}": float((client[kept] == c).sum()) for c in client.unique()}
+        return Reconstruction(images=images[kept], confidence=confidence[kept], notes=traced)
+
+    def blocks(self, view: View, number: int, shape: tuple[int, ...]) -> list[Block]:
+        """Every client's columns of FC1's change in one round, as views of the update."""
+        seen = view.rounds[number]
+        change = readout.sent_change(view.update_at(number), seen.state, WEIGHT)
+        channels = shape[0] + int(self.scale == "anchor")
+        area = shape[1] * shape[2]
+        parts = change.split(channels * area, dim=1)
+        pixels = shape[0] * area
+        return [
+            Block(int(client), part[:, :pixels], part[:, pixels:])
+            for client, part in zip(seen.key["clients"].tolist(), parts, strict=True)
+        ]
+
+    def read_block(
+        self, block: Block, edges: Tensor, box: Box, shape: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Images ``(M, C, H, W)`` of one client, and the energy of each, over the largest."""
+        rows = readout.energetic_rows(block.images, self.min_energy)
+        image_rows = block.images[rows]
+        w, offset = brightness(box, shape, image_rows)
+        middle = ((edges[:-1] + edges[1:]) / 2)[rows] - offset
+        if self.scale == "anchor":
+            delta = block.anchor[rows].mean(dim=1)
+            alive = delta != 0
+            rows, image_rows, delta = rows[alive], image_rows[alive], delta[alive]
+            x = image_rows / delta[:, None]
+        elif self.scale == "midpoint":
+            x = readout.scaled_to_measurement(image_rows, w, middle)
+        else:
+            sign = (image_rows @ w).sign() * middle.sign()
+            x = readout.scaled_to_box(image_rows, box, shape, sign)
+        images = x.reshape(-1, *shape)
+        valid = readout.plausible(images, box)
+        energy = image_rows.norm(dim=1)
+        energy = energy / energy.max() if len(energy) else energy
+        return box.clip(images[valid]), energy[valid]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One client's part of FC1's change.
+
+    Args:
+        client: Its id.
+        images: ``(k, C H W)``.
+        anchor: ``(k, H W)`` of the constant channel; empty without one.
+    """
+
+    client: int
+    images: Tensor
+    anchor: Tensor
+
+
+def brightness(box: Box, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, float]:
+    """``(w, offset)`` with ``<w, x> + offset`` the mean pixel, in [0, 1], of a model-space x."""
+    zero = like.new_zeros(1, *shape)
+    offset = float(box.denormalize(zero).mean())
+    slope = box.denormalize(zero + 1) - box.denormalize(zero)
+    return (slope / slope.numel()).flatten(), offset

@@ -1,0 +1,1 @@
+"""Active attacks that make single examples own single entries of a gradient."""

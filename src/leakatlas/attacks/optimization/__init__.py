@@ -1,0 +1,1 @@
+"""Attacks that search for the batch whose update is the observed one."""

@@ -1,0 +1,1 @@
+"""Gradient matching on the pixels themselves."""

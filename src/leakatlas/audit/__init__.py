@@ -1,0 +1,195 @@
+"""Audit: which private images come out of an FL update, for whom, and what stops it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from leakatlas.audit.config import AuditConfig, captured_update, make_plan, read_config
+from leakatlas.audit.doctor import Diagnosis, ReplayCheck, check_replay, examine
+from leakatlas.audit.gate import Gate, parse_gate
+from leakatlas.audit.harness import Trial, run_trial
+from leakatlas.audit.plan import VERDICTS, Plan, Setting, parse_budget, presets
+from leakatlas.audit.report_data import Comparison, LetterVerdict, Report, Run
+from leakatlas.audit.run import Listener, Silent, carry_out
+from leakatlas.blocks.watch import Watch
+from leakatlas.data import Box, ImageSet
+from leakatlas.errors import InvalidInput
+from leakatlas.fl import Defense, FedSGD, ModelRef, Protocol, Update
+from leakatlas.threat import Grant, Vantage, threat_models
+
+__all__ = [
+    "VERDICTS",
+    "AuditConfig",
+    "Comparison",
+    "Diagnosis",
+    "Gate",
+    "LetterVerdict",
+    "Listener",
+    "Plan",
+    "ReplayCheck",
+    "Report",
+    "Run",
+    "Setting",
+    "Silent",
+    "Trial",
+    "Watch",
+    "audit",
+    "captured_update",
+    "carry_out",
+    "check_replay",
+    "doctor",
+    "examine",
+    "make_plan",
+    "parse_budget",
+    "parse_gate",
+    "presets",
+    "read_config",
+    "run_trial",
+]
+
+
+def audit(
+    model: nn.Module,
+    batch: ImageSet | tuple[Tensor, Tensor],
+    *,
+    protocol: Protocol | None = None,
+    defenses: Sequence[Defense] = (),
+    alternatives: Mapping[str, Sequence[Defense]] | None = None,
+    threat: str = "A-H",
+    vantage: Vantage | str = Vantage.SERVER,
+    grants: Iterable[Grant | str] = (),
+    clients: int = 1,
+    box: Box | None = None,
+    surrogate: ImageSet | None = None,
+    attacks: Sequence[str] | None = None,
+    attack_parameters: Mapping[str, Mapping[str, Any]] | None = None,
+    budget: str | float | None = "5m",
+    seed: int = 0,
+    out: Path | str | None = None,
+    listener: Listener | None = None,
+    stop: Watch | None = None,
+) -> Report:
+    """Attack one's own model, data and protocol, and say what came out.
+
+    Args:
+        model: Image classifier ``(N, C, H, W) -> (N, K)`` with the weights that a client would
+            receive; it is not changed.
+        batch: Private images in [0, 1] and labels, dealt evenly to the clients.
+        protocol: FedSGD or FedAVG; FedSGD if None.
+        defenses: In force.
+        alternatives: Other sets of defenses to compare with.
+        threat: Letters, such as ``"A-E"``.
+        vantage: Where the adversary looks.
+        grants: Facts given on top; recorded in the report.
+        clients: Number of clients.
+        box: Normalisation between [0, 1] and the model's inputs; none if None.
+        surrogate: Public images of the same kind, for D, E, G and H.
+        attacks: Keys; every implemented one if None.
+        attack_parameters: Changes to the presets, by key.
+        budget: ``"30s"``, ``"10m"``, seconds, or ``"paper"`` for the published presets without a
+            limit.
+        seed: Of everything random.
+        out: Folder that keeps finished runs, so that a killed audit resumes.
+        listener: Shown progress.
+        stop: Its ``stop()`` ends the audit early and keeps what was computed.
+
+    Raises:
+        InvalidInput: If the images do not fit the model.
+        UnknownName: If a letter, grant or attack does not exist.
+        InvalidParameter: If a parameter is outside its range.
+    """
+    setting = _setting(model, batch, protocol, defenses, clients, box, surrogate, vantage, grants)
+    if attacks is not None:
+        setting = _with_attacks(setting, tuple(attacks))
+    plan = Plan(
+        settings=(setting,),
+        letters=tuple(m.letter for m in threat_models(threat)),
+        alternatives={n: tuple(d) for n, d in (alternatives or {}).items()},
+        attack_parameters=attack_parameters or {},
+        seconds=parse_budget(budget),
+        seed=seed,
+        command="leakatlas.audit(model, batch, ...)",
+    )
+    return carry_out(plan, out=None if out is None else Path(out), listener=listener, stop=stop)
+
+
+def doctor(
+    model: nn.Module,
+    batch: ImageSet | tuple[Tensor, Tensor],
+    *,
+    protocol: Protocol | None = None,
+    defenses: Sequence[Defense] = (),
+    threat: str = "A-H",
+    vantage: Vantage | str = Vantage.SERVER,
+    grants: Iterable[Grant | str] = (),
+    clients: int = 1,
+    box: Box | None = None,
+    surrogate: ImageSet | None = None,
+    captured: Update | None = None,
+    seed: int = 0,
+) -> Diagnosis:
+    """Check a set-up in seconds: is it consistent, and which attacks can work at all?
+
+    Args:
+        model: As for :func:`audit`; with ``captured``, holding the state that the client received.
+        batch: As for :func:`audit`; with ``captured``, the batch behind it.
+        protocol: As for :func:`audit`.
+        defenses: As for :func:`audit`.
+        threat: As for :func:`audit`.
+        vantage: As for :func:`audit`.
+        grants: As for :func:`audit`.
+        clients: As for :func:`audit`.
+        box: As for :func:`audit`.
+        surrogate: As for :func:`audit`.
+        captured: An update from a real client.
+        seed: Of everything random.
+    """
+    setting = _setting(model, batch, protocol, defenses, clients, box, surrogate, vantage, grants)
+    letters = tuple(m.letter for m in threat_models(threat))
+    stage = setting.stage(letter=letters[0], seed=seed)
+    attacks = presets(None, {}, published=False)
+    return examine(stage, attacks, letters=letters, captured=captured)
+
+
+def _setting(
+    model: nn.Module,
+    batch: ImageSet | tuple[Tensor, Tensor],
+    protocol: Protocol | None,
+    defenses: Sequence[Defense],
+    clients: int,
+    box: Box | None,
+    surrogate: ImageSet | None,
+    vantage: Vantage | str,
+    grants: Iterable[Grant | str],
+) -> Setting:
+    if not isinstance(batch, ImageSet):
+        images, labels = batch
+        if images.dim() != 4:
+            raise InvalidInput(
+                f"The batch's images have shape {tuple(images.shape)}, expected (N, C, H, W)."
+            )
+        highest = int(labels.max()) + 1 if labels.numel() else 1
+        batch = ImageSet(images, labels, tuple(str(k) for k in range(highest)), "batch")
+    return Setting(
+        name=f"{type(model).__name__}, {type(protocol or FedSGD()).__name__}",
+        model=model,
+        model_ref=ModelRef("object", type(model).__name__),
+        victims=batch,
+        protocol=protocol or FedSGD(),
+        clients=clients,
+        defenses=tuple(defenses),
+        box=box or Box.unit(batch.images.shape[1]),
+        surrogate=surrogate,
+        vantage=Vantage(vantage),
+        grants=frozenset(Grant(grant) for grant in grants),
+    )
+
+
+def _with_attacks(setting: Setting, attacks: tuple[str, ...]) -> Setting:
+    from dataclasses import replace
+
+    return replace(setting, attacks=attacks)

@@ -1,0 +1,238 @@
+"""The audit's YAML file: every key checked, every mistake named with its place and a way out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from leakatlas import data, models
+from leakatlas.audit.plan import Plan, Setting, parse_budget
+from leakatlas.data import Box
+from leakatlas.errors import InvalidInput, UnknownName
+from leakatlas.fl import ModelRef, Update
+from leakatlas.fl.state import load_into
+from leakatlas.fl.view import defense_from_json, protocol_from_json
+from leakatlas.threat import Grant, Vantage, threat_models
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Strict):
+    """Which model; exactly one of ``builtin`` and ``python``."""
+
+    builtin: str | None = None
+    """A name of ``leakatlas.models``: convnet, lenet, resnet, vit, ..."""
+    python: str | None = None
+    """``file.py:factory`` or ``package.module:factory``, a callable that returns the module."""
+    kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the factory."""
+    weights: str | None = None
+    """safetensors (or plain-tensor torch) file, or the name of a shipped checkpoint."""
+
+
+class DataConfig(_Strict):
+    """Which images are at stake, and what is public."""
+
+    victims: str = "photos"
+    """``photos``, ``folder:PATH@SIZE``, ``parquet:PATH``, ``torchvision:CIFAR10/test:ROOT``, ..."""
+    limit: int = Field(default=4, gt=0)
+    """How many victim images are used, in the order of the set."""
+    surrogate: str | None = None
+    """Public images of the same population, for letters D, E, G, H; no victim among them."""
+    mean: tuple[float, ...] | None = None
+    """Normalisation of the model's inputs, per channel; none if left out."""
+    std: tuple[float, ...] | None = None
+    """As ``mean``."""
+
+
+class AuditConfig(_Strict):
+    """The whole file."""
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    protocol: dict[str, Any] = Field(default_factory=lambda: {"algorithm": "fedsgd"})
+    """``algorithm: fedsgd | fedavg`` and its parameters."""
+    clients: int = Field(default=1, gt=0)
+    targets: tuple[int, ...] = (0,)
+    defenses: tuple[dict[str, Any], ...] = ()
+    """In force: ``- {key: clipping, max_norm: 1.0}``."""
+    alternatives: dict[str, tuple[dict[str, Any], ...]] = Field(default_factory=dict)
+    """Defense sets to compare with what is in force, by name."""
+    threat: str = "A-H"
+    vantage: Literal["wire", "server", "aggregate", "peer"] = "server"
+    grants: tuple[str, ...] = ()
+    attacks: tuple[str, ...] | None = None
+    """Keys; every implemented one if left out."""
+    attack_parameters: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    budget: str = "5m"
+    seed: int = 0
+    captured: str | None = None
+    """An update captured from a real client, for ``doctor``."""
+    fail_on: tuple[str, ...] = ()
+    """Conditions that fail a build: ``P(psnr > 20 dB) > 0.05``."""
+
+
+def read_config(path: Path | str) -> AuditConfig:
+    """Read and check a YAML file.
+
+    Raises:
+        InvalidInput: If the file is missing, is not YAML, or has unknown keys or wrong values; all
+            problems are named at once.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InvalidInput(f"The configuration {str(path)!r} does not exist.") from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise InvalidInput(f"The configuration {str(path)!r} cannot be read: {problem}.") from None
+    except yaml.YAMLError as problem:
+        raise InvalidInput(f"{str(path)!r} is not YAML: {problem}") from None
+    if not isinstance(content, dict):
+        raise InvalidInput(
+            f"{str(path)!r} holds {type(content).__name__}, expected keys such as 'model:'."
+        )
+    try:
+        return AuditConfig.model_validate(content)
+    except ValidationError as problem:
+        lines = [_explain(error) for error in problem.errors()]
+        raise InvalidInput(f"{path}: " + " ".join(lines)) from None
+
+
+def _explain(error: Any) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        parent = error["loc"][:-1]
+        known = _keys_at(parent)
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f" did you mean {close[0]!r}?" if close else ""
+        return f"unknown key {place!r};{hint} known: {', '.join(known)}."
+    if error["type"] == "missing":
+        return f"key {place!r} is missing."
+    return f"{place}: {error['msg'][:1].lower()}{error['msg'][1:]}, got {error['input']!r}."
+
+
+def _keys_at(place: tuple[int | str, ...]) -> list[str]:
+    schema: type[BaseModel] = AuditConfig
+    for part in place:
+        if part == "model":
+            schema = ModelConfig
+        elif part == "data":
+            schema = DataConfig
+    return sorted(schema.model_fields)
+
+
+def make_plan(config: AuditConfig, *, base: Path, command: str) -> Plan:
+    """Turn a configuration into live objects.
+
+    Args:
+        config: The configuration.
+        base: Folder that relative paths start from.
+        command: Repeats the audit.
+
+    Raises:
+        LeakAtlasError: If a file, name, letter, grant or parameter does not exist or fit.
+    """
+    setting = make_setting(config, base=base)
+    return Plan(
+        settings=(setting,),
+        letters=tuple(model.letter for model in threat_models(config.threat)),
+        alternatives={
+            name: tuple(_defense(d) for d in defenses)
+            for name, defenses in config.alternatives.items()
+        },
+        attack_parameters=config.attack_parameters,
+        seconds=parse_budget(config.budget),
+        seed=config.seed,
+        source=config.model_dump(mode="json"),
+        command=command,
+    )
+
+
+def make_setting(config: AuditConfig, *, base: Path) -> Setting:
+    """The one set-up that the file describes."""
+    reference = _model_ref(config.model, base)
+    victims = data.load(_rebased(config.data.victims, base), limit=config.data.limit)
+    channels = victims.images.shape[1]
+    box = Box.unit(channels)
+    if config.data.mean is not None or config.data.std is not None:
+        mean = config.data.mean or (0.0,) * channels
+        std = config.data.std or (1.0,) * channels
+        box = Box(mean=mean, std=std)
+    model = reference.build()
+    if config.model.weights is not None:
+        name = config.model.weights
+        held = (
+            models.load_weights(name)
+            if name in models.shipped()
+            else models.load_state(_rebased(name, base))
+        )
+        model = load_into(model, held)
+    surrogate = config.data.surrogate
+    return Setting(
+        name=f"{config.model.builtin or config.model.python}, "
+        f"{config.protocol.get('algorithm', 'fedsgd')}",
+        model=model,
+        model_ref=reference,
+        victims=victims,
+        protocol=protocol_from_json(config.protocol),
+        clients=config.clients,
+        targets=config.targets,
+        defenses=tuple(_defense(d) for d in config.defenses),
+        box=box,
+        surrogate=None if surrogate is None else data.load(_rebased(surrogate, base)),
+        grants=frozenset(_grant(name) for name in config.grants),
+        vantage=Vantage(config.vantage),
+        attacks=config.attacks,
+    )
+
+
+def captured_update(config: AuditConfig, *, base: Path) -> Update | None:
+    """The captured update that the file names, checked."""
+    return None if config.captured is None else Update.load(_rebased(config.captured, base))
+
+
+def _defense(description: Mapping[str, Any]) -> Any:
+    if "key" not in description:
+        raise InvalidInput(f"A defense needs a 'key', got {dict(description)!r}.")
+    return defense_from_json(description)
+
+
+def _grant(name: str) -> Grant:
+    try:
+        return Grant(name)
+    except ValueError:
+        raise UnknownName("grant", name, [grant.value for grant in Grant]) from None
+
+
+def _model_ref(config: ModelConfig, base: Path) -> ModelRef:
+    if (config.builtin is None) == (config.python is None):
+        raise InvalidInput("model: give exactly one of 'builtin' and 'python'.")
+    if config.builtin is not None:
+        return ModelRef("builtin", config.builtin, config.kwargs)
+    assert config.python is not None
+    location, _, factory = config.python.rpartition(":")
+    if location.endswith(".py"):
+        return ModelRef("python", f"{_rebased(location, base)}:{factory}", config.kwargs)
+    return ModelRef("python", config.python, config.kwargs)
+
+
+def _rebased(spec: str, base: Path) -> str:
+    """A path, or a ``kind:path`` data set, with its path taken relative to ``base``."""
+    kind, colon, rest = spec.partition(":")
+    if colon and kind in ("parquet", "folder"):
+        path, at, size = rest.partition("@")
+        return f"{kind}:{base / path}{at}{size}"
+    if colon and kind == "torchvision":
+        name, _, root = rest.partition(":")
+        return f"{kind}:{name}:{base / root}"
+    if colon or spec in ("photos", "patches", "digits", "faces"):
+        return spec
+    return str(base / spec)

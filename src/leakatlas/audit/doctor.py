@@ -1,0 +1,349 @@
+"""Doctor: before compute is spent, does the set-up hang together, and what can work at all?
+
+The harness-side check puts the true batch into the client's own computation and compares it with
+the update. A residual that is not ~0 means that model, mode, sign, scale, optimizer, reduction or
+order are not what they are said to be; every attack would then chase a target that does not
+exist, so the culprit is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leakatlas.attacks.api import ActiveAttack, Attack, Outlook
+from leakatlas.errors import LeakAtlasError, NotGranted, UnsupportedModel
+from leakatlas.fl import FedAVG, FedSGD, Protocol, Stage, Update, state_hash
+from leakatlas.fl.replay import simulate_client
+from leakatlas.fl.state import buffers, parameters
+from leakatlas.models import structure
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+"""Largest relative residual that rounding explains, by dtype of the update."""
+
+
+@dataclass(frozen=True)
+class ReplayCheck:
+    """Whether an update is what the described client would have sent for the true batch.
+
+    Args:
+        residual: ``|replay - update| / |update|`` under the description.
+        consistent: Whether rounding explains the residual.
+        culprit: ``weights``, ``mode``, ``sign``, ``scale``, ``reduction``, ``optimizer``,
+            ``order``, ``defense`` or ``unknown``; empty if consistent.
+        explanation: The finding in words.
+    """
+
+    residual: float
+    consistent: bool
+    culprit: str = ""
+    explanation: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What the doctor found.
+
+    Args:
+        replay: The harness-side check.
+        facts: Figures about model and batch, by name.
+        findings: What follows from them, in words.
+        outlooks: Per attack key: the letter it would run under ("" if none) and its outlook.
+    """
+
+    replay: ReplayCheck
+    facts: Mapping[str, float]
+    findings: tuple[str, ...]
+    outlooks: Mapping[str, tuple[str, Outlook]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "replay": vars(self.replay).copy(),
+            "facts": dict(self.facts),
+            "findings": list(self.findings),
+            "outlooks": {
+                key: {"letter": letter, "verdict": outlook.verdict, "reason": outlook.reason}
+                for key, (letter, outlook) in self.outlooks.items()
+            },
+        }
+
+
+def relative_residual(simulated: Mapping[str, Tensor], observed: Mapping[str, Tensor]) -> float:
+    """``|simulated - observed| / |observed|`` over the observed tensors; 0/0 is 0."""
+    difference = sum(float((simulated[n] - t).double().square().sum()) for n, t in observed.items())
+    size = sum(float(t.double().square().sum()) for t in observed.values())
+    return float((difference / size) ** 0.5) if size > 0 else float(difference > 0)
+
+
+def check_replay(
+    model: nn.Module,
+    update: Update,
+    x: Tensor,
+    y: Tensor,
+    protocol: Protocol,
+    *,
+    order: Sequence[Tensor] | None = None,
+    defended: bool = False,
+) -> ReplayCheck:
+    """Compare an update with the described client's computation on the true batch.
+
+    Args:
+        model: Holding the state at which the update is said to have been computed.
+        update: The observed update.
+        x: True inputs ``(N, C, H, W)``, model space.
+        y: True labels ``(N,)``.
+        protocol: The learning algorithm as described.
+        order: Example indices of every local step, if known.
+        defended: Whether a defense changed the upload on purpose.
+    """
+    dtype = next(iter(update.tensors.values())).dtype
+    tolerance = TOLERANCE.get(dtype, 1e-3)
+    first = _residual(model, update, x, y, protocol, order)
+    if first.plain <= tolerance:
+        return ReplayCheck(first.plain, True)
+    own = {n: t for n, t in {**parameters(model), **buffers(model)}.items()}
+    if update.state_hash and update.state_hash != state_hash(own):
+        shared = {n: t for n, t in own.items() if n in update.tensors or n in buffers(model)}
+        if update.state_hash != state_hash(shared):
+            return ReplayCheck(
+                first.plain,
+                False,
+                "weights",
+                f"the update says it was computed at state {update.state_hash[:12]}, the model "
+                f"holds {state_hash(own)[:12]}: capture the weights that the client received, "
+                "before its first step",
+            )
+    if defended:
+        return ReplayCheck(
+            first.plain,
+            False,
+            "defense",
+            f"the defense changes the upload by {first.plain:.1%} of its norm, as it should",
+        )
+    for culprit, words, residual in _hypotheses(model, update, x, y, protocol, order):
+        if residual.plain <= tolerance:
+            return ReplayCheck(first.plain, False, culprit, words)
+    for culprit, words, residual in [
+        ("", "", first),
+        *_hypotheses(model, update, x, y, protocol, order),
+    ]:
+        if residual.scaled <= tolerance:
+            name = "sign" if residual.factor < 0 else "scale"
+            also = f", and {words}" if culprit else ""
+            return ReplayCheck(
+                first.plain,
+                False,
+                name,
+                f"the update is {residual.factor:.6g} times what the described client sends: "
+                + ("the sign is reversed" if residual.factor < 0 else "a factor is missing")
+                + f" (learning rate, step count, clipping or weighting){also}",
+            )
+    return ReplayCheck(
+        first.plain,
+        False,
+        "unknown",
+        "no single change of mode, order, reduction, optimizer, sign or scale explains it; check "
+        "the weights, the preprocessing of the batch, dropout, and the loss",
+    )
+
+
+@dataclass(frozen=True)
+class _Residual:
+    plain: float
+    scaled: float
+    factor: float
+
+
+def _residual(
+    model: nn.Module,
+    update: Update,
+    x: Tensor,
+    y: Tensor,
+    protocol: Protocol,
+    order: Sequence[Tensor] | None,
+) -> _Residual:
+    model.train(protocol.mode == "train")
+    batches = order if isinstance(protocol, FedAVG) else None
+    quantity = simulate_client(model, parameters(model), buffers(model), x, y, protocol,
+                               batches=batches)  # fmt: skip
+    simulated = {n: t.detach() * update.sign * update.scale for n, t in quantity.items()}
+    inner = sum(float((simulated[n] * t).double().sum()) for n, t in update.tensors.items())
+    size = sum(float(simulated[n].double().square().sum()) for n in update.tensors)
+    factor = inner / size if size > 0 else 1.0
+    return _Residual(
+        relative_residual(simulated, update.tensors),
+        relative_residual({n: t * factor for n, t in simulated.items()}, update.tensors),
+        factor,
+    )
+
+
+def _hypotheses(
+    model: nn.Module,
+    update: Update,
+    x: Tensor,
+    y: Tensor,
+    protocol: Protocol,
+    order: Sequence[Tensor] | None,
+) -> Iterator[tuple[str, str, _Residual]]:
+    """Single changes of the description: culprit, words, residual under the change."""
+    other = "train" if protocol.mode == "eval" else "eval"
+    variants: list[tuple[str, str, Protocol, Sequence[Tensor] | None]] = [
+        ("mode", f"the client ran in {other} mode, not {protocol.mode}",
+         _with(protocol, mode=other), order),
+    ]  # fmt: skip
+    if isinstance(protocol, FedSGD):
+        reduced = "sum" if protocol.reduction == "mean" else "mean"
+        variants.append(
+            ("reduction", f"the client's loss is the {reduced}, not the {protocol.reduction}",
+             _with(protocol, reduction=reduced), order)
+        )  # fmt: skip
+    else:
+        if order is not None:
+            variants.append(
+                ("order", "the batches were taken in the order given, not in the recorded one",
+                 protocol, None)
+            )  # fmt: skip
+        for change, words in (
+            ({"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0}, "plain SGD"),
+            ({"optimizer": "sgd", "momentum": 0.9}, "SGD with momentum 0.9"),
+            ({"optimizer": "adam"}, "Adam"),
+        ):
+            changed = _with(protocol, **change)
+            if changed != protocol:
+                variants.append(
+                    ("optimizer", f"the client's optimizer was {words}", changed, order)
+                )
+    for culprit, words, variant, batches in variants:
+        yield culprit, words, _residual(model, update, x, y, variant, batches)
+
+
+def _with(protocol: Protocol, **changes: Any) -> Protocol:
+    return replace(protocol, **changes)
+
+
+def examine(
+    stage: Stage,
+    attacks: Sequence[Attack] = (),
+    *,
+    letters: Sequence[str] = (),
+    captured: Update | None = None,
+) -> Diagnosis:
+    """Check a stage and judge every attack, in seconds.
+
+    Args:
+        stage: The set-up.
+        attacks: To be judged.
+        letters: Threat models to choose from, weakest first.
+        captured: An update from a real client, instead of the simulated one.
+
+    Raises:
+        InvalidInput: If the captured update does not fit the model or is not finite.
+    """
+    federation = stage.federation
+    client = federation.clients[min(federation.clients)]
+    record = federation.play_round()
+    target = min(federation.clients)
+    model = record.received[target]
+    update = captured or record.updates[target]
+    update.check().check_fits(dict(model.named_parameters()))
+    replay = check_replay(
+        model,
+        update,
+        client.x,
+        client.y,
+        federation.protocol,
+        order=None if captured else record.order[target],
+        defended=bool(federation.defenses) and captured is None,
+    )
+    facts, findings = _facts(stage, model, client.y)
+    if not replay.consistent and replay.culprit != "defense":
+        findings.insert(0, f"The update is not consistent with this set-up: {replay.explanation}.")
+    outlooks = {attack.key: outlook(stage, attack, letters, record) for attack in attacks}
+    return Diagnosis(replay, facts, tuple(findings), outlooks)
+
+
+def outlook(
+    stage: Stage, attack: Attack, letters: Sequence[str], record: Any = None
+) -> tuple[str, Outlook]:
+    """The weakest of ``letters`` under which an attack may run on this stage, and its outlook."""
+    refusal = "needs none of the chosen letters"
+    for letter in letters:
+        scenario = replace(stage.scenario, letter=letter)
+        seen = _restaged(stage, scenario)
+        try:
+            records = [] if isinstance(attack, ActiveAttack) or record is None else [record]
+            view = seen.view(records, target=min(stage.victims))
+            attack.check(view)
+            if records:
+                probe = view.update
+                if probe.kind == "delta":
+                    _ = view.protocol
+            return letter, attack.outlook(view)
+        except NotGranted as problem:
+            refusal = str(problem)
+        except UnsupportedModel as problem:
+            return letter, Outlook("hopeless", str(problem))
+        except LeakAtlasError as problem:
+            return letter, Outlook("hopeless", str(problem))
+    return "", Outlook("hopeless", refusal)
+
+
+def _restaged(stage: Stage, scenario: Any) -> Stage:
+    """The same live stage under another adversary."""
+    import copy
+
+    other = copy.copy(stage)
+    other.scenario = scenario
+    return other
+
+
+def _facts(stage: Stage, model: nn.Module, y: Tensor) -> tuple[dict[str, float], list[str]]:
+    shared = sum(p.numel() for n, p in model.named_parameters()
+                 if n not in stage.federation.private_names)  # fmt: skip
+    unknowns = len(y) * int(torch.tensor(stage.input_shape).prod())
+    duplicates = len(y) - len(y.unique())
+    steps = stage.federation.protocol.steps(len(y))
+    facts: dict[str, float] = {
+        "examples": len(y),
+        "shared parameters": shared,
+        "unknown pixels": unknowns,
+        "equations per unknown": shared / unknowns,
+        "duplicate labels": duplicates,
+        "local steps": steps,
+    }
+    findings = []
+    if shared < unknowns:
+        findings.append(
+            f"Fewer equations than unknown pixels ({shared:,} against {unknowns:,}): without a "
+            "prior, exact recovery of the whole batch is impossible for a passive adversary."
+        )
+    if duplicates:
+        findings.append(
+            f"{duplicates} of {len(y)} labels repeat: label rules that return distinct classes "
+            "must fail, and images that share a label tend to fuse."
+        )
+    if steps > 1:
+        findings.append(
+            f"The upload sums {steps} local steps: attacks must unroll them (letter C and above "
+            "know how), or treat the delta as one gradient and pay for the drift."
+        )
+    if structure.has_batchnorm(model):
+        mode = stage.federation.protocol.mode
+        findings.append(
+            "The model has batch normalisation in "
+            + ("train mode: examples are coupled through the batch's own statistics, which the "
+               "adversary does not hold unless they are granted." if mode == "train" else
+               "eval mode: the shared running statistics serve the adversary as an image prior.")
+        )  # fmt: skip
+    bins = 4 * len(y)
+    hits = len(y) * (1 - 1 / bins) ** (len(y) - 1)
+    facts["expected singleton bins (4 bins per image)"] = hits
+    first = structure.first_linear(model)
+    if first is None:
+        findings.append("No linear layer: read-outs of gradient ratios have nothing to read.")
+    return facts, findings

@@ -1,0 +1,281 @@
+"""The result of an audit: plain data that becomes ``report.json`` and the HTML page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leakatlas.audit.gate import parse_gate
+from leakatlas.audit.plan import VERDICTS
+from leakatlas.errors import InvalidInput
+from leakatlas.metrics.score import Scores
+from leakatlas.threat import LETTERS
+
+SCHEMA = "leakatlas/report/1"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One attack on one setting, or the reason why it was not run.
+
+    Args:
+        setting: Name of the setting.
+        attack: Catalogue key.
+        letter: Weakest chosen threat model under which it could run; empty if none.
+        vantage: Where the adversary looked.
+        target: Client attacked.
+        defenses: Keys of the defenses in force.
+        status: ``complete``, ``cut_short``, ``failed``, ``refused``, or ``not run``.
+        reason: In words.
+        verdict: One of :data:`~leakatlas.audit.plan.VERDICTS`.
+        seconds: Wall time of the attack.
+        rounds: Rounds that the adversary saw.
+        reads: View fields read.
+        scores: Against the truth, or None if not run.
+        recipe: What to run again.
+        notes: Figures that the attack reported.
+        pictures: Original and candidate beside each other, in [0, 1]: ``(n, 2, C, H, W)``.
+    """
+
+    setting: str
+    attack: str
+    letter: str
+    vantage: str
+    target: int
+    defenses: tuple[str, ...]
+    status: str
+    reason: str
+    verdict: str
+    seconds: float = 0.0
+    rounds: int = 0
+    reads: tuple[str, ...] = ()
+    scores: Scores | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, float] = field(default_factory=dict)
+    pictures: Tensor | None = None
+
+    @property
+    def leaked(self) -> bool:
+        """Whether anything beyond the null baselines was demonstrated."""
+        return self.verdict != VERDICTS[0]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values, without the pictures."""
+        plain = {k: v for k, v in vars(self).items() if k not in ("scores", "pictures")}
+        plain["defenses"], plain["reads"] = list(self.defenses), list(self.reads)
+        plain["recipe"], plain["notes"] = dict(self.recipe), dict(self.notes)
+        plain["scores"] = None if self.scores is None else self.scores.to_json()
+        return plain
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], pictures: Tensor | None = None) -> Run:
+        """The run whose :meth:`to_json` is ``values``."""
+        plain = dict(values)
+        scores = plain.pop("scores")
+        plain["defenses"], plain["reads"] = tuple(plain["defenses"]), tuple(plain["reads"])
+        return cls(
+            **plain,
+            scores=None if scores is None else Scores.from_json(scores),
+            pictures=pictures,
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One set of defenses on the first setting: what still leaked, and what it cost.
+
+    Args:
+        name: For people.
+        defenses: As JSON, keys and parameters.
+        runs: The battery under these defenses.
+        accuracy: On the reference task; None if it could not be trained.
+        reason: Why not.
+    """
+
+    name: str
+    defenses: tuple[Mapping[str, Any], ...]
+    runs: tuple[Run, ...]
+    accuracy: float | None
+    reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "name": self.name,
+            "defenses": [dict(d) for d in self.defenses],
+            "runs": [run.to_json() for run in self.runs],
+            "accuracy": self.accuracy,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class LetterVerdict:
+    """What one adversary achieved.
+
+    Args:
+        letter: Threat model.
+        verdict: The strongest over all runs that this adversary could make.
+        run: Index of the strongest run, or None.
+    """
+
+    letter: str
+    verdict: str
+    run: int | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that an audit found.
+
+    Args:
+        runs: Under the settings' own defenses.
+        comparisons: Alternatives, the undefended case first.
+        letters: Threat models asked for.
+        diagnoses: The doctor's findings by setting, as JSON.
+        facts: Models, data, hardware, versions, budget.
+        command: Repeats the audit.
+        source: The configuration.
+        complete: Whether every planned run was made.
+        seconds: Wall time of this audit, resumed parts not counted twice.
+    """
+
+    runs: tuple[Run, ...]
+    comparisons: tuple[Comparison, ...]
+    letters: tuple[str, ...]
+    diagnoses: Mapping[str, Mapping[str, Any]]
+    facts: Mapping[str, Any]
+    command: str
+    source: Mapping[str, Any]
+    complete: bool
+    seconds: float
+
+    def verdicts(self) -> tuple[LetterVerdict, ...]:
+        """One verdict for each letter, from the runs whose knowledge it holds.
+
+        A run made under a weaker letter counts for every letter that knows at least as much.
+        """
+        return tuple(self._verdict(letter) for letter in self.letters)
+
+    def _verdict(self, letter: str) -> LetterVerdict:
+        held = LETTERS[letter].knowledge
+        best: tuple[tuple[int, float], int] | None = None
+        for index, run in enumerate(self.runs):
+            if not run.letter or run.scores is None or LETTERS[run.letter].knowledge & ~held:
+                continue
+            rank = (VERDICTS.index(run.verdict), run.scores.psnr.max)
+            if best is None or rank > best[0]:
+                best = (rank, index)
+        if best is None:
+            return LetterVerdict(letter, VERDICTS[0], None)
+        return LetterVerdict(letter, VERDICTS[best[0][0]], best[1])
+
+    def worst_case(self) -> dict[str, list[float]]:
+        """Per metric, one value for each original image: the worst over all runs."""
+        best: dict[tuple[str, int, int], dict[str, float]] = {}
+        for run in self.runs:
+            if run.scores is None:
+                continue
+            for position, image in enumerate(run.scores.images):
+                key = (run.setting, run.target, position)
+                now = {
+                    "psnr": image.psnr,
+                    "ssim": image.ssim if image.ssim is not None else 0.0,
+                    "mse": image.mse,
+                    "exact": float(image.exact),
+                }
+                old = best.setdefault(key, now)
+                best[key] = {
+                    m: (min if m == "mse" else max)(old[m], value) for m, value in now.items()
+                }
+        return {
+            m: [values[m] for values in best.values()] for m in ("psnr", "ssim", "mse", "exact")
+        }
+
+    def exceeds(self, condition: str) -> bool:
+        """Whether a condition such as ``P(psnr > 20 dB) > 0.05`` holds; see :func:`parse_gate`.
+
+        Raises:
+            InvalidParameter: If the condition cannot be read.
+        """
+        return parse_gate(condition).holds(self.worst_case())
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``report.json``."""
+        return {
+            "schema": SCHEMA,
+            "letters": list(self.letters),
+            "verdicts": [vars(v).copy() for v in self.verdicts()],
+            "worst_case": self.worst_case(),
+            "runs": [run.to_json() for run in self.runs],
+            "comparisons": [comparison.to_json() for comparison in self.comparisons],
+            "diagnoses": {name: dict(d) for name, d in self.diagnoses.items()},
+            "facts": dict(self.facts),
+            "command": self.command,
+            "source": dict(self.source),
+            "complete": self.complete,
+            "seconds": self.seconds,
+        }
+
+    def save(self, folder: Path | str) -> Path:
+        """Write ``report.html``, ``report.json`` and its JSON Schema; returns the page's path."""
+        from leakatlas.report import write_report
+
+        return write_report(self, Path(folder))
+
+
+def check_writable(folder: Path) -> None:
+    """Make ``folder`` and try it, before any compute.
+
+    Raises:
+        InvalidInput: If it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as problem:
+        raise InvalidInput(
+            f"The output folder {str(folder)!r} cannot be written ({problem.strerror}); choose "
+            "another with --out. Nothing was computed yet."
+        ) from None
+
+
+def pictures_of(scores: Scores, candidates: Tensor, originals: Tensor, most: int = 16) -> Tensor:
+    """Originals beside their candidates, ``(n, 2, C, H, W)`` in [0, 1]; grey where there is none."""
+    pairs = []
+    for original, image in list(zip(originals, scores.images, strict=True))[:most]:
+        found = (
+            torch.full_like(original, 0.5)
+            if image.candidate is None
+            else candidates[image.candidate].to(original).clamp(0, 1)
+        )
+        pairs.append(torch.stack([original, found]))
+    return torch.stack(pairs)
+
+
+def load_report(path: Path | str) -> Mapping[str, Any]:
+    """The content of a ``report.json``.
+
+    Raises:
+        InvalidInput: If the file is missing or not a report.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "report.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InvalidInput(f"The report {str(path)!r} does not exist.") from None
+    except json.JSONDecodeError as problem:
+        raise InvalidInput(f"{str(path)!r} is not JSON: {problem}.") from None
+    if not isinstance(values, dict) or values.get("schema") != SCHEMA:
+        raise InvalidInput(f"{str(path)!r} is not a report of schema {SCHEMA!r}.")
+    return values

@@ -1,0 +1,363 @@
+"""Changing a model so that its update shows inputs: blocks that bin, kernels that copy, traps.
+
+The pure parts (rows, kernels, chains of layers) know no attack. The modules are what a malicious
+server inserts; their parameters are addressed by name, and the read-out never needs the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from leakatlas.errors import UnsupportedModel
+
+Form = Literal["cumulative", "sparse"]
+Connection = Literal["linear", "addition"]
+
+
+# -- binning layers --------------------------------------------------------------------------------
+
+
+def binning_rows(w: Tensor, edges: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """Weights ``(k, n)`` and biases ``(k,)`` of a layer that bins ``h(x) = <w, x>``.
+
+    Args:
+        w: ``(n,)``.
+        edges: ``(k + 1,)`` rising.
+        form: ``cumulative``: row i is ``h - c_i``, for a ReLU. ``sparse``: row i is
+            ``(h - c_i) / (c_{i+1} - c_i)``, for a hard tanh on [0, 1], so that an input inside the
+            outer edges has a gradient through the row of its own bin only.
+    """
+    edges = edges.to(w)
+    low = edges[:-1]
+    if form == "cumulative":
+        return w.expand(len(low), -1).clone(), -low
+    width = edges.diff()
+    return w / width[:, None], -low / width
+
+
+def mean_activation(edges: Tensor, form: Form) -> float:
+    """What all binning neurons add up to, on average over equally likely inner bins."""
+    low, high = edges[:-1], edges[1:]
+    h = (low + high)[1:-1] / 2 if len(low) > 2 else (low + high) / 2
+    if form == "cumulative":
+        total = (h[:, None] - low[None, :]).clamp(min=0).sum(dim=1)
+    else:
+        total = ((h[:, None] - low) / (high - low)).clamp(0, 1).sum(dim=1)
+    return float(total.mean())
+
+
+class Imprint(nn.Module):
+    """``y = W2 act(W1 x + b1) + b2``, back in the shape of the input.
+
+    Args:
+        w: ``(n,)`` the measurement.
+        edges: ``(k + 1,)``.
+        form: ReLU (cumulative) or hard tanh (sparse).
+        connection: ``linear`` passes y on, ``addition`` passes ``x + y``.
+        gain: W1 and b1 are multiplied by it, W2 is divided by it.
+        spread: All entries of W2 are one value, chosen so that an average input gives ``y + 1`` =
+            ``spread``; None for ``1 / gain``, as released, which drives the model behind to
+            saturation.
+    """
+
+    def __init__(
+        self,
+        w: Tensor,
+        edges: Tensor,
+        *,
+        form: Form = "cumulative",
+        connection: Connection = "linear",
+        gain: float = 1.0,
+        spread: float | None = 1.0,
+    ) -> None:
+        super().__init__()
+        n, k = len(w), len(edges) - 1
+        self.form: Form = form
+        self.connection: Connection = connection
+        weight, bias = binning_rows(w, edges, form)
+        total = mean_activation(edges, form)
+        column = 1.0 / gain if spread is None else spread / (gain * total)
+        self.first = _linear(gain * weight, gain * bias)
+        # Equal columns: every active row then has the same delta, and differences of rows cancel.
+        self.second = _linear(
+            w.new_full((n, k), column), w.new_full((n,), -column * gain * total)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to ``(N, C, H, W)``."""
+        z = self.first(x.flatten(1))
+        hidden = F.relu(z) if self.form == "cumulative" else F.hardtanh(z, 0.0, 1.0)
+        y: Tensor = self.second(hidden).reshape(x.shape)
+        return x + y if self.connection == "addition" else y
+
+
+class SplitImprint(nn.Module):
+    """An imprint behind a convolution that gives every client columns of its own.
+
+    Client j's copy has non-zero kernels only in its own group of channels, where they copy the
+    input times ``kappa``, and non-zero weights of the first linear layer only in the columns that
+    those channels feed. The gradient of the other columns is zero, and stays zero through all
+    local steps, so a sum over clients keeps them apart.
+
+    Args:
+        w: ``(n,)`` the measurement.
+        edges: ``(k + 1,)``.
+        shape: ``(C, H, W)``.
+        clients: Number of groups.
+        group: Which group this copy uses.
+        kappa: Convolutional scaling factor: images times kappa, weights over kappa.
+        anchor: Whether every group has one more channel, which is constant (``kappa``) and takes
+            no part in the forward pass: its column sums the deltas of one client alone.
+        spread: As in :class:`Imprint`.
+        connection: As in :class:`Imprint`.
+        offset: Added to ``<w, x>`` before it is compared with the edges.
+    """
+
+    def __init__(
+        self,
+        w: Tensor,
+        edges: Tensor,
+        *,
+        shape: tuple[int, ...],
+        clients: int,
+        group: int,
+        kappa: float,
+        anchor: bool = False,
+        spread: float = 1.0,
+        connection: Connection = "linear",
+        offset: float = 0.0,
+    ) -> None:
+        super().__init__()
+        channels, height, width = shape
+        self.connection: Connection = connection
+        own = channels + int(anchor)
+        n, k = len(w), len(edges) - 1
+        start = group * own
+        self.conv = nn.utils.skip_init(
+            nn.Conv2d, channels, own * clients, 3, padding=1, dtype=w.dtype, device=w.device
+        )
+        with torch.no_grad():
+            self.conv.weight.zero_()
+            bias = _bias(self.conv)
+            bias.zero_()
+            for c in range(channels):
+                self.conv.weight[start + c, c, 1, 1] = kappa
+            if anchor:
+                bias[start + channels] = kappa
+        weight, threshold = binning_rows(w, edges.to(w) - offset, "sparse")
+        area = height * width
+        full = w.new_zeros(k, own * clients * area)
+        full[:, start * area : start * area + n] = weight / kappa
+        self.first = _linear(full, threshold)
+        total = mean_activation(edges, "sparse")
+        column = spread / total
+        self.second = _linear(w.new_full((n, k), column), w.new_full((n,), -column * total))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to ``(N, C, H, W)``."""
+        z = self.first(self.conv(x).flatten(1))
+        y: Tensor = self.second(F.hardtanh(z, 0.0, 1.0)).reshape(x.shape)
+        return x + y if self.connection == "addition" else y
+
+
+class Imprinted(nn.Module):
+    """A model behind an inserted block.
+
+    Args:
+        block: Maps ``(N, C, H, W)`` to the same shape.
+        model: The benign model.
+    """
+
+    def __init__(self, block: nn.Module, model: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of the model on the block's output."""
+        logits: Tensor = self.model(self.block(x))
+        return logits
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    layer: nn.Linear = nn.utils.skip_init(
+        nn.Linear, weight.shape[1], weight.shape[0], dtype=weight.dtype, device=weight.device
+    )
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    return layer
+
+
+def _bias(layer: nn.Conv2d) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias
+
+
+# -- trap weights and copying kernels --------------------------------------------------------------
+
+
+def trap_rows(
+    rows: int,
+    n: int,
+    *,
+    scaling: float,
+    sigma: float,
+    mean: float = 0.0,
+    generator: torch.Generator,
+    like: Tensor,
+) -> Tensor:
+    """Trap weights ``(rows, n)``: each row half negative, half the same values times -scaling.
+
+    With inputs in [0, 1] and ``scaling`` slightly below 1, a row's pre-activation is mostly
+    negative, so few inputs fire it.
+
+    Args:
+        rows: m.
+        n: Input size; an odd one leaves one zero per row.
+        scaling: s in (0, 1).
+        sigma: Spread of the negative half before its sign is fixed.
+        mean: Its mean.
+        generator: Randomness.
+        like: Gives dtype and device.
+    """
+    half = n // 2
+    size = (mean + sigma * torch.randn(rows, half, generator=generator, dtype=torch.float64)).abs()
+    place = torch.rand(rows, n, generator=generator).argsort(dim=1)
+    shuffle = torch.rand(rows, half, generator=generator).argsort(dim=1)
+    weight = torch.zeros(rows, n, dtype=torch.float64)
+    weight.scatter_(1, place[:, :half], -size)
+    weight.scatter_(1, place[:, half : 2 * half], scaling * size.gather(1, shuffle))
+    return weight.to(like)
+
+
+def copying_kernels(
+    conv: nn.Conv2d, channels: int, *, gain: Sequence[float], shift: Sequence[float]
+) -> None:
+    """Make the first ``channels`` outputs of ``conv`` copies of its first inputs, the rest zero.
+
+    The single tap sits where output position p reads input position ``stride * p``, so a stride
+    subsamples and nothing is lost at the border. Changes ``conv`` in place.
+
+    Args:
+        conv: Owned by the caller.
+        channels: How many channels are carried.
+        gain: Factor on each carried channel.
+        shift: Added to each carried channel; needs a bias unless zero.
+
+    Raises:
+        UnsupportedModel: If the convolution cannot carry them.
+    """
+    height, width = (min(int(p), k - 1) for p, k in zip(_padding(conv), conv.kernel_size, strict=True))
+    if conv.out_channels < channels or conv.groups != 1:
+        raise UnsupportedModel(
+            f"A convolution {conv.in_channels}->{conv.out_channels} with {conv.groups} groups "
+            f"cannot carry {channels} channels unchanged; it needs as many outputs and one group."
+        )
+    if any(shift) and conv.bias is None:
+        raise UnsupportedModel(
+            "The first convolution has no bias, so it cannot undo the pixel normalisation; give "
+            "the model plain pixels (a unit box), or a convolution with bias."
+        )
+    with torch.no_grad():
+        conv.weight.zero_()
+        if conv.bias is not None:
+            conv.bias.zero_()
+        for c in range(channels):
+            conv.weight[c, c, height, width] = gain[c]
+            if conv.bias is not None:
+                conv.bias[c] = shift[c]
+
+
+def _padding(conv: nn.Conv2d) -> tuple[int, ...]:
+    if isinstance(conv.padding, str):
+        if conv.padding == "valid":
+            return (0, 0)
+        return tuple((k - 1) * d // 2 for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
+    return tuple(conv.padding)
+
+
+# -- the structure of a model ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Link:
+    """One layer of a chain.
+
+    Args:
+        name: Module name.
+        module: The layer itself.
+        input_shape: Of one example, without the batch.
+        output_shape: Of one example.
+    """
+
+    name: str
+    module: nn.Module
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+
+def chain(model: nn.Module, example: Tensor) -> tuple[Link, ...]:
+    """The layers of a model in the order of execution, if each one feeds the next alone.
+
+    The model is run once in eval mode. Views between layers (flatten, reshape) are followed;
+    sums, concatenations and activations that are not modules break the chain.
+
+    Args:
+        model: Any module; left as it was.
+        example: ``(1, C, H, W)``.
+
+    Raises:
+        UnsupportedModel: Naming the two layers between which the chain breaks.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    leaves = [m for m in model.modules() if not list(m.children()) and m is not model]
+    if not leaves:
+        leaves = [model]
+    seen: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def note(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        if len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+            seen.append((module, inputs[0], output))
+
+    modes = {module: module.training for module in model.modules()}
+    handles = [leaf.register_forward_hook(note) for leaf in leaves]
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            logits = model(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    links: list[Link] = []
+    value, last = example, "the input"
+    for module, given, result in seen:
+        name = names[module] or type(module).__name__
+        if not _same(value, given):
+            raise UnsupportedModel(_broken(model, last, name))
+        links.append(Link(names[module], module, tuple(given.shape[1:]), tuple(result.shape[1:])))
+        value, last = result, name
+    if not isinstance(logits, Tensor) or not _same(value, logits):
+        raise UnsupportedModel(_broken(model, last, "the output"))
+    return tuple(links)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
+
+
+def _broken(model: nn.Module, before: str, after: str) -> str:
+    return (
+        f"{type(model).__name__} is not a plain chain of layers: something other than a module "
+        f"happens between {before} and {after} (a residual sum, a branch, a functional "
+        "activation). This method follows convolutions, linear layers, activation modules, "
+        "pooling and flattening only."
+    )

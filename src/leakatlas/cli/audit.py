@@ -1,0 +1,171 @@
+"""``leakatlas audit`` and ``leakatlas doctor``."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+OUT = Path("leak-report")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(audit)
+    app.command()(doctor)
+
+
+def audit(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file; bundled photos and a small CNN if left out.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = OUT,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="30s, 10m, 1h, or 'paper' for published presets without a limit."),
+    ] = None,
+    threat: Annotated[str | None, typer.Option(help="Letters, such as A-E or B,F.")] = None,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(help="Condition that fails the build, e.g. 'P(psnr > 20) > 0.05'."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
+) -> None:
+    """Attack a set-up and report what leaks, to whom, and what would stop it.
+
+    Exit code 0: fine; 1: a --fail-on condition holds; 2: bad input. Ctrl-C keeps what was
+    computed; the same command continues it.
+    """
+    # torch takes a second to load; --help and mistakes in the command line should not wait for it.
+    from dataclasses import replace
+
+    from leakatlas.audit import (
+        Silent,
+        Watch,
+        carry_out,
+        make_plan,
+        parse_budget,
+        parse_gate,
+        read_config,
+    )
+    from leakatlas.audit.bundled import bundled_plan
+    from leakatlas.audit.report_data import check_writable
+    from leakatlas.cli.progress import Bars, verdict_table
+    from leakatlas.threat import threat_models
+
+    gates = [parse_gate(text) for text in fail_on or []]
+    check_writable(out)
+    command = ["leakatlas", "audit", *([str(config)] if config else [])]
+    if config is None:
+        plan = bundled_plan()
+    else:
+        settings = read_config(config)
+        gates += [parse_gate(text) for text in settings.fail_on]
+        plan = make_plan(settings, base=config.parent, command="")
+    if budget is not None:
+        plan = replace(plan, seconds=parse_budget(budget))
+        command += ["--budget", budget]
+    if threat is not None:
+        plan = replace(plan, letters=tuple(m.letter for m in threat_models(threat)))
+        command += ["--threat", threat]
+    if seed is not None:
+        plan = replace(plan, seed=seed)
+        command += ["--seed", str(seed)]
+    plan = replace(plan, command=shlex.join([*command, "--out", str(out)]))
+    console = Console(stderr=True)
+    stop = Watch()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if stop.stopped:
+            raise KeyboardInterrupt
+        console.print("\nStopping after this step; press Ctrl-C again to leave at once.")
+        stop.stop()
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        if as_json:
+            report = carry_out(plan, out=out, listener=Silent(), stop=stop)
+        else:
+            bars = Bars(console)
+            with bars.progress:
+                report = carry_out(plan, out=out, listener=bars, stop=stop)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    failed = [gate for gate in gates if gate.holds(report.worst_case())]
+    if as_json:
+        typer.echo(json.dumps(report.to_json()))
+    else:
+        console.print(verdict_table(report))
+        console.print(f"Report: {out / 'report.html'}")
+        if not report.complete:
+            console.print("Stopped early; the same command continues.")
+    for gate in failed:
+        value = gate.value(report.worst_case())
+        console.print(f"[bold red]Failed:[/] {gate.text} (it is {value:.3g}).", highlight=False)
+    raise typer.Exit(1 if failed else 0)
+
+
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file; the bundled set-up if left out.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a set-up in seconds: is it consistent, and which attacks can work at all?
+
+    Exit code 0: consistent; 1: the update is not what the described client sends; 2: bad input.
+    """
+    from leakatlas.audit import captured_update, examine, make_plan, presets, read_config
+    from leakatlas.audit.bundled import bundled_plan
+
+    captured = None
+    if config is None:
+        plan = bundled_plan()
+    else:
+        settings = read_config(config)
+        captured = captured_update(settings, base=config.parent)
+        plan = make_plan(settings, base=config.parent, command="")
+    console = Console()
+    consistent = True
+    found = {}
+    for setting in plan.settings:
+        attacks = presets(setting.attacks, plan.attack_parameters, published=False)
+        stage = setting.stage(letter=plan.letters[0], seed=plan.seed)
+        diagnosis = examine(stage, attacks, letters=plan.letters, captured=captured)
+        found[setting.name] = diagnosis.to_json()
+        replay = diagnosis.replay
+        expected = replay.consistent or replay.culprit == "defense"
+        consistent &= expected
+        if as_json:
+            continue
+        console.rule(setting.name, align="left")
+        mark = "[green]consistent[/]" if expected else f"[bold red]wrong: {replay.culprit}[/]"
+        words = f" {replay.explanation}" if replay.explanation else ""
+        console.print(f"Replay of the true batch: {mark}, residual {replay.residual:.1e}.{words}")
+        for name, value in diagnosis.facts.items():
+            console.print(f"  {name}: {value:,.4g}", highlight=False)
+        for finding in diagnosis.findings:
+            console.print(f"  - {finding}", highlight=False)
+        table = Table()
+        for column in ("attack", "letter", "outlook", "why"):
+            table.add_column(column)
+        for key, (letter, outlook) in diagnosis.outlooks.items():
+            style = {"applicable": "green", "hopeless": "red", "unknown": "yellow"}
+            table.add_row(
+                key,
+                letter or "-",
+                f"[{style[outlook.verdict]}]{outlook.verdict}[/]",
+                outlook.reason,
+            )
+        console.print(table)
+    if as_json:
+        typer.echo(json.dumps(found))
+    raise typer.Exit(0 if consistent else 1)

@@ -1,0 +1,471 @@
+"""The catalogue on the command line: list, show, cite, table, export, validate, site.
+
+Tables for people, ``--json`` for machines. Exit codes: 0 fine, 1 ``validate`` found something to
+repair, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from leakatlas.errors import InvalidInput, LeakAtlasError, UnknownName
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Json = Annotated[bool, typer.Option("--json", help="Write JSON for machines.")]
+Printed = Annotated[
+    bool, typer.Option("--printed", help="Show the published values, without corrections.")
+]
+ResultsFolder = Annotated[
+    Path | None,
+    typer.Option("--results", help="Folder of measured results.", show_default="results/"),
+]
+
+site_app = typer.Typer(help="The catalogue as a static site.", no_args_is_help=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the catalogue's commands to the application."""
+    app.command("list")(list_rows)
+    app.command("show")(show)
+    app.command("cite")(cite)
+    app.command("table")(table)
+    app.command("export")(export)
+    app.command("validate")(validate)
+    app.add_typer(site_app, name="site")
+
+
+def _polite(command: Callable[P, R]) -> Callable[P, R]:
+    """Say what LeakAtlas raised on purpose in one message, and leave with 2."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except LeakAtlasError as error:
+            Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+def _emit(value: Any) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+@_polite
+def list_rows(
+    kind: Annotated[
+        str | None, typer.Option(help="attack or defense; both if left out.")
+    ] = None,
+    threat_model: Annotated[
+        str | None, typer.Option("--threat-model", "-t", help="Attacks of this letter, A-H.")
+    ] = None,
+    algorithm: Annotated[
+        str | None, typer.Option("--algorithm", "-a", help="Attacks on fedsgd or fedavg.")
+    ] = None,
+    knowledge: Annotated[
+        str | None, typer.Option(help="Attacks that hold this knowledge, e.g. surrogate.")
+    ] = None,
+    category: Annotated[str | None, typer.Option(help="E.g. analytic, heuristic.")] = None,
+    technique: Annotated[str | None, typer.Option(help="E.g. latent, perturbation.")] = None,
+    mechanism: Annotated[str | None, typer.Option(help="E.g. binning, gradient-matching.")] = None,
+    label_recovery: Annotated[
+        str | None, typer.Option(help="new, assumed, optimised, none, row.")
+    ] = None,
+    holds_against: Annotated[
+        str | None, typer.Option(help="Defenses whose printed stance holds against this letter.")
+    ] = None,
+    implemented: Annotated[
+        bool | None, typer.Option("--implemented/--not-implemented", help="Has a module here.")
+    ] = None,
+    tested: Annotated[
+        bool | None, typer.Option("--tested/--not-tested", help="Its module has a test here.")
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option("--where", "-w", help="COLUMN=VALUE on any column; repeatable."),
+    ] = None,
+    search: Annotated[str, typer.Option("--search", "-s", help="Words that must occur.")] = "",
+    printed: Printed = False,
+    as_json: Json = False,
+) -> None:
+    """List attacks and defenses, filtered on any column.
+
+    Example: leakatlas list --threat-model D --algorithm fedavg --implemented
+    """
+    from leakatlas.catalogue import facets, loader
+
+    wanted: dict[str, Any] = {
+        "kind": kind,
+        "threat_model": threat_model and loader.threat_model(threat_model).letter,
+        "algorithm": algorithm,
+        "knowledge": knowledge,
+        "category": category,
+        "technique": technique,
+        "mechanism": mechanism,
+        "label_recovery": label_recovery,
+        "holds": holds_against and loader.threat_model(holds_against).letter,
+        "implemented": implemented,
+        "tested": tested,
+    }
+    wanted = {column: value for column, value in wanted.items() if value is not None}
+    every = facets.records(printed=printed)
+    for column, value in wanted.items():
+        _check_choice(column, value, every)
+    for condition in where or ():
+        column, equals, value = condition.partition("=")
+        if not equals:
+            raise InvalidInput(
+                f"--where {condition!r} is no condition; write COLUMN=VALUE, e.g. year=2024."
+            )
+        wanted[column.strip()] = value.strip()
+    found = facets.select(every, wanted, search)
+    if as_json:
+        _emit(found)
+        return
+    grid = Table(title=f"{len(found)} of {len(every)} rows", title_justify="left")
+    for column in ("key", "no.", "name", "path", "threat model", "algorithm", "module"):
+        grid.add_column(column, no_wrap=column in ("key", "no."))
+    for row in found:
+        attack = row["kind"] == "attack"
+        grid.add_row(
+            row["key"],
+            str(row["number"]),
+            f"{row['name']}, {row['year'] or 'n/a'}",
+            f"{row['category']}/{row['technique']}",
+            row["threat_model"] if attack else f"holds: {''.join(row['holds']) or 'none'}",
+            "+".join(row["algorithm"]) if attack else "",
+            "yes" if row["implemented"] else "no",
+        )
+    Console().print(grid)
+
+
+def _check_choice(column: str, value: Any, rows: list[dict[str, Any]]) -> None:
+    """Refuse a value that no row has: a typing error must not look like an empty answer."""
+    if isinstance(value, bool):
+        return
+    known: set[str] = set()
+    for row in rows:
+        held = row.get(column)
+        known.update(map(str, held) if isinstance(held, list) else [str(held)] if held else [])
+    if str(value).casefold() not in {name.casefold() for name in known}:
+        raise UnknownName(column.replace("_", " "), value, known)
+
+
+@_polite
+def show(
+    key: Annotated[str, typer.Argument(help="Key, alias or number of a row; or a letter A-H.")],
+    printed: Printed = False,
+    results_folder: ResultsFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Show one row: facts, corrections, parameters, reported beside measured."""
+    from leakatlas.catalogue import export as exporting
+    from leakatlas.catalogue import loader, results, tables
+
+    measured = results.load(results_folder or results.default_folder())
+    kind, row = _row(key)
+    if as_json:
+        values = {
+            "threat model": lambda: exporting.threat_model(row),
+            "attack": lambda: exporting.attack(row, measured),
+            "defense": lambda: exporting.defense(row, measured),
+            "reference": lambda: exporting.reference(row),
+        }
+        _emit(values[kind]())
+        return
+    shown = row if printed else row.corrected()
+    cells = tables.cells_of(shown)
+    console = Console()
+    grid = Table(title=f"{kind}: {tables.name_of(row)}", title_justify="left", show_header=False)
+    grid.add_column(style="bold")
+    grid.add_column(overflow="fold")
+    for column, cell in cells.items():
+        grid.add_row(column, escape(cell))
+    if kind == "attack":
+        grid.add_row("Title", escape(loader.reference(row.reference).corrected().title))
+        grid.add_row("Idea", escape(row.summary))
+    if kind in ("attack", "defense"):
+        _show_code(grid, "attack" if kind == "attack" else "defense", row)
+    for evidence in getattr(row, "evidence", ()):
+        works = ", ".join(map(str, evidence.works))
+        grid.add_row(
+            f"\\[{works}] on {', '.join(evidence.letters)}",
+            escape(f"{evidence.stance}: {evidence.text}"),
+        )
+    for note in row.notes:
+        grid.add_row("Note", escape(note))
+    console.print(grid)
+    if row.corrections:
+        corrections = Table(title="Corrections", title_justify="left")
+        for column in ("cell", "printed", "corrected", "reason"):
+            corrections.add_column(column, overflow="fold")
+        for change in tables.changes(row):
+            corrections.add_row(
+                change.column,
+                escape(change.printed),
+                escape(change.corrected),
+                escape(change.reason),
+            )
+        console.print(corrections)
+    if kind in ("attack", "defense"):
+        _show_numbers(console, row, results.of_row(measured, kind, row.key))
+
+
+def _row(key: str) -> tuple[str, Any]:
+    from leakatlas.catalogue import loader
+
+    if len(key) == 1 and key.isalpha():
+        return "threat model", loader.threat_model(key)
+    for kind, find in (("attack", loader.attack), ("defense", loader.defense)):
+        try:
+            return kind, find(key)
+        except UnknownName:
+            continue
+    if key.strip("[]").isdigit():
+        number = int(key.strip("[]"))
+        for defense in loader.defenses():
+            if number in defense.works:
+                return "defense", defense
+        return "reference", loader.reference(number)
+    raise UnknownName(
+        "row", key, [row.key for row in (*loader.attacks(), *loader.defenses())]
+    )
+
+
+def _show_code(grid: Table, kind: Any, row: Any) -> None:
+    from leakatlas.catalogue import registry, source
+
+    found = source.of(kind, row.key)
+    if found is None:
+        grid.add_row("Module", "planned" if row.planned else "none")
+        return
+    grid.add_row("Module", f"{registry.module_path(kind, row.key)}:{found.class_name}")
+    grid.add_row("Version", str(found.version))
+    if found.needs:
+        grid.add_row("Needs", ", ".join(found.needs))
+    if found.departs_from_letter:
+        grid.add_row("Departs from its letter", escape(found.departs_from_letter))
+    for parameter in found.parameters:
+        default = f" = {parameter.default}" if parameter.default else ""
+        grid.add_row(
+            f"  {parameter.name}",
+            escape(f"{parameter.annotation}{default}  {parameter.text}"),
+        )
+
+
+def _show_numbers(console: Console, row: Any, measured: Any) -> None:
+    if row.reported:
+        grid = Table(title="Reported by the authors", title_justify="left")
+        for column in ("measure", "value", "setting", "source"):
+            grid.add_column(column, overflow="fold")
+        for claim in row.reported:
+            grid.add_row(
+                claim.measure, f"{claim.value:g} {claim.unit}", claim.setting, claim.source
+            )
+        console.print(grid)
+    if measured:
+        grid = Table(title="Measured by LeakAtlas", title_justify="left")
+        for column in ("measure", "value", "interval", "n", "command", "state"):
+            grid.add_column(column, overflow="fold")
+        for result in measured:
+            for measure in result.measures:
+                interval = (
+                    "" if measure.interval is None else "[{:.4g}, {:.4g}]".format(*measure.interval)
+                )
+                grid.add_row(
+                    measure.name,
+                    f"{measure.value:.4g} {measure.unit}",
+                    escape(interval),
+                    str(measure.n),
+                    escape(result.command),
+                    "stale" if result.stale else "fresh",
+                )
+        console.print(grid)
+
+
+@_polite
+def cite(
+    names: Annotated[
+        list[str],
+        typer.Argument(help="Keys, aliases or numbers of rows; or a run's folder or report.json."),
+    ],
+    as_json: Json = False,
+) -> None:
+    """BibTeX of rows, or of everything that a run really used."""
+    from leakatlas.catalogue import citations
+
+    wanted: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        path = Path(name)
+        if path.suffix == ".json" or path.is_dir():
+            for used, reasons in citations.used_in(path).items():
+                wanted[used] = (*wanted.get(used, ()), *reasons)
+        else:
+            wanted.setdefault(name, ())
+    if as_json:
+        _emit(
+            [
+                {
+                    "name": name,
+                    "used_as": list(reasons),
+                    "bibtex": [citations.bibtex(work) for work in citations.references_of(name)],
+                }
+                for name, reasons in wanted.items()
+            ]
+        )
+        return
+    typer.echo(citations.bibliography(wanted), nl=False)
+
+
+@_polite
+def table(
+    name: Annotated[
+        str, typer.Argument(help="threat-models, attacks, defenses or references.")
+    ],
+    form: Annotated[
+        str, typer.Option("--format", "-f", help="markdown, latex, html or csv.")
+    ] = "markdown",
+    mode: Annotated[
+        str, typer.Option(help="printed (as published) or corrected.")
+    ] = "corrected",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write to this file.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one of the published tables."""
+    from leakatlas.catalogue import tables
+
+    if mode != "printed" and mode != "corrected":
+        raise UnknownName("mode", mode, ("printed", "corrected"))
+    content = tables.table(name, mode)
+    if as_json:
+        _emit([dict(zip(content.columns, row, strict=True)) for row in content.rows])
+        return
+    text = tables.render(content, form)
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        _write(output, text)
+
+
+@_polite
+def export(
+    form: Annotated[
+        str, typer.Option("--format", "-f", help="json (everything) or schema (for editors).")
+    ] = "json",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write to this file.")
+    ] = None,
+    results_folder: ResultsFolder = None,
+) -> None:
+    """Write everything in the catalogue as JSON with a stable shape."""
+    from leakatlas.catalogue import export as exporting
+    from leakatlas.catalogue import schema
+
+    if form == "json":
+        value: Any = exporting.export(results_folder)
+    elif form == "schema":
+        value = schema.json_schema()
+    else:
+        raise UnknownName("format", form, ("json", "schema"))
+    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        _write(output, text)
+
+
+@_polite
+def validate(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Rows (.toml) or results (.json); the whole catalogue if left out."),
+    ] = None,
+    results_folder: ResultsFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Check rows and results, and say everything that is wrong at once.
+
+    A file named like a shipped one (attacks.toml) is checked in its place; any other .toml is
+    checked as an addition to the catalogue.
+    """
+    from leakatlas.catalogue import loader, results
+
+    chosen = list(files or ())
+    for path in chosen:
+        if not path.is_file():
+            raise InvalidInput(f"There is no file {path}; give a .toml of rows or a result .json.")
+        if path.suffix not in (".toml", ".json"):
+            raise InvalidInput(f"{path} is neither rows (.toml) nor a result (.json).")
+    rows = [path for path in chosen if path.suffix == ".toml"]
+    measured = [path for path in chosen if path.suffix == ".json"]
+    if not chosen:
+        measured = sorted((results_folder or results.default_folder()).glob("*.json"))
+    _, problems = loader.check_files(rows)
+    stale = []
+    for path in measured:
+        result, found = results.read(path)
+        problems += found
+        if result is not None and result.stale:
+            now = results.current_version(result.kind, result.key)
+            stale.append(
+                f"{path.name}: measured with version {result.code_version} of {result.key}, "
+                f"which is now version {now}; run again: {result.command}"
+            )
+    if as_json:
+        _emit({"problems": [problem.to_json() for problem in problems], "stale": stale})
+    else:
+        console = Console(soft_wrap=True)
+        for problem in problems:
+            console.print(escape(str(problem)), highlight=False)
+        for note in stale:
+            console.print(f"stale: {escape(note)}", highlight=False)
+        checked = len(measured) + (len(rows) if chosen else len(loader.FILES))
+        console.print(f"{checked} files checked, {len(problems)} problems, {len(stale)} stale.")
+    if problems:
+        raise typer.Exit(1)
+
+
+@site_app.command("build")
+@_polite
+def build_site(
+    out: Annotated[Path, typer.Argument(help="Folder for the site; made if missing.")],
+    results_folder: ResultsFolder = None,
+    as_json: Json = False,
+) -> None:
+    """Write the catalogue as a static site that works from any folder, without a network."""
+    from leakatlas import site
+
+    if out.exists() and not out.is_dir():
+        raise InvalidInput(f"{out} is a file; give a folder for the site.")
+    pages = site.build(out, results_folder=results_folder)
+    if as_json:
+        _emit({"index": str(out / "index.html"), "pages": len(pages)})
+    else:
+        Console().print(f"{len(pages)} pages in {escape(str(out))}; open index.html.")
+
+
+@site_app.callback()
+def _site() -> None:
+    """Keep ``build`` a sub-command although it is the only one."""
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InvalidInput(f"{path} cannot be written: {error.strerror}.") from None

@@ -1,0 +1,1 @@
+"""Defenses with a guarantee that can be stated: differential privacy and cryptography."""

@@ -1,0 +1,1 @@
+"""Cryptographic aggregation: the server learns a sum and no single message."""

@@ -1,0 +1,361 @@
+r"""Secure aggregation: pairwise masks that cancel in the sum.
+
+Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine Learning", CCS 2017
+(the protocol); Mansouri, Önen, Ben Jaballah, Conti, "SoK: Secure Aggregation Based on
+Cryptographic Schemes for Federated Learning", PETS 2023 (the survey). This runs the protocol; it
+is not a plain sum under another name.
+
+Ring :math:`\mathbb Z_R`, R a power of two; cohort of n clients; threshold t.
+
+1. *Advertise* (hook ``setup``): each client u publishes two X25519 keys.
+2. *Share* (``peer``): u draws a seed :math:`b_u`, Shamir-shares it and its mask key t-of-n, and
+   sends the shares sealed through the server.
+3. *Masked input* (``wire``): values are clipped to [-c, c], rounded stochastically to Q steps and
+   multiplied by the integer weight :math:`n_k`; :math:`n_k` itself is appended. u sends
+
+   .. math:: y_u = x_u + \mathrm{PRG}(b_u) + \sum_{v>u} \mathrm{PRG}(s_{uv})
+             - \sum_{v<u} \mathrm{PRG}(s_{uv}) \pmod R.
+
+4. *Unmask* (``aggregate``): survivors reveal shares of :math:`b_u` for survivors and of the mask
+   key for those who dropped out, never both of anyone. The server gets the sum, exactly.
+
+With ``signed`` the keys carry Ed25519 signatures, and survivors sign the list of survivors before
+they reveal anything, so that a server can neither stand between two clients nor tell two halves
+of the cohort different lists.
+
+**Knob.** What hides a client is the crowd, and the size of the cohort belongs to the scenario. The
+defense's own share in it is ``threshold``: how much of the cohort must survive before a sum is
+opened, and equally how many must collude to open a single input. A higher threshold hides better
+and loses more rounds to dropouts. At 0 nobody is needed to open an input, so nothing is hidden:
+the updates travel in the clear, bit for bit as without the defense. A cohort of one hides nothing
+either: its sum is its lone input, quantised.
+
+What the server keeps of a round is in its memory: public keys, sealed letters, masked vectors, the
+opened secrets and nothing that opens a single input.
+
+Departures:
+    Two clients' common key hides a vector from one round on: keys are fresh every round.
+    Everything random derives from the scenario's seed, so that a round can be replayed; with
+    ``entropy="system"`` keys come from the operating system, and the wire differs in every run
+    (the aggregate does not). The masks are ChaCha20 keystreams in both cases.
+    Weights are integers, n_k, and multiply *after* rounding, so the error of the mean is below one
+    step 2c/Q however many examples the clients have. Flower scales by n_k / max_weight before it
+    rounds, where clients with few examples lose precision. Defaults c = 8, R = 2^32 and
+    max_examples = 1000 are Flower's; Q is the largest that fits instead of its 2^22.
+    A client that vanishes after it sent y_u counts as dropped, and its late y_u stays masked by
+    PRG(b_u).
+    Floating-point buffers (running statistics) are masked too, as moves from the broadcast;
+    integer counters stay as broadcast, since they would tell n_k.
+    The complete graph only; no k-regular one (SecAgg+).
+    Client and server run in one process: the server holds a line to each device between ``setup``
+    and ``aggregate``, which stands for the network, and gives it up with the round.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from torch import Tensor
+
+from leakatlas.defenses.formal.crypto.secure_aggregation import (
+    _device,
+    _masking,
+    _quantization,
+    _shamir,
+)
+from leakatlas.defenses.formal.crypto.secure_aggregation._device import Device, Plan, Revealed
+from leakatlas.defenses.formal.crypto.secure_aggregation._masking import Ring
+from leakatlas.defenses.formal.crypto.secure_aggregation._quantization import Header
+from leakatlas.errors import InvalidParameter, ProtocolError
+from leakatlas.fl import (
+    ClientContext,
+    Defense,
+    Memory,
+    Message,
+    RoundSetup,
+    ServerContext,
+    Trait,
+    Update,
+)
+from leakatlas.params import Fraction, Positive, PositiveInt
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecureAggregation(Defense):
+    """Masked uploads, of which the server learns the sum over the survivors.
+
+    Args:
+        threshold: t/n; 0 turns the defense off. Above 1/2 no server can collect both secrets of
+            a client by asking different clients for different ones.
+        clip_range: c: values are clipped to [-c, c] before they are rounded.
+        levels: Q, steps of the rounding; None takes as many as the ring holds.
+        ring_bits: R = 2^ring_bits; 64 doubles the traffic and keeps float precision.
+        max_examples: Largest n_k; public, and refused above.
+        signed: Signed keys and confirmed survivor lists, against a malicious server.
+        entropy: Where keys come from.
+    """
+
+    key: ClassVar[str] = "secure_aggregation"
+    knob: ClassVar[str] = "threshold"
+    neutral: ClassVar[float] = 0.0
+    stage: ClassVar[int] = 90
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.HIDES_UPDATES})
+
+    threshold: Fraction = 2 / 3
+    clip_range: Positive = 8.0
+    levels: PositiveInt | None = None
+    ring_bits: Literal[32, 64] = 32
+    max_examples: PositiveInt = 1000
+    signed: bool = False
+    entropy: Literal["seed", "system"] = "seed"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.signed and 0 < self.threshold <= 0.5:
+            raise InvalidParameter(
+                f"SecureAggregation(signed=True, threshold={self.threshold}): two halves of the "
+                "cohort could each confirm another list of survivors; the threshold must exceed "
+                "1/2 (the paper takes more than 2/3)."
+            )
+
+    def active_traits(self) -> frozenset[Trait]:
+        """None at threshold 0, where messages are in the clear."""
+        return self.traits if self.threshold else frozenset()
+
+    @property
+    def ring(self) -> Ring:
+        """The ring of the masked vectors."""
+        return Ring(self.ring_bits)
+
+    def levels_for(self, clients: int, *, weighted: bool = True) -> int:
+        """Q for a cohort.
+
+        Raises:
+            InvalidParameter: If the sum could overflow.
+        """
+        weight = self.max_examples if weighted else 1
+        return _quantization.choose_levels(self.ring, clients, weight, self.levels)
+
+    # -- step 1: advertise ---------------------------------------------------------------------
+
+    def setup(self, setup: RoundSetup) -> None:
+        """Give every member a device and publish the keys."""
+        if not self.threshold:
+            return
+        cohort = tuple(sorted(setup.cohort))
+        self.levels_for(len(cohort))
+        master = self._master(setup.generator)
+        identities = {
+            member: self._identity(setup.clients[member], master, member) for member in cohort
+        }
+        plan = Plan(
+            round=setup.round,
+            cohort=cohort,
+            threshold=_quantization.threshold_count(self.threshold, len(cohort)),
+            ring=self.ring,
+            directory={
+                member: identity.public_key().public_bytes_raw()
+                for member, identity in identities.items()
+                if identity is not None
+            },
+        )
+        devices = {}
+        for member in cohort:
+            root = _masking.derive(master, "client", member)
+            devices[member] = Device(member, plan, root, identities[member])
+            setup.clients[member]["device"] = devices[member]
+        server = setup.server
+        server.clear()
+        server["plan"] = plan
+        server["lines"] = devices
+        server["adverts"] = {member: device.advertise() for member, device in devices.items()}
+
+    # -- step 2: share -------------------------------------------------------------------------
+
+    def peer(self, updates: Mapping[int, Update], setup: RoundSetup) -> Mapping[int, Update]:
+        """Exchange sealed shares through the server; the updates are not touched."""
+        if not self.threshold:
+            return updates
+        server = setup.server
+        devices = {member: _device_of(setup.clients[member]) for member in server["plan"].cohort}
+        letters = {member: d.share(server["adverts"]) for member, d in devices.items()}
+        server["letters"] = letters
+        for sender, sent in letters.items():
+            for receiver, letter in sent.items():
+                devices[receiver].receive(sender, letter)
+        return updates
+
+    # -- step 3: masked input ------------------------------------------------------------------
+
+    def wire(self, message: Message, context: ClientContext) -> Message:
+        """Quantise, weigh and mask."""
+        if not self.threshold:
+            return message
+        if message.update is None:
+            raise ProtocolError(
+                f"secure_aggregation cannot mask what {message.encoded_by} encoded before it."
+            )
+        update = message.update.check()
+        device = _device_of(context.memory)
+        header = Header.of(update)
+        words = self.encode(update, header, len(device.plan.cohort), context)
+        masked = device.send(words, header)
+        return Message(
+            client=message.client,
+            num_examples=0,
+            update=None,
+            payload={"masked": _quantization.word_tensor(masked, self.ring)},
+            encoded_by=self.key,
+        )
+
+    def encode(
+        self, update: Update, header: Header, clients: int, context: ClientContext
+    ) -> _masking.Words:
+        """x_u: the weighted integers of an update, and behind them its number of examples.
+
+        Raises:
+            ProtocolError: If the client has more examples than its weight may say.
+        """
+        if update.num_examples > self.max_examples:
+            raise ProtocolError(
+                f"Client {context.client} has {update.num_examples} examples, more than the "
+                f"max_examples={self.max_examples} that the ring was laid out for; raise it."
+            )
+        levels = self.levels_for(clients, weighted=header.weighted)
+        values = header.flatten(update)
+        context.memory["clipped"] = float((values.abs() > self.clip_range).double().mean())
+        integers = _quantization.quantise(values, self.clip_range, levels, context.generator)
+        weight = update.num_examples if header.weighted else 1
+        vector = torch.from_numpy(integers * weight)
+        counted = torch.cat([vector, torch.tensor([update.num_examples])])
+        return _quantization.into_ring(counted.numpy(), self.ring)
+
+    # -- step 4: unmask ------------------------------------------------------------------------
+
+    def aggregate(
+        self,
+        messages: Mapping[int, Message],
+        combine: Callable[[Mapping[int, Message]], Update],
+        context: ServerContext,
+    ) -> Update:
+        """Open the sum over the survivors.
+
+        Raises:
+            ProtocolError: If fewer than t survive, or the vectors do not fit together.
+        """
+        if not self.threshold:
+            return combine(messages)
+        server = context.server
+        lines: dict[int, Device] | None = server.pop("lines", None)
+        if lines is None:
+            raise ProtocolError(
+                f"Round {context.round}: no keys were agreed, so there is no sum to open."
+            )
+        plan: Plan = server["plan"]
+        survivors = sorted(messages)
+        if len(survivors) < plan.threshold:
+            raise ProtocolError(
+                f"Round {context.round}: {len(survivors)} of {len(plan.cohort)} clients survived, "
+                f"secure aggregation needs {plan.threshold} (threshold={self.threshold:.3g}); "
+                "the round is lost. Lower the threshold or repeat the round."
+            )
+        header = _common_header({member: lines[member] for member in survivors})
+        masked = {member: messages[member].payload["masked"] for member in survivors}
+        confirmations = {m: lines[m].confirm(survivors) for m in survivors}
+        answers = {m: lines[m].reveal(survivors, confirmations) for m in survivors}
+        seeds, mask_secrets = open_secrets(plan, answers)
+        server.update(masked=masked, seeds=seeds, mask_secrets=mask_secrets)
+        total = sum_words([_quantization.tensor_words(y, self.ring) for y in masked.values()])
+        clear = _quantization.from_ring(
+            _device.remove_masks(plan, total, server["adverts"], seeds, mask_secrets), self.ring
+        )
+        examples = int(clear[-1])
+        levels = self.levels_for(len(plan.cohort), weighted=header.weighted)
+        mean = _quantization.mean_of_sum(
+            clear[:-1],
+            examples if header.weighted else len(survivors),
+            _quantization.step_size(self.clip_range, levels),
+        )
+        pooled = header.unflatten(mean, examples, len(survivors))
+        # What else the server does to an aggregate, it does to the one message that it can read.
+        combined = combine(
+            {survivors[0]: Message(client=survivors[0], num_examples=examples, update=pooled)}
+        )
+        return replace(combined, num_examples=examples, clients=len(survivors))
+
+    def secrets(self, memory: Memory) -> dict[str, Tensor]:
+        """The client's whole mask of the last round: payload - mask = input (mod R)."""
+        device = memory.get("device")
+        if not isinstance(device, Device) or device.header is None:
+            return {}
+        size = sum(part.numel() for part in device.header.parts()) + 1
+        return {"mask": _quantization.word_tensor(device.mask(size), self.ring)}
+
+    def _master(self, generator: torch.Generator) -> bytes:
+        if self.entropy == "system":
+            return os.urandom(_masking.KEY)
+        return bytes(torch.randint(256, (_masking.KEY,), generator=generator).tolist())
+
+    def _identity(self, memory: Memory, master: bytes, member: int) -> Ed25519PrivateKey | None:
+        """The client's signing key, made once and kept."""
+        if not self.signed:
+            return None
+        if "identity" not in memory:
+            root = _masking.derive(master, "identity", member)
+            memory["identity"] = Ed25519PrivateKey.from_private_bytes(root)
+        identity: Ed25519PrivateKey = memory["identity"]
+        return identity
+
+
+def open_secrets(
+    plan: Plan, answers: Mapping[int, Revealed]
+) -> tuple[dict[int, bytes], dict[int, bytes]]:
+    """Seeds of survivors and mask keys of the others, from the survivors' shares."""
+    # Any t shares do; one set of them for all secrets needs the weights once.
+    chosen = sorted(answers)[: plan.threshold]
+    weights = _shamir.lagrange_weights([plan.point(member) for member in chosen])
+
+    def opened(shares: Callable[[Revealed], Mapping[int, int]]) -> dict[int, bytes]:
+        return {
+            owner: _shamir.reconstruct(
+                {plan.point(m): shares(answers[m])[owner] for m in chosen}, weights
+            ).to_bytes(_masking.KEY, "big")
+            for owner in shares(answers[chosen[0]])
+        }
+
+    return opened(lambda answer: answer.seeds), opened(lambda answer: answer.keys)
+
+
+def sum_words(vectors: list[_masking.Words]) -> _masking.Words:
+    """The sum in the ring, which is the wrap-around of machine words."""
+    total = vectors[0].copy()
+    for vector in vectors[1:]:
+        total += vector
+    return total
+
+
+def _common_header(lines: Mapping[int, Device]) -> Header:
+    headers = {member: line.header for member, line in lines.items()}
+    first_member, first = next(iter(headers.items()))
+    for member, header in headers.items():
+        if header is None or first is None:
+            raise ProtocolError(f"Client {member} sent no masked input.")
+        if header.layout() != first.layout():
+            raise ProtocolError(
+                f"Client {member}'s masked update has another layout (kind, scale, names or "
+                f"shapes) than client {first_member}'s; their sum has no meaning."
+            )
+    assert first is not None  # checked in the loop, which runs at least once
+    return first
+
+
+def _device_of(memory: Memory) -> Device:
+    device = memory.get("device")
+    if not isinstance(device, Device):
+        raise ProtocolError("secure_aggregation: this client took no part in the key agreement.")
+    return device

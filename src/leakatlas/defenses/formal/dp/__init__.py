@@ -1,0 +1,1 @@
+"""Differential privacy, added by the server or by the clients."""

@@ -1,0 +1,1 @@
+"""Defenses without a formal guarantee: what they promise is what was measured."""

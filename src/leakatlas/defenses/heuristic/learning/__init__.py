@@ -1,0 +1,1 @@
+"""Defenses that change what is learned, or from what."""

@@ -1,0 +1,80 @@
+"""The schema of ``report.json``, written beside every report."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from leakatlas.metrics.score import Scores
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", title=None)
+
+
+class RunPart(_Part):
+    """One attack on one setting, or the reason why it was not run."""
+
+    setting: str
+    attack: str
+    letter: str
+    vantage: str
+    target: int
+    defenses: list[str]
+    status: Literal["complete", "cut_short", "failed", "refused", "not run"]
+    reason: str
+    verdict: str
+    seconds: float
+    rounds: int
+    reads: list[str]
+    scores: Scores | None
+    recipe: dict[str, Any]
+    notes: dict[str, float]
+
+
+class ComparisonPart(_Part):
+    """One set of defenses: what still leaked, and the accuracy on the reference task."""
+
+    name: str
+    defenses: list[dict[str, Any]]
+    runs: list[RunPart]
+    accuracy: float | None
+    reason: str
+
+
+class VerdictPart(_Part):
+    """What one threat model achieved; ``run`` indexes ``runs``."""
+
+    letter: str
+    verdict: str
+    run: int | None
+
+
+class ReportFile(_Part):
+    """The whole file."""
+
+    schema_: Literal["leakatlas/report/1"]
+    letters: list[str]
+    verdicts: list[VerdictPart]
+    worst_case: dict[str, list[float]]
+    runs: list[RunPart]
+    comparisons: list[ComparisonPart]
+    diagnoses: dict[str, dict[str, Any]]
+    facts: dict[str, Any]
+    command: str
+    source: dict[str, Any]
+    complete: bool
+    seconds: float
+
+
+def report_schema() -> dict[str, Any]:
+    """JSON Schema of ``report.json``."""
+    schema = ReportFile.model_json_schema()
+    # `schema` is a method name of pydantic models, hence the underscore in the class only.
+    schema["properties"] = {
+        "schema" if name == "schema_" else name: value
+        for name, value in schema["properties"].items()
+    }
+    schema["required"] = ["schema" if name == "schema_" else name for name in schema["required"]]
+    return schema

@@ -1,0 +1,270 @@
+"""Writing a report to a folder."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from leakatlas.audit.plan import VERDICTS
+from leakatlas.audit.report_data import Comparison, Report, Run, check_writable
+from leakatlas.report.schema import report_schema
+from leakatlas.threat import LETTERS, Knowledge
+
+TONE = {
+    "exact leak": "exact",
+    "recognisable": "seen",
+    "label leak only": "label",
+    "not demonstrated": "none",
+}
+"""Style class of each verdict; none of them is green, because nothing here proves safety."""
+
+KNOWLEDGE_WORDS = {
+    Knowledge.UPDATES: "updates",
+    Knowledge.BASIC: "pixel space",
+    Knowledge.TRAINING: "training details",
+    Knowledge.SURROGATE: "similar data",
+    Knowledge.DISTRIBUTION: "client statistics",
+    Knowledge.MANIPULATION: "tampers with the model",
+    Knowledge.SELECTION: "chooses clients",
+}
+
+
+def write_report(report: Report, folder: Path) -> Path:
+    """Write ``report.html``, ``report.json`` and ``report.schema.json`` into ``folder``.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        InvalidInput: If the folder cannot be written.
+    """
+    check_writable(folder)
+    content = {
+        "report.json": json.dumps(report.to_json(), indent=1, allow_nan=False),
+        "report.schema.json": json.dumps(report_schema(), indent=1),
+        "report.html": render_page(report),
+    }
+    for name, text in content.items():
+        partial = folder / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, folder / name)
+    return folder / "report.html"
+
+
+def render_page(report: Report) -> str:
+    """The page as one string without a single external reference; every value is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("leakatlas.report", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        headline=_headline(report),
+        letters=[_letter_row(report, v.letter, v.verdict, v.run) for v in report.verdicts()],
+        galleries=_galleries(report),
+        comparisons=[_comparison_row(c, report.comparisons[0]) for c in report.comparisons],
+        chart=_chart(report.comparisons),
+        runs=[_run_row(run) for run in report.runs if run.status != "not run"],
+        skipped=_skipped(report),
+        worst=report.worst_case(),
+        source=json.dumps(dict(report.source), indent=2) if report.source else "",
+    )
+
+
+def _headline(report: Report) -> dict[str, Any]:
+    verdicts = report.verdicts()
+    strongest = max(verdicts, key=lambda v: VERDICTS.index(v.verdict), default=None)
+    groups = {
+        word: [v.letter for v in verdicts if v.verdict == word] for word in reversed(VERDICTS)
+    }
+    worst = report.worst_case()
+    images = len(worst["psnr"])
+    exact = int(sum(worst["exact"]))
+    seen = sum(value >= 20 for value in worst["psnr"])
+    return {
+        "verdict": strongest.verdict if strongest else VERDICTS[0],
+        "tone": TONE[strongest.verdict] if strongest else "none",
+        "groups": [(word, ", ".join(letters), TONE[word]) for word, letters in groups.items()
+                   if letters],
+        "images": images,
+        "exact": exact,
+        "seen": seen,
+    }  # fmt: skip
+
+
+def _letter_row(report: Report, letter: str, verdict: str, index: int | None) -> dict[str, Any]:
+    model = LETTERS[letter]
+    run = None if index is None else report.runs[index]
+    return {
+        "letter": letter,
+        "name": model.name,
+        "knows": [words for flag, words in KNOWLEDGE_WORDS.items() if flag & model.knowledge],
+        "verdict": verdict,
+        "tone": TONE[verdict],
+        "run": None if run is None else _run_row(run),
+    }
+
+
+def _run_row(run: Run) -> dict[str, Any]:
+    scores = run.scores
+    row: dict[str, Any] = {
+        "setting": run.setting,
+        "attack": run.attack,
+        "letter": run.letter,
+        "vantage": run.vantage,
+        "target": run.target,
+        "status": run.status.replace("_", " "),
+        "reason": run.reason,
+        "verdict": run.verdict,
+        "tone": TONE[run.verdict],
+        "seconds": run.seconds,
+        "rounds": run.rounds,
+        "reads": ", ".join(run.reads),
+        "notes": sorted(run.notes.items()),
+        "scored": scores is not None,
+    }
+    if scores is not None:
+        row |= {
+            "psnr": scores.psnr.mean,
+            "psnr_low": scores.psnr.mean_interval.low,
+            "psnr_high": scores.psnr.mean_interval.high,
+            "best": scores.psnr.max,
+            "ssim": None if scores.ssim is None else scores.ssim.mean,
+            "exact": scores.success["exact"].successes,
+            "originals": scores.originals,
+            "candidates": scores.candidates,
+            "missing": scores.missing,
+            "surplus": scores.surplus,
+            "gain": scores.gain,
+            "baseline": scores.best_baseline.replace("_", " "),
+            "baseline_psnr": scores.baselines[scores.best_baseline].psnr,
+            "labels": None if scores.labels is None else scores.labels.irec,
+        }
+    return row
+
+
+def _galleries(report: Report, most: int = 8) -> list[dict[str, Any]]:
+    """The strongest passive and the strongest active run of every setting, then of each defense."""
+    chosen: list[tuple[str, Run]] = []
+    for setting in dict.fromkeys(run.setting for run in report.runs):
+        for active in (False, True):
+            runs = [
+                run for run in report.runs
+                if run.setting == setting and (run.letter in "FGH") == active
+                and run.scores is not None and run.pictures is not None
+            ]  # fmt: skip
+            if not runs:
+                continue
+            best = max(runs, key=_strength)
+            same = [run for run in runs if run.attack == best.attack]
+            chosen += [("", run) for run in same]
+    for comparison in report.comparisons[1:]:
+        chosen += [(comparison.name, run) for run in comparison.runs if run.pictures is not None]
+    galleries: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for defense, run in chosen:
+        gallery = galleries.setdefault(
+            (run.setting, run.attack, defense),
+            {"defense": defense, "run": _run_row(run), "pairs": []},
+        )
+        assert run.scores is not None and run.pictures is not None
+        for pair, image in zip(run.pictures, run.scores.images, strict=False):
+            if len(gallery["pairs"]) < most:
+                gallery["pairs"].append(
+                    {
+                        "original": _data_uri(pair[0]),
+                        "candidate": None if image.candidate is None else _data_uri(pair[1]),
+                        "psnr": image.psnr,
+                        "exact": image.exact,
+                    }
+                )
+    return list(galleries.values())
+
+
+def _strength(run: Run) -> tuple[int, float]:
+    return (VERDICTS.index(run.verdict), run.scores.psnr.mean if run.scores else 0.0)
+
+
+def _comparison_row(comparison: Comparison, undefended: Comparison) -> dict[str, Any]:
+    cost = (
+        None
+        if comparison.accuracy is None or undefended.accuracy is None
+        else 100 * (undefended.accuracy - comparison.accuracy)
+    )
+    worst = max((run.verdict for run in comparison.runs), key=VERDICTS.index, default=VERDICTS[0])
+    return {
+        "name": comparison.name,
+        "defenses": ", ".join(str(d["key"]) for d in comparison.defenses) or "none",
+        "runs": [_run_row(run) for run in comparison.runs],
+        "accuracy": comparison.accuracy,
+        "cost": cost,
+        "reason": comparison.reason,
+        "verdict": worst,
+        "tone": TONE[worst],
+    }
+
+
+def _chart(comparisons: tuple[Comparison, ...]) -> dict[str, Any] | None:
+    """Points of the privacy-utility picture: accuracy against the worst mean PSNR."""
+    points = []
+    for number, comparison in enumerate(comparisons, start=1):
+        scored = [run.scores.psnr.mean for run in comparison.runs if run.scores is not None]
+        if comparison.accuracy is not None and scored:
+            points.append((number, comparison.name, 100 * comparison.accuracy, max(scored)))
+    if len(points) < 2:
+        return None
+    width, height, left, bottom = 640.0, 300.0, 56.0, 44.0
+    low = min(10.0 * int(p[2] // 10) for p in points)
+    top = max(40.0, *(p[3] for p in points))
+
+    def x(accuracy: float) -> float:
+        return left + (accuracy - low) / (100.0 - low + 1e-9) * (width - left - 24)
+
+    def y(psnr: float) -> float:
+        return 16 + (1 - psnr / top) * (height - bottom - 16)
+
+    return {
+        "width": width,
+        "height": height,
+        "points": [
+            {"number": n, "name": name, "x": x(a), "y": y(p), "accuracy": a, "psnr": p}
+            for n, name, a, p in points
+        ],
+        "x_ticks": [(x(v), f"{v:.0f}") for v in np.linspace(low, 100, 6)],
+        "y_ticks": [(y(v), f"{v:.0f}") for v in range(0, int(top) + 1, 20 if top > 60 else 10)],
+        "floor": height - bottom,
+        "left": left,
+        "threshold": y(20.0),
+    }
+
+
+def _skipped(report: Report) -> list[dict[str, str]]:
+    """Attacks that were not run, one line for each reason, with the settings it holds for."""
+    lines: dict[tuple[str, str], list[str]] = {}
+    for run in report.runs:
+        if run.status == "not run":
+            lines.setdefault((run.attack, run.reason), []).append(run.setting)
+    return [
+        {"attack": attack, "reason": reason, "settings": "; ".join(settings)}
+        for (attack, reason), settings in lines.items()
+    ]
+
+
+def _data_uri(image: Tensor) -> str:
+    """An image ``(C, H, W)`` in [0, 1] as a PNG data URI."""
+    pixels = (image.clamp(0, 1) * 255).round().byte().cpu().numpy()
+    array = pixels[0] if pixels.shape[0] != 3 else np.moveaxis(pixels, 0, -1)
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from leakatlas.blocks import watch as module
+from leakatlas.blocks.watch import Watch
+
+
+class _Clock:
+    """Time that passes only when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
+    clock = _Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def test_without_a_budget_every_step_is_taken() -> None:
+    watch = Watch()
+    steps = list(watch.steps(4))
+    assert [s.index for s in steps] == [0, 1, 2, 3]
+    assert [s.progress for s in steps] == [0.0, 0.25, 0.5, 0.75]
+    assert not watch.cut_short and watch.remaining() is None
+
+
+def test_a_budget_ends_the_loop_and_the_schedule_still_completes(clock: _Clock) -> None:
+    watch = Watch(10.0)
+    seen = []
+    for step in watch.steps(1000):
+        seen.append(step.progress)
+        clock.now += 1.0
+    assert seen == pytest.approx([i / 10 for i in range(10)])
+    assert watch.cut_short
+
+
+def test_progress_never_falls_behind_the_steps(clock: _Clock) -> None:
+    watch = Watch(100.0)
+    seen = []
+    for step in watch.steps(4):
+        seen.append(step.progress)
+        clock.now += 1.0
+    assert seen == [0.0, 0.25, 0.5, 0.75] and not watch.cut_short
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0])
+def test_an_empty_budget_still_takes_one_step(seconds: float) -> None:
+    watch = Watch(seconds)
+    assert [s.index for s in watch.steps(5)] == [0]
+    assert watch.cut_short
+
+
+def test_a_single_step_within_the_budget_is_not_cut_short() -> None:
+    watch = Watch(60.0)
+    assert len(list(watch.steps(1))) == 1
+    assert not watch.cut_short
+
+
+def test_stop_ends_the_running_loop_at_its_next_step() -> None:
+    watch = Watch()
+    taken = []
+    for step in watch.steps(100):
+        taken.append(step.index)
+        if step.index == 2:
+            watch.stop()
+    assert taken == [0, 1, 2] and watch.cut_short
+
+
+def test_shares_divide_what_is_left_evenly(clock: _Clock) -> None:
+    watch = Watch(12.0)
+    allowances = []
+    for part in watch.share(3):
+        left = part.remaining()
+        assert left is not None
+        allowances.append(left)
+        clock.now += 2.0  # each part uses less than its share; the rest goes to the others
+    assert allowances == pytest.approx([4.0, 5.0, 8.0])
+    assert not watch.cut_short
+
+
+def test_a_part_that_overruns_shortens_the_others_and_the_last_may_be_dropped(
+    clock: _Clock,
+) -> None:
+    watch = Watch(10.0)
+    parts = 0
+    for _ in watch.share(4):
+        parts += 1
+        clock.now += 6.0
+    assert parts == 2 and watch.cut_short
+
+
+def test_a_part_that_is_cut_short_tells_its_parents(clock: _Clock) -> None:
+    watch = Watch(4.0)
+    outer = next(iter(watch.share(1)))
+    inner = next(iter(outer.share(2)))
+    for _ in inner.steps(100):
+        clock.now += 1.0
+    assert inner.cut_short and outer.cut_short and watch.cut_short
+
+
+def test_stopping_the_whole_stops_every_part() -> None:
+    watch = Watch()
+    counts = []
+    for part in watch.share(5):
+        taken = 0
+        for step in part.steps(10):
+            taken += 1
+            if len(counts) == 1 and step.index == 3:
+                watch.stop()
+        counts.append(taken)
+    assert counts == [10, 4] and watch.cut_short
+
+
+def test_the_listener_hears_rising_fractions_and_the_note(clock: _Clock) -> None:
+    heard: list[tuple[float, str]] = []
+    watch = Watch(listen=lambda fraction, note: heard.append((fraction, note)))
+    for part in watch.share(2):
+        part.note = "matching"
+        for _ in part.steps(10):
+            clock.now += 0.3
+    fractions = [fraction for fraction, _ in heard]
+    assert len(heard) > 10 and {note for _, note in heard} == {"matching"}
+    assert all(a < b for a, b in itertools.pairwise(fractions))
+    assert 0.0 < fractions[0] < 0.5 < fractions[-1] < 1.0
+
+
+def test_a_fast_loop_does_not_drown_the_listener(clock: _Clock) -> None:
+    heard: list[float] = []
+    watch = Watch(listen=lambda fraction, note: heard.append(fraction))
+    for _ in watch.steps(1000):
+        clock.now += 0.001
+    assert len(heard) <= 4
+
+
+def test_no_steps_means_no_steps() -> None:
+    assert list(Watch().steps(0)) == []

@@ -1,0 +1,273 @@
+"""Broken rows, one mistake each: the message names file, row, field and the way out."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from leakatlas.catalogue import loader
+
+ROW = """[[reference]]
+number = 60
+key = "doe2026lantern"
+entry = "inproceedings"
+title = "Lantern"
+authors = ["Doe, Jane", "Roe, Richard"]
+year = 2026
+venue = "A Conference"
+printed = "Lantern."
+[[reference.links]]
+label = "paper"
+url = "https://example.org/lantern.pdf"
+
+[[attack]]
+number = 37
+key = "lantern"
+name = "Lantern"
+reference = 60
+category = "optimization"
+technique = "basic"
+mechanism = "gradient-matching"
+threat_model = "B"
+algorithm = "fedsgd"
+resolution = [32, 32]
+batch = { size = 8 }
+models = ["LeNet"]
+tasks = ["object"]
+label_recovery = { kind = "new" }
+code = { kind = "link", url = "https://example.org/lantern" }
+summary = "Anneals the prior."
+planned = true
+"""
+
+DEFENSE = """[[defense]]
+works = [45]
+key = "curtain"
+name = "Curtain"
+category = "heuristic"
+technique = "model"
+where = "client"
+hooks = ["update"]
+stance = { A = "holds", B = "holds", C = "holds", D = "holds", E = "holds", F = "fails", G = "fails", H = "fails" }
+intuition = "Hides."
+weakness = "Tears."
+planned = true
+"""  # noqa: E501 - an inline table stands on one line
+
+
+def change(old: str, new: str) -> Callable[[str], str]:
+    def apply(text: str) -> str:
+        assert old in text, old
+        return text.replace(old, new, 1)
+
+    return apply
+
+
+def without(name: str) -> Callable[[str], str]:
+    def apply(text: str) -> str:
+        head, attack = text.split("[[attack]]")
+        lines = [line for line in attack.splitlines() if not line.startswith(f"{name} =")]
+        assert len(lines) < len(attack.splitlines())
+        return head + "[[attack]]" + "\n".join(lines) + "\n"
+
+    return apply
+
+
+def add(text: str) -> Callable[[str], str]:
+    return lambda row: row + text
+
+
+CORRECTION = '[[attack.corrections]]\nfield = "{}"\nprinted = {}\ncorrected = {}\nreason = "r"\n'
+
+# name: (what is done to the row, row named, field named, words of the message)
+BROKEN: dict[str, tuple[Callable[[str], str], str, str, tuple[str, ...]]] = {
+    "missing key": (without("key"), "attack", "key", ("missing", "inverting_gradients")),
+    "missing threat model": (
+        without("threat_model"), "lantern", "threat_model", ("missing", 'threat_model = "D"'),
+    ),
+    "missing batch": (without("batch"), "lantern", "batch", ("missing", "batch = { size = 8 }")),
+    "missing summary": (without("summary"), "lantern", "summary", ("missing", "own words")),
+    "unknown letter": (
+        change('"B"', '"Z"'), "lantern", "threat_model", ("'Z' is not allowed", "A, B, C"),
+    ),
+    "lower-case letter": (
+        change('"B"', '"b"'), "lantern", "threat_model", ("'b' is not allowed", "A, B, C"),
+    ),
+    "letter as a list": (
+        change('"B"', '["B"]'), "lantern", "threat_model", ("['B']", "A, B, C"),
+    ),
+    "batch as text": (
+        change("{ size = 8 }", '"8"'), "lantern", "batch", ("'8'", "batch = { size = 8 }"),
+    ),
+    "batch size as text": (
+        change("size = 8", 'size = "8"'), "lantern", "batch.size", ("'8'", "size = 8"),
+    ),
+    "batch size zero": (
+        change("size = 8", "size = 0"), "lantern", "batch.size", ("0", "greater than 0"),
+    ),
+    "batch size a fraction": (
+        change("size = 8", "size = 8.5"), "lantern", "batch.size", ("8.5", "whole number"),
+    ),
+    "epochs with fedsgd": (
+        change("size = 8", "size = 8, epochs = 5"), "lantern", "batch",
+        ("fedsgd", "batch = { size = 8 }"),
+    ),
+    "fedavg without local work": (
+        change('"fedsgd"', '"fedavg"'), "lantern", "batch", ("fedavg", "epochs = 5, size = 8"),
+    ),
+    "dead reference number": (
+        change("reference = 60", "reference = 99"), "lantern", "reference",
+        ("no reference 99", "[[reference]]"),
+    ),
+    "reference as text": (
+        change("reference = 60", 'reference = "60"'), "lantern", "reference", ("'60'", "whole number"),
+    ),
+    "duplicate key": (
+        change('key = "lantern"', 'key = "dlg"'), "dlg", "key",
+        ("taken", 'attack "dlg" in attacks.toml', "choose another key"),
+    ),
+    "key of a defense": (
+        change('key = "lantern"', 'key = "soteria"'), "soteria", "key", ("taken", "defenses.toml"),
+    ),
+    "duplicate number": (
+        change("number = 37", "number = 3"), "lantern", "number", ("taken", "inverting_gradients"),
+    ),
+    "key with capitals": (
+        change('key = "lantern"', 'key = "Lantern-1"'), "Lantern-1", "key",
+        ("expected form", "lower case"),
+    ),
+    "unknown algorithm": (
+        change('"fedsgd"', '"fedsdg"'), "lantern", "algorithm", ("fedsdg", "'fedsgd'"),
+    ),
+    "unknown category": (
+        change('"optimization"', '"optimisation"'), "lantern", "category",
+        ("optimisation", "'optimization'"),
+    ),
+    "technique of another category": (
+        change('"basic"', '"latent"'), "lantern", "technique",
+        ("does not belong", "basic, augmented"),
+    ),
+    "resolution as text": (
+        change("[32, 32]", '"32x32"'), "lantern", "resolution", ("32x32", "resolution = [64, 64]"),
+    ),
+    "resolution of three": (
+        change("[32, 32]", "[3, 32, 32]"), "lantern", "resolution", ("resolution = [64, 64]",),
+    ),
+    "unknown task": (
+        change('["object"]', '["faces"]'), "lantern", "tasks", ("faces", "'face'"),
+    ),
+    "labels as a symbol": (
+        change('{ kind = "new" }', '"★"'), "lantern", "label_recovery", ('kind = "new"',),
+    ),
+    "labels of a dead row": (
+        change('{ kind = "new" }', '{ kind = "row", row = 70 }'), "lantern",
+        "label_recovery.row", ("no attack 70", "row's number"),
+    ),
+    "labels of row nothing": (
+        change('{ kind = "new" }', '{ kind = "row" }'), "lantern", "label_recovery.row",
+        ("missing", 'kind = "row", row = 2'),
+    ),
+    "link without an address": (
+        change(', url = "https://example.org/lantern" }', " }"), "lantern", "code.url",
+        ("does not fit", "https://"),
+    ),
+    "script as a link": (
+        change('"https://example.org/lantern"', '"javascript:alert(1)"'), "lantern", "code.url",
+        ("javascript", "http(s)"),
+    ),
+    "field with a typing error": (
+        change("mechanism =", "mechanizm ="), "lantern", "mechanizm", ("no field", "'mechanism'"),
+    ),
+    "authors as text": (
+        change('["Doe, Jane", "Roe, Richard"]', '"Jane Doe"'), "60", "authors",
+        ("Jane Doe", "Family, Given"),
+    ),
+    "year as text": (change("year = 2026", 'year = "2026"'), "60", "year", ("'2026'", "whole number")),
+    "year in the future of print": (change("year = 2026", "year = 20266"), "60", "year", ("20266", "2100")),
+    "correction of nothing": (
+        add(CORRECTION.format("threatmodel", '"B"', '"A"')), "lantern", "corrections[1].field",
+        ("no field", "'threat_model'"),
+    ),
+    "correction that misquotes": (
+        add(CORRECTION.format("threat_model", '"C"', '"A"')), "lantern", "corrections[1].printed",
+        ("does not repeat", 'printed = "B"'),
+    ),
+    "correction of the wrong type": (
+        add(CORRECTION.format("batch", "{ size = 8 }", '"nine"')), "lantern",
+        "corrections[1].corrected", ("no value for batch", "{ size = 8 }"),
+    ),
+    "correction that changes nothing": (
+        add(CORRECTION.format("threat_model", '"B"', '"B"')), "lantern",
+        "corrections[1].corrected", ("equals the printed value", "remove"),
+    ),
+    "unknown kind of row": (
+        change("[[attack]]", "[[atack]]"), "atack", "", ("no kind of row", "'attack'"),
+    ),
+    "single brackets": (
+        change("[[attack]]", "[attack]"), "attack", "", ("not a list", "[[attack]]"),
+    ),
+    "broken TOML": (
+        change('name = "Lantern"', "name = Lantern"), "", "", ("no valid TOML", "line"),
+    ),
+    "unclosed text": (change('"LeNet"', '"LeNet'), "", "", ("no valid TOML", "line")),
+    "stance without a letter": (
+        lambda _: DEFENSE.replace(', H = "fails"', ""), "curtain", "stance.H", ("missing",),
+    ),
+    "stance as a colour": (
+        lambda _: DEFENSE.replace('A = "holds"', 'A = "green"'), "curtain", "stance.A",
+        ("'green'", "holds, partial, fails"),
+    ),
+    "unknown hook": (
+        lambda _: DEFENSE.replace('["update"]', '["updates"]'), "curtain", "hooks",
+        ("updates", "'update'"),
+    ),
+    "defense of a dead work": (
+        lambda _: DEFENSE.replace("[45]", "[45, 98]"), "curtain", "works", ("no reference 98",),
+    ),
+}  # fmt: skip
+
+
+def test_the_unbroken_row_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(ROW + DEFENSE, encoding="utf-8")
+    catalogue, problems = loader.check_files([path])
+    assert problems == []
+    assert catalogue.attack[-1].key == "lantern"
+    assert catalogue.defense[-1].key == "curtain"
+
+
+def test_there_are_at_least_thirty() -> None:
+    assert len(BROKEN) >= 30
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_row_is_refused_with_a_way_out(name: str, tmp_path: Path) -> None:
+    breaking, row, field, words = BROKEN[name]
+    path = tmp_path / "mine.toml"
+    path.write_text(breaking(ROW), encoding="utf-8")
+    _, problems = loader.check_files([path])
+    found = [p for p in problems if p.field == field and row in p.row and "mine.toml" in p.file]
+    assert len(found) == 1 and len(problems) <= 2, [str(problem) for problem in problems]
+    message = str(found[0])
+    assert str(path) in message and field in message
+    for word in words:
+        assert word in message, message
+    assert found[0].fix, message
+
+
+def test_every_problem_is_given_at_once(tmp_path: Path) -> None:
+    text = ROW
+    for broken in ("unknown letter", "batch as text", "unknown algorithm", "unknown task"):
+        text = BROKEN[broken][0](text)
+    path = tmp_path / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    _, problems = loader.check_files([path])
+    assert {p.field for p in problems} == {"threat_model", "batch", "algorithm", "tasks"}
+
+
+def test_a_file_named_like_a_shipped_one_takes_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "attacks.toml"
+    path.write_text(loader.shipped_text("attack"), encoding="utf-8")
+    catalogue, problems = loader.check_files([path])
+    assert problems == []
+    assert len(catalogue.attack) == 36

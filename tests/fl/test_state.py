@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from leakatlas import models
+from leakatlas.errors import InvalidInput, UnknownName
+from leakatlas.fl import ModelRef, load_into, model_state, state_hash
+
+
+def _state() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "a.weight": torch.randn(3, 2, generator=generator),
+        "b": torch.arange(4),
+        "flag": torch.tensor(True),
+        "scalar": torch.tensor(1.5, dtype=torch.float64),
+        "none": torch.empty(0),
+    }
+
+
+@pytest.mark.parametrize("name", ["a.weight", "b", "scalar"])
+def test_the_hash_changes_with_one_bit(name: str) -> None:
+    state = _state()
+    before = state_hash(state)
+    state[name].reshape(-1).view(torch.uint8)[0] ^= 1
+    assert state_hash(state) != before
+    state[name].reshape(-1).view(torch.uint8)[0] ^= 1
+    assert state_hash(state) == before
+
+
+def test_the_hash_ignores_order_and_memory_layout() -> None:
+    state = _state()
+    other = dict(reversed(state.items()))
+    other["a.weight"] = state["a.weight"].t().contiguous().t()
+    assert not other["a.weight"].is_contiguous()
+    assert state_hash(other) == state_hash(state)
+
+
+def test_the_hash_tells_names_shapes_and_types_apart() -> None:
+    zeros = torch.zeros(4)
+    variants = [
+        {"w": zeros},
+        {"v": zeros},
+        {"w": zeros.reshape(2, 2)},
+        {"w": zeros.to(torch.int32)},
+        {"w": torch.zeros(2), "x": torch.zeros(2)},
+        {"w": -zeros},
+    ]
+    assert len({state_hash(v) for v in variants}) == len(variants)
+
+
+def test_model_state_is_a_copy_without_graph() -> None:
+    model = models.build("convnet-bn", size=8)
+    held = model_state(model)
+    name, parameter = next(iter(model.named_parameters()))
+    assert not held[name].requires_grad
+    assert held[name].data_ptr() != parameter.data_ptr()
+    assert any("running_mean" in n for n in held)
+
+
+def test_load_into_leaves_both_sides_alone_and_takes_the_dtype() -> None:
+    model = models.build("convnet-bn", size=8, seed=0)
+    before = state_hash(model_state(model))
+    wanted = {n: t.double() if t.is_floating_point() else t
+              for n, t in model_state(models.build("convnet-bn", size=8, seed=1)).items()}  # fmt: skip
+    loaded = load_into(model, wanted)
+    assert state_hash(model_state(loaded)) == state_hash(wanted)
+    assert state_hash(model_state(model)) == before
+    for name, tensor in model_state(loaded).items():
+        assert tensor.data_ptr() != wanted[name].data_ptr()
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_a_state_that_does_not_fit_is_named(change: str) -> None:
+    model = nn.Linear(2, 3)
+    state = model_state(model)
+    match change:
+        case "missing":
+            del state["bias"]
+            message = r"at 'bias' the model expects \(3,\), the state holds nothing"
+        case "extra":
+            state["more"] = torch.zeros(1)
+            message = r"at 'more' the model expects nothing, the state holds \(1,\)"
+        case _:
+            state["bias"] = torch.zeros(4)
+            message = r"at 'bias' the model expects \(3,\), the state holds \(4,\)"
+    with pytest.raises(InvalidInput, match=message):
+        load_into(model, state)
+
+
+def test_a_builtin_reference_builds_what_it_names() -> None:
+    model = ModelRef("builtin", "lenet", {"size": 8, "classes": 3}).build()
+    assert isinstance(model, models.LeNet)
+    assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 3)
+
+
+def test_a_python_file_is_a_reference(tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    file.write_text("from torch import nn\ndef make(width):\n    return nn.Linear(width, 2)\n")
+    model = ModelRef("python", f"{file}:make", {"width": 5}).build()
+    assert isinstance(model, nn.Linear) and model.in_features == 5
+    with pytest.raises(UnknownName, match="Did you mean 'make'"):
+        ModelRef("python", f"{file}:mak").build()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "message"),
+    [
+        ("object", "MyNet", "live object and cannot be rebuilt"),
+        ("python", "torch.nn", "is 'file.py:factory'"),
+        ("python", "no_such_module_here:make", "not importable"),
+        ("python", "missing.py:make", "does not exist"),
+        ("python", "builtins:dict", "returned dict, expected a torch.nn.Module"),
+    ],
+)
+def test_references_that_build_nothing(kind: str, name: str, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        ModelRef(kind, name).build()  # type: ignore[arg-type]  # parametrised Literal

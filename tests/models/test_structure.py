@@ -1,0 +1,67 @@
+import pytest
+import torch
+from torch import nn
+
+from leakatlas.models import build
+from leakatlas.models.structure import (
+    batchnorm_layers,
+    first_linear,
+    has_batchnorm,
+    last_linear,
+    linear_layers,
+    multiply_adds,
+    parameter_count,
+)
+
+
+@pytest.mark.parametrize(
+    "name,expected",
+    [("convnet", False), ("convnet-bn", True), ("resnet8", True), ("vit", False), ("fc", False)],
+)
+def test_has_batchnorm(name: str, expected: bool) -> None:
+    assert has_batchnorm(build(name)) is expected
+
+
+def test_batchnorm_of_any_dimension_counts() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.GroupNorm(1, 3))
+    assert list(batchnorm_layers(model)) == ["1"]
+    assert not has_batchnorm(build("convnet", norm="group"))
+
+
+def test_first_and_last_linear_have_names_and_identity() -> None:
+    model = build("fc", widths=(5, 4))
+    first, last = first_linear(model), last_linear(model)
+    assert first is not None
+    assert last is not None
+    assert first[1].in_features == 3072
+    assert last[0] == "fc"
+    assert model.get_submodule(first[0]) is first[1]
+    assert len(linear_layers(model)) == 3
+    assert first_linear(nn.Conv2d(1, 1, 1)) is None
+    assert last_linear(nn.ReLU()) is None
+
+
+def test_parameter_count_of_shared_and_frozen() -> None:
+    layer = nn.Linear(3, 2)
+    assert parameter_count(nn.Sequential(layer, nn.ReLU(), layer)) == 8
+    layer.bias.requires_grad_(False)
+    assert parameter_count(layer, trainable_only=True) == 6
+
+
+def test_multiply_adds_of_known_networks() -> None:
+    assert multiply_adds(build("fc", widths=(7,)), (3, 32, 32)) == 3072 * 7 + 7 * 10
+    convnet = 1024 * 27 * 32 + 1024 * 288 * 64 + 256 * 576 * 64 + 256 * 576 * 128 + 8192 * 10
+    assert multiply_adds(build("convnet"), (3, 32, 32)) == convnet
+    grouped = nn.Conv2d(4, 6, 3, groups=2)
+    assert multiply_adds(grouped, (4, 5, 5)) == 9 * 6 * (2 * 9)
+
+
+def test_multiply_adds_leaves_no_trace() -> None:
+    model = build("convnet-bn", width=4).double()
+    model.get_submodule("fc").eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    multiply_adds(model, (3, 32, 32))
+    assert model.training
+    assert not model.get_submodule("fc").training
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
