@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from leakatlas.audit import Report as Report
+    from leakatlas.audit import audit as audit
+    from leakatlas.audit import doctor as doctor
+    from leakatlas.catalogue.registry import attack as attack
+    from leakatlas.catalogue.registry import defense as defense
+    from leakatlas.fl import FedAVG as FedAVG
+    from leakatlas.fl import FedSGD as FedSGD
+    from leakatlas.fl import Scenario as Scenario
+    from leakatlas.fl import View as View
 
 __version__ = "0.1.0"
 

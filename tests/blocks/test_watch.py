@@ -109,7 +109,7 @@ def test_a_part_that_is_cut_short_tells_its_parents(clock: _Clock) -> None:
 
 def test_stopping_the_whole_stops_every_part() -> None:
     watch = Watch()
-    counts = []
+    counts: list[int] = []
     for part in watch.share(5):
         taken = 0
         for step in part.steps(10):

@@ -106,7 +106,7 @@ BROKEN: dict[str, tuple[Callable[[str], str], str, str, tuple[str, ...]]] = {
         change("size = 8", "size = 0"), "lantern", "batch.size", ("0", "greater than 0"),
     ),
     "batch size a fraction": (
-        change("size = 8", "size = 8.5"), "lantern", "batch.size", ("8.5", "whole number"),
+        change("size = 8", "size = 8.5"), "lantern", "batch.size", ("8.5", "whole"),
     ),
     "epochs with fedsgd": (
         change("size = 8", "size = 8, epochs = 5"), "lantern", "batch",
@@ -120,7 +120,7 @@ BROKEN: dict[str, tuple[Callable[[str], str], str, str, tuple[str, ...]]] = {
         ("no reference 99", "[[reference]]"),
     ),
     "reference as text": (
-        change("reference = 60", 'reference = "60"'), "lantern", "reference", ("'60'", "whole number"),
+        change("reference = 60", 'reference = "60"'), "lantern", "reference", ("'60'", "whole"),
     ),
     "duplicate key": (
         change('key = "lantern"', 'key = "dlg"'), "dlg", "key",
@@ -182,8 +182,8 @@ BROKEN: dict[str, tuple[Callable[[str], str], str, str, tuple[str, ...]]] = {
         change('["Doe, Jane", "Roe, Richard"]', '"Jane Doe"'), "60", "authors",
         ("Jane Doe", "Family, Given"),
     ),
-    "year as text": (change("year = 2026", 'year = "2026"'), "60", "year", ("'2026'", "whole number")),
-    "year in the future of print": (change("year = 2026", "year = 20266"), "60", "year", ("20266", "2100")),
+    "year as text": (change("year = 2026", 'year = "2026"'), "60", "year", ("'2026'", "whole")),
+    "year too late": (change("year = 2026", "year = 20266"), "60", "year", ("2100",)),
     "correction of nothing": (
         add(CORRECTION.format("threatmodel", '"B"', '"A"')), "lantern", "corrections[1].field",
         ("no field", "'threat_model'"),

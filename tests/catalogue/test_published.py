@@ -37,9 +37,7 @@ def test_every_reference_is_printed_with_its_links(
     assert len(exported["references"]) == 59
 
 
-@pytest.mark.parametrize(
-    "name", [name.replace("_", "-") for name in COUNTS]
-)
+@pytest.mark.parametrize("name", [name.replace("_", "-") for name in COUNTS])
 def test_the_markdown_table_holds_the_published_cells(name: str) -> None:
     lines = tables.render(tables.table(name, "printed"), "markdown").splitlines()
     published = PUBLISHED[name.replace("-", "_")]

@@ -36,10 +36,10 @@ from leakatlas.threat import Vantage
 from tests.conftest import BOX, photos
 
 KEYS = registry.defense_keys()
-CLIENTS = 4
+CLIENTS, EXAMPLES = 4, 2
 PROTOCOLS: dict[str, Protocol] = {
     "fedsgd": FedSGD(),
-    "fedavg": FedAVG(epochs=2, batch_size=2, lr=0.05),
+    "fedavg": FedAVG(epochs=2, batch_size=1, lr=0.05),
 }
 SIZE = 8
 
@@ -73,7 +73,7 @@ def on_stage(
         vantage=vantage,
         seed=seed,
     )
-    return stage(scenario, model=network(dtype), victims=photos(3 * CLIENTS, SIZE), box=BOX)
+    return stage(scenario, model=network(dtype), victims=photos(EXAMPLES * CLIENTS, SIZE), box=BOX)
 
 
 def load(key: str) -> type[Defense]:
@@ -260,7 +260,7 @@ def test_a_client_can_predict_with_it(key: str) -> None:
     federation = on_stage(load(key)()).federation
     federation.play_round(apply=True)
     logits = federation.evaluation_model(1)(federation.clients[1].x)
-    assert logits.shape == (3, 10)
+    assert logits.shape == (EXAMPLES, 10)
     assert torch.isfinite(logits).all()
 
 

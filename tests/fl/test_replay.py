@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,11 @@ PROTOCOLS: dict[str, Protocol] = {
         shuffle=True,
     ),
 }  # fmt: skip
-MODELS = {"fc": {"widths": (12,), "act": "tanh"}, "lenet": {"width": 4}, "convnet-bn": {}}
+MODELS: dict[str, dict[str, Any]] = {
+    "fc": {"widths": (12,), "act": "tanh"},
+    "lenet": {"width": 4},
+    "convnet-bn": {},
+}
 
 
 @pytest.mark.parametrize(

@@ -76,9 +76,7 @@ def test_three_applied_rounds_are_fedavg_by_hand() -> None:
     for _ in range(3):
         federation.play_round(apply=True)
         results = [(len(c.x), _by_hand(state, c, protocol)) for c in federation.clients.values()]
-        state = {
-            n: torch.stack([size * r[n] for size, r in results]).sum(0) / 8 for n in state
-        }
+        state = {n: torch.stack([size * r[n] for size, r in results]).sum(0) / 8 for n in state}
     assert relative_error(model_state(federation.model), state) < 1e-12
 
 

@@ -76,8 +76,11 @@ def test_distinct_labels_are_distinct_within_each_client() -> None:
     scene = stage(
         Scenario(
             model=ModelRef("builtin", "fc", {"widths": (), "in_channels": 1, "size": 8}),
-            data="digits", examples=10, clients=2, distinct_labels=True,
-        )  # fmt: skip
+            data="digits",
+            examples=10,
+            clients=2,
+            distinct_labels=True,
+        )
     )
     for client in scene.victims.values():
         assert sorted(client.labels.tolist()) == list(range(10))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def _data() -> tuple[Tensor, Tensor]:
     return x, torch.randint(K, (N,), generator=generator)
 
 
-def _softmax_regression() -> nn.Module:
+def _softmax_regression() -> nn.Linear:
     model = nn.Linear(D, K, dtype=torch.float64)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_a_shuffled_run_follows_the_order_that_it_reports() -> None:
     result = _train(_softmax_regression(), x, y, protocol)
     order = [batch.tolist() for batch in result.order]
     assert relative_error(result.tensors, _naive(expected_model, x, y, protocol, order)) < 1e-12
-    first, second = sum(order[:3], []), sum(order[3:], [])
+    first, second = ([i for batch in epoch for i in batch] for epoch in (order[:3], order[3:]))
     assert sorted(first) == sorted(second) == list(range(N))
     assert first != list(range(N)) and first != second
 
@@ -242,7 +242,9 @@ class _Note(Defense):
         return x + 1, y
 
     def local_step(
-        self, step: LocalStep, gradients: functools.partial[dict[str, Tensor]]  # type: ignore[override]  # any callable
+        self,
+        step: LocalStep,
+        gradients: Callable[[LocalStep], dict[str, Tensor]],
     ) -> dict[str, Tensor]:
         step.context.memory.setdefault("log", []).append(f"step {step.index}")
         return {n: 2 * g for n, g in gradients(step).items()}
@@ -251,7 +253,7 @@ class _Note(Defense):
 def test_defenses_wrap_every_step() -> None:
     x, y = _data()
     model = _softmax_regression()
-    plain = _closed_form_gradient(model.weight.detach(), model.bias.detach(), x + 1, y)  # type: ignore[arg-type]  # nn.Linear
+    plain = _closed_form_gradient(model.weight.detach(), model.bias.detach(), x + 1, y)
     defense = _Note()
     context = ClientContext(0, 0, model, x, y, FedSGD(), stream("n"), {})
     result = train_locally(

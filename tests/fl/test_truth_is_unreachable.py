@@ -103,7 +103,9 @@ class Secrets:
         for y in self.labels:
             soft = nn.functional.one_hot(y, 10).double().flatten()
             # One or two labels equal some counter or index of the model by chance.
-            if len(y) > 2 and any(len(flat) == len(t) and bool((flat == t).all()) for t in (y.double(), soft)):
+            if len(y) > 2 and any(
+                len(flat) == len(t) and bool((flat == t).all()) for t in (y.double(), soft)
+            ):
                 return "private labels"
         for other in self.others:
             same = flat.numel() == other.numel()

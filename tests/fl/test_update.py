@@ -77,6 +77,7 @@ def test_save_and_load_keep_everything(tmp_path: Path) -> None:
     for group in ("tensors", "buffers_before", "buffers_after"):
         ours, theirs = getattr(update, group), getattr(loaded, group)
         assert ours.keys() == theirs.keys()
+        assert group != "tensors" or list(ours) == list(theirs)  # sums round by their order
         assert all(torch.equal(ours[n], theirs[n]) for n in ours)
         assert all(ours[n].dtype == theirs[n].dtype for n in ours)
     for fact in ("kind", "state_hash", "num_examples", "sign", "scale", "reduction", "clients"):
@@ -89,7 +90,7 @@ def test_a_truncated_file_is_refused_and_says_so(tmp_path: Path, kept: int) -> N
     _update().save(file)
     content = file.read_bytes()
     file.write_bytes(content[:kept])
-    with pytest.raises(InvalidInput, match="not a readable safetensors file.*Ask for it again"):
+    with pytest.raises(InvalidInput, match=r"not a readable safetensors file.*Ask for it again"):
         Update.load(file)
 
 
@@ -135,6 +136,13 @@ def test_facts_outside_their_range_are_refused_by_name(
     _update(**{name: value}).save(tmp_path / "u.safetensors")
     with pytest.raises(InvalidInput, match=name):
         Update.load(tmp_path / "u.safetensors")
+
+
+def test_a_description_of_other_tensors_is_refused() -> None:
+    tensors, facts = _update().pack()
+    del tensors["tensors/fc.bias"]
+    with pytest.raises(InvalidInput, match=r"description and its tensors differ: 'fc\.bias'"):
+        Update.unpack(tensors, facts)
 
 
 @pytest.mark.parametrize("key", ["w", "tensors/", "elsewhere/w"])

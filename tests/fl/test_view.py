@@ -36,9 +36,9 @@ GIVEN["B"] = GIVEN["A"] | {"box"}
 GIVEN["C"] = GIVEN["B"] | {"protocol", "defenses"}
 GIVEN["D"] = GIVEN["C"] | {"surrogate"}
 GIVEN["E"] = GIVEN["D"] | {"distribution"}
-GIVEN["F"] = GIVEN["C"] | {"key"}
-GIVEN["G"] = GIVEN["D"] | {"key"}
-GIVEN["H"] = GIVEN["G"] | {"clients", "target"}
+GIVEN["F"] = GIVEN["C"] | {"key", "clients", "target"}
+GIVEN["G"] = GIVEN["D"] | {"key", "clients", "target"}
+GIVEN["H"] = GIVEN["G"]
 BY_GRANT = {
     Grant.PIXEL_RANGE: "box",
     Grant.LABELS: "labels",
@@ -396,9 +396,7 @@ def _damage(folder: Path, change: str) -> None:
         ("labels without tensor", "is damaged: KeyError: 'labels'"),
     ],
 )
-def test_a_damaged_view_is_refused_with_a_reason(
-    change: str, message: str, tmp_path: Path
-) -> None:
+def test_a_damaged_view_is_refused_with_a_reason(change: str, message: str, tmp_path: Path) -> None:
     _view().save(tmp_path)
     _damage(tmp_path, change)
     with pytest.raises((InvalidInput, UnknownName), match=message):

@@ -16,7 +16,7 @@ def test_values_are_the_lower_case_names_that_files_use(
 
 
 def test_an_unknown_name_suggests_the_right_one() -> None:
-    with pytest.raises(UnknownName, match="Unknown grant 'lables'. Did you mean 'labels'"):
+    with pytest.raises(UnknownName, match=r"Unknown grant 'lables'\. Did you mean 'labels'"):
         Grant.named("lables")
     with pytest.raises(UnknownName, match="Known: aggregate, peer, server, wire"):
         Vantage.named("moon")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +107,7 @@ def audit(
     """
     setting = _setting(model, batch, protocol, defenses, clients, box, surrogate, vantage, grants)
     if attacks is not None:
-        setting = _with_attacks(setting, tuple(attacks))
+        setting = replace(setting, attacks=tuple(attacks))
     plan = Plan(
         settings=(setting,),
         letters=tuple(m.letter for m in threat_models(threat)),
@@ -189,7 +192,12 @@ def _setting(
     )
 
 
-def _with_attacks(setting: Setting, attacks: tuple[str, ...]) -> Setting:
-    from dataclasses import replace
 
-    return replace(setting, attacks=attacks)
+class _CallableRoom(types.ModuleType):
+    """Lets ``leakatlas.audit(model, batch)`` work although ``leakatlas.audit`` is this package."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Report:
+        return audit(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableRoom

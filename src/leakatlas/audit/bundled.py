@@ -69,10 +69,12 @@ def bundled_plan(
         letters=tuple(letter for letter in LETTERS if letter in letters),
         alternatives={
             "clipping": (defense("clipping"),),
-            "top-k pruning, 99 %": (defense("gradient_pruning", fraction=0.99),),
+            "top-k pruning, 99 %": (defense("gradient_pruning", rate=0.99, largest_share=0.0),),
             "Soteria": (defense("soteria"),),
             "PRECODE": (defense("precode"),),
-            "client DP": (defense("client_dp", noise_multiplier=0.1),),
+            "client DP on updates": (
+                defense("client_dp", unit="update", clip_norm=1.0, noise_multiplier=0.01),
+            ),
         },
         seconds=seconds,
         seed=seed,

@@ -25,6 +25,10 @@ from leakatlas.models import structure
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 """Largest relative residual that rounding explains, by dtype of the update."""
 
+ADAM_TOLERANCE = 0.1
+"""The same for Adam below float64: it divides by the gradient's size, so that units whose gradient
+is pure rounding error move by a full step."""
+
 
 @dataclass(frozen=True)
 class ReplayCheck:
@@ -101,10 +105,8 @@ def check_replay(
         order: Example indices of every local step, if known.
         defended: Whether a defense changed the upload on purpose.
     """
-    dtype = next(iter(update.tensors.values())).dtype
-    tolerance = TOLERANCE.get(dtype, 1e-3)
     first = _residual(model, update, x, y, protocol, order)
-    if first.plain <= tolerance:
+    if first.plain <= _tolerance(update, protocol):
         return ReplayCheck(first.plain, True)
     own = {n: t for n, t in {**parameters(model), **buffers(model)}.items()}
     if update.state_hash and update.state_hash != state_hash(own):
@@ -126,13 +128,13 @@ def check_replay(
             f"the defense changes the upload by {first.plain:.1%} of its norm, as it should",
         )
     for culprit, words, residual in _hypotheses(model, update, x, y, protocol, order):
-        if residual.plain <= tolerance:
+        if residual.plain <= residual.tolerance:
             return ReplayCheck(first.plain, False, culprit, words)
     for culprit, words, residual in [
         ("", "", first),
         *_hypotheses(model, update, x, y, protocol, order),
     ]:
-        if residual.scaled <= tolerance:
+        if residual.scaled <= residual.tolerance:
             name = "sign" if residual.factor < 0 else "scale"
             also = f", and {words}" if culprit else ""
             return ReplayCheck(
@@ -157,6 +159,14 @@ class _Residual:
     plain: float
     scaled: float
     factor: float
+    tolerance: float
+
+
+def _tolerance(update: Update, protocol: Protocol) -> float:
+    dtype = next(iter(update.tensors.values())).dtype
+    adam = isinstance(protocol, FedAVG) and protocol.optimizer == "adam"
+    tolerance = TOLERANCE.get(dtype, 1e-3)
+    return max(tolerance, ADAM_TOLERANCE) if adam and dtype != torch.float64 else tolerance
 
 
 def _residual(
@@ -179,6 +189,7 @@ def _residual(
         relative_residual(simulated, update.tensors),
         relative_residual({n: t * factor for n, t in simulated.items()}, update.tensors),
         factor,
+        _tolerance(update, protocol),
     )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from leakatlas.attacks.api import Attack
 from leakatlas.catalogue import registry
 from leakatlas.data import Box, ImageSet
-from leakatlas.errors import InvalidParameter
+from leakatlas.errors import InvalidInput, InvalidParameter
 from leakatlas.fl import Defense, ModelRef, Protocol, Scenario, Stage, stage
 from leakatlas.threat import Grant, Vantage
 
@@ -56,6 +56,19 @@ class Setting:
     grants: frozenset[Grant] = frozenset()
     vantage: Vantage = Vantage.SERVER
     attacks: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.victims) < self.clients:
+            raise InvalidInput(
+                f"{self.name}: {len(self.victims)} images cannot be dealt to {self.clients} "
+                "clients; every client needs at least one."
+            )
+        for target in self.targets:
+            if not 0 <= target < self.clients:
+                raise InvalidInput(
+                    f"{self.name}: target {target} is not one of the {self.clients} clients "
+                    f"(0..{self.clients - 1})."
+                )
 
     def stage(self, *, letter: str, seed: int, vantage: Vantage | None = None) -> Stage:
         """The live stage of this setting under one adversary."""

@@ -130,11 +130,9 @@ def carry_out(
         None if seconds is None else seconds * (1 - COMPARISON_SHARE * bool(plan.alternatives)),
         parent=stop,
     )
-    complete = True
     jobs.sort(key=lambda job: job.weight)
     for index, job in enumerate(jobs):
         if stop.stopped:
-            complete = False
             break
         left = main.remaining()
         weight = sum(other.weight for other in jobs[index:])
@@ -142,7 +140,7 @@ def carry_out(
         run = _run(job, plan, allowance, out, listener, stop)
         runs.append(run)
         listener.done(run)
-    comparisons, compared_all = _compare(plan, runs, begun, out, listener, stop)
+    comparisons = _compare(plan, runs, out, listener, stop)
     report = Report(
         runs=tuple(runs),
         comparisons=tuple(comparisons),
@@ -151,7 +149,7 @@ def carry_out(
         facts=_facts(plan),
         command=plan.command,
         source=plan.source,
-        complete=complete and compared_all,
+        complete=not stop.stopped,
         seconds=time.perf_counter() - begun,
     )
     if out is not None:
@@ -162,14 +160,13 @@ def carry_out(
 def _compare(
     plan: Plan,
     runs: Sequence[Run],
-    begun: float,
     out: Path | None,
     listener: Listener,
     stop: Watch,
-) -> tuple[list[Comparison], bool]:
+) -> list[Comparison]:
     """The strongest attacks of the first setting again, under each alternative."""
     if not plan.alternatives:
-        return [], True
+        return []
     first = plan.settings[0]
     battery = _battery([run for run in runs if run.setting == first.name])
     attacks = {
@@ -180,23 +177,24 @@ def _compare(
     }
     comparisons: list[Comparison] = []
     cases = {"as configured": first.defenses, **plan.alternatives}
-    for number, (name, defenses) in enumerate(cases.items()):
+    # The same time for every defense, whatever came before: an attack that gets less of it would
+    # make a defense look better.
+    pieces = max(len(plan.alternatives) * len(battery), 1)
+    allowance = None if plan.seconds is None else COMPARISON_SHARE * plan.seconds / pieces
+    for name, defenses in cases.items():
         if stop.stopped:
-            return comparisons, False
+            return comparisons
         setting = replace(first, defenses=defenses, targets=first.targets[:1])
         found: list[Run] = []
-        for position, (key, letter) in enumerate(battery):
+        for key, letter in battery:
             if stop.stopped:
-                return comparisons, False
+                return comparisons
             if name == "as configured":
                 found += [
                     run for run in runs
                     if (run.setting, run.attack) == (first.name, key) and run.status != "not run"
                 ][:1]  # fmt: skip
                 continue
-            left = None if plan.seconds is None else plan.seconds - (time.perf_counter() - begun)
-            pieces = (len(cases) - number) * len(battery) - position
-            allowance = None if left is None else max(left, 1.0) / pieces
             job = _Job(setting, attacks[key], letter, setting.targets[0], 1.0)
             run = _run(job, plan, allowance, out, listener, stop)
             found.append(run)
@@ -212,7 +210,7 @@ def _compare(
                 utility.reason,
             )
         )
-    return comparisons, True
+    return comparisons
 
 
 def _battery(runs: Sequence[Run]) -> list[tuple[str, str]]:

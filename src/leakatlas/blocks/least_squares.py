@@ -1,7 +1,7 @@
 r"""Linear systems in float64 that say how much of the unknown they determine.
 
 The system of one convolution has a structure worth using: every input channel meets the *same*
-gradient constraints. With ``K`` ``(q, P)`` for one channel of P positions, and ``W`` the convolution,
+gradient constraints. With ``K`` ``(q, P)`` for one channel of P positions, and W the convolution,
 
 .. math:: K X_c = G_c \;\; (c = 1..C), \qquad W\, \mathrm{vec}(X) = z ,
 

@@ -7,6 +7,7 @@ first and the observation ``b`` second, runs over the names of ``b``, and return
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -61,8 +62,7 @@ def norm(x: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
         x: Any shape.
         dim: Dimensions to sum over; all if None.
     """
-    root: Tensor = (x.square().sum(dim) + ROOT_EPSILON).sqrt()
-    return root - ROOT_EPSILON**0.5
+    return torch.sqrt(x.square().sum(dim) + ROOT_EPSILON) - math.sqrt(ROOT_EPSILON)
 
 
 def subset(distance: Distance, names: Iterable[str]) -> Distance:

@@ -176,19 +176,24 @@ def in_own_bin(h: Tensor, rows: Tensor, edges: Tensor, *, slack: float = 1e-3) -
     return (h >= low - room) & (h <= high + room)
 
 
-def noise_floor(divisors: Tensor, consistent: Tensor, *, quantile: float = 0.5) -> float:
-    """The size of a divisor that holds nothing but noise, from bins that contradict themselves.
+def noise_floor(divisors: Tensor, consistent: Tensor, *, share: float = 0.25) -> float:
+    """The median size of a divisor that holds nothing but noise.
+
+    Under noise every empty bin shows a ratio that contradicts its bin. Without noise hardly any
+    does: only a mixture of two signs can. So a few contradictions say nothing.
 
     Args:
         divisors: ``(M,)`` magnitudes.
         consistent: ``(M,)`` from :func:`in_own_bin`.
-        quantile: Which of the contradicting magnitudes is taken.
+        share: Of the bins must contradict themselves before there is a floor.
 
     Returns:
-        0 if every bin is consistent.
+        0 if there is no sign of noise.
     """
     wrong = divisors[~consistent]
-    return float(wrong.quantile(quantile)) if len(wrong) else 0.0
+    if len(wrong) == 0 or len(wrong) < share * len(divisors):
+        return 0.0
+    return float(wrong.median())
 
 
 # -- weight-only read-outs -------------------------------------------------------------------------
@@ -296,7 +301,8 @@ def measurement(
         place = torch.arange(n, dtype=like.dtype, device=like.device)
         return torch.cos(math.pi * (place + 0.5) * mode / n) * (4.0 * mode / n)
     drawn = torch.randn(n, generator=generator, dtype=torch.float64).to(like)
-    return drawn / drawn.norm()
+    unit: Tensor = drawn / drawn.norm()
+    return unit
 
 
 def bin_edges(

@@ -79,20 +79,19 @@ class Imprint(nn.Module):
         super().__init__()
         n, k = len(w), len(edges) - 1
         self.form: Form = form
+        self.ceiling = gain  # the hard tanh saturates where 1 would be without gain
         self.connection: Connection = connection
         weight, bias = binning_rows(w, edges, form)
         total = mean_activation(edges, form)
         column = 1.0 / gain if spread is None else spread / (gain * total)
         self.first = _linear(gain * weight, gain * bias)
         # Equal columns: every active row then has the same delta, and differences of rows cancel.
-        self.second = _linear(
-            w.new_full((n, k), column), w.new_full((n,), -column * gain * total)
-        )
+        self.second = _linear(w.new_full((n, k), column), w.new_full((n,), -column * gain * total))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` to ``(N, C, H, W)``."""
         z = self.first(x.flatten(1))
-        hidden = F.relu(z) if self.form == "cumulative" else F.hardtanh(z, 0.0, 1.0)
+        hidden = F.relu(z) if self.form == "cumulative" else F.hardtanh(z, 0.0, self.ceiling)
         y: Tensor = self.second(hidden).reshape(x.shape)
         return x + y if self.connection == "addition" else y
 
@@ -254,7 +253,9 @@ def copying_kernels(
     Raises:
         UnsupportedModel: If the convolution cannot carry them.
     """
-    height, width = (min(int(p), k - 1) for p, k in zip(_padding(conv), conv.kernel_size, strict=True))
+    height, width = (
+        min(int(p), k - 1) for p, k in zip(_padding(conv), conv.kernel_size, strict=True)
+    )
     if conv.out_channels < channels or conv.groups != 1:
         raise UnsupportedModel(
             f"A convolution {conv.in_channels}->{conv.out_channels} with {conv.groups} groups "

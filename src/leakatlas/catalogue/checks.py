@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -18,6 +18,7 @@ from leakatlas.catalogue.schema import (
     Reference,
     Row,
     ThreatModel,
+    Unit,
 )
 
 R = TypeVar("R", bound=Row)
@@ -62,7 +63,7 @@ def cross_check(
     )
     for row in every:
         report(row, _corrections(row))
-    rows = (*catalogue.attack, *catalogue.defense)
+    rows: tuple[Unit, ...] = (*catalogue.attack, *catalogue.defense)
     problems += _duplicates(rows, "key", lambda row: row.key, origins)
     problems += _duplicates(catalogue.attack, "number", lambda row: row.number, origins)
     problems += _duplicates(catalogue.threat_model, "letter", lambda row: row.letter, origins)
@@ -191,8 +192,7 @@ def _corrections(row: Row) -> Iterator[Finding]:
 
 def _typed(row: Row, name: str, value: Any) -> Any:
     """``value`` as the field holds it, in plain form; None if it does not fit."""
-    info = type(row).model_fields[name]
-    adapter: TypeAdapter[Any] = TypeAdapter(info.annotation)
+    adapter: TypeAdapter[Any] = TypeAdapter(get_type_hints(type(row), include_extras=True)[name])
     try:
         return _plain(adapter.validate_python(value))
     except ValidationError:

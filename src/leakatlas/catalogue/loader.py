@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -55,7 +54,8 @@ def threat_model(letter: str) -> ThreatModel:
     Raises:
         UnknownName: If there is none.
     """
-    return _find("threat model", letter.strip().upper(), {row.letter: row for row in threat_models()})
+    rows: dict[str, ThreatModel] = {row.letter: row for row in threat_models()}
+    return _find("threat model", letter.strip().upper(), rows)
 
 
 def attack(key: str) -> Attack:
@@ -102,7 +102,7 @@ def _find(kind: str, name: str, rows: dict[str, T], shown: Iterable[str] | None 
 
 def shipped_text(kind: str) -> str:
     """The text of one of the shipped files."""
-    return (resources.files("leakatlas.catalogue") / FILES[kind]).read_text(encoding="utf-8")
+    return (Path(__file__).parent / FILES[kind]).read_text(encoding="utf-8")
 
 
 @functools.cache
@@ -144,7 +144,8 @@ def check_texts(texts: dict[str, str]) -> tuple[Catalogue, list[Problem]]:
             if row is not None:
                 rows[kind].append(row)
                 origins[id(row)] = (file, label(kind, raw, entry))
-    catalogue = Catalogue.model_construct(**{kind: tuple(found) for kind, found in rows.items()})
+    sound: dict[str, Any] = {kind: tuple(found) for kind, found in rows.items()}
+    catalogue = Catalogue.model_construct(**sound)
     problems += cross_check(catalogue, origins, declared)
     return catalogue, problems
 

@@ -153,7 +153,8 @@ def attack_page(row: Attack, measured: tuple[results.Result, ...]) -> str:
     lines += [f"{people(work.authors)}: *{work.title}*. {work.venue}, {work.year}.", ""]
     links = [f"[{link.label}]({link.url})" for link in work.links]
     if shown.code.url:
-        links.append(f"[{'code' if shown.code.official else 'code (third party)'}]({shown.code.url})")
+        label = "code" if shown.code.official else "code (third party)"
+        links.append(f"[{label}]({shown.code.url})")
     lines += [" · ".join(links), ""]
     lines += _reconstructed(row.reconstructed)
     lines += ["## Facts", "", *_facts(row)]
@@ -194,8 +195,7 @@ def defense_page(row: Defense, measured: tuple[results.Result, ...]) -> str:
         for evidence in row.evidence:
             cited = ", ".join(map(str, evidence.works))
             lines.append(
-                f"- [{cited}] on {', '.join(evidence.letters)} ({evidence.stance}): "
-                f"{evidence.text}"
+                f"- [{cited}] on {', '.join(evidence.letters)} ({evidence.stance}): {evidence.text}"
             )
     lines += _notes(row.notes)
     lines += _implementation("defense", row.key, row.planned)

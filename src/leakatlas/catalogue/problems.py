@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -45,7 +46,13 @@ def from_validation(
 ) -> list[Problem]:
     """The problems behind a pydantic failure, one a field, each with its way out."""
     problems: dict[str, Problem] = {}
-    for error in failure.errors(include_url=False):
+    errors = failure.errors(include_url=False)
+    for error in errors:
+        if error["type"] == "too_short" and any(
+            other is not error and other["loc"][: len(error["loc"])] == error["loc"]
+            for other in errors
+        ):
+            continue  # a list whose entries were refused looks empty; the entries are the matter
         loc, info, owner = _resolve(model, error["loc"])
         field = _path(loc)
         if field in problems:  # a union reports every branch; one message is enough
@@ -114,7 +121,7 @@ def _explain(
     if kind == "extra_forbidden":
         return "is no field of this row.", closest(name, owner.model_fields)
     if kind == "literal_error":
-        expected = [part.strip(" '") for part in error["ctx"]["expected"].replace(" or ", ",").split(",")]
+        expected = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         return f"{got} is not allowed.", closest(error.get("input"), expected)
     return f"got {got}; {_reason(error)}.", f"write {_example(name, info)}"
 
@@ -149,9 +156,11 @@ def _example(name: str, info: FieldInfo | None) -> str:
         return f"{name} = ..."
     examples = info.examples or []
     shown = toml(examples[0]) if examples else "..."
-    described = f" ({info.description[0].lower()}{info.description[1:].rstrip('.')})" if (
-        info.description
-    ) else ""
+    described = (
+        f" ({info.description[0].lower()}{info.description[1:].rstrip('.')})"
+        if (info.description)
+        else ""
+    )
     return f"{name} = {shown}{described}."
 
 

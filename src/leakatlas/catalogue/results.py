@@ -29,7 +29,10 @@ class Measure(Strict):
     """One measured number."""
 
     name: Annotated[Text, Field(description="What was measured.", examples=["psnr"])]
-    value: Annotated[float, Field(allow_inf_nan=False, description="The mean.", examples=[21.3])]
+    value: Annotated[
+        float,
+        Field(strict=True, allow_inf_nan=False, description="The mean.", examples=[21.3]),
+    ]
     unit: Annotated[str, Field(description="Unit, empty for a ratio.", examples=["dB"])] = ""
     interval: Annotated[
         tuple[float, float] | None,
@@ -121,9 +124,7 @@ def _check(result: Result, file: str) -> list[Problem]:
     problems = []
 
     def report(field: str, message: str, fix: str) -> None:
-        problems.append(
-            Problem(file=file, row=result.key, field=field, message=message, fix=fix)
-        )
+        problems.append(Problem(file=file, row=result.key, field=field, message=message, fix=fix))
 
     if result.kind in ("attack", "defense"):
         rows = loader.attacks() if result.kind == "attack" else loader.defenses()

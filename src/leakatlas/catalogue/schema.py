@@ -127,7 +127,9 @@ class Reported(Strict):
     """One number that the authors publish, and the setting it belongs to."""
 
     measure: Annotated[Text, Field(description="What was measured.", examples=["psnr"])]
-    value: Annotated[float, Field(description="The published number.", examples=[23.4])]
+    value: Annotated[
+        float, Field(strict=True, description="The published number.", examples=[23.4])
+    ]
     unit: Annotated[str, Field(description="Unit, empty for a ratio.", examples=["dB"])] = ""
     setting: Annotated[
         Text,
@@ -232,15 +234,28 @@ class ThreatModel(Row):
     summary: Annotated[Text, Field(description="Who this is, in our own words.")]
 
 
-class Attack(Row):
+class Unit(Row):
+    """What an attack and a defense share: a place in the code, and claims about it."""
+
+    key: Key
+    name: Annotated[Text, Field(description="Short name for people.", examples=["GIFD"])]
+    aliases: Annotated[tuple[Text, ...], Field(description="Other names in use.")] = ()
+    category: str
+    technique: str
+    code: Annotated[Code, Field(description="The authors' code.")] = Code()
+    reported: Annotated[tuple[Reported, ...], Field(description="Published numbers.")] = ()
+    reconstructed: Annotated[
+        str, Field(description="Set where the method was rebuilt from an abstract: say why.")
+    ] = ""
+    planned: Annotated[bool, Field(description="true until the module exists.")] = False
+
+
+class Attack(Unit):
     """One row of the attack table."""
 
     number: Annotated[
         int, Field(gt=0, strict=True, description="Number in the table.", examples=[37])
     ]
-    key: Key
-    name: Annotated[Text, Field(description="Short name for people.", examples=["GIFD"])]
-    aliases: Annotated[tuple[Text, ...], Field(description="Other names in use.")] = ()
     reference: ReferenceNumber
     category: Annotated[
         AttackCategory, Field(description="First folder of the path.", examples=["optimization"])
@@ -254,9 +269,7 @@ class Attack(Row):
     threat_model: Annotated[
         Letter, Field(description="The letter A-H that the table gives.", examples=["D"])
     ]
-    algorithm: Annotated[
-        Algorithm, Field(description="What the clients run.", examples=["fedsgd"])
-    ]
+    algorithm: Annotated[Algorithm, Field(description="What the clients run.", examples=["fedsgd"])]
     resolution: Annotated[
         tuple[Count, Count] | Literal["input", "unknown"],
         Field(
@@ -277,22 +290,14 @@ class Attack(Row):
         LabelRecovery,
         Field(description="How it comes by the labels.", examples=[{"kind": "new"}]),
     ]
-    code: Annotated[Code, Field(description="The authors' code.")] = Code()
     footnotes: Annotated[
         tuple[Literal[2, 3], ...],
         Field(description="Printed footnotes of the shared model.", examples=[[2]]),
     ] = ()
     summary: Annotated[Text, Field(description="The idea in one sentence, in our own words.")]
-    reported: Annotated[tuple[Reported, ...], Field(description="Published numbers.")] = ()
-    reconstructed: Annotated[
-        str, Field(description="Set where the method was rebuilt from an abstract: say why.")
-    ] = ""
-    planned: Annotated[bool, Field(description="true until the module exists.")] = False
 
 
-StanceCell = Annotated[
-    Stance, Field(description="holds, partial or fails.", examples=["partial"])
-]
+StanceCell = Annotated[Stance, Field(description="holds, partial or fails.", examples=["partial"])]
 
 
 class Stances(Strict):
@@ -326,16 +331,13 @@ class Evidence(Strict):
     text: Annotated[Text, Field(description="What they show, in our own words.")]
 
 
-class Defense(Row):
+class Defense(Unit):
     """One row of the defense table."""
 
     works: Annotated[
         tuple[ReferenceNumber, ...],
         Field(min_length=1, description="References of the row.", examples=[[42, 43]]),
     ]
-    key: Key
-    name: Annotated[Text, Field(description="Short name for people.", examples=["Soteria"])]
-    aliases: Annotated[tuple[Text, ...], Field(description="Other names in use.")] = ()
     label: Annotated[str, Field(description="Word printed before the reference, if any.")] = ""
     category: Annotated[
         DefenseCategory, Field(description="First folder of the path.", examples=["heuristic"])
@@ -363,13 +365,7 @@ class Defense(Row):
     ] = ()
     intuition: Annotated[Text, Field(description="Why it should work, in our own words.")]
     weakness: Annotated[Text, Field(description="Where it fails, in our own words.")]
-    code: Annotated[Code, Field(description="The authors' code.")] = Code()
     evidence: Annotated[tuple[Evidence, ...], Field(description="Other works on it.")] = ()
-    reported: Annotated[tuple[Reported, ...], Field(description="Published numbers.")] = ()
-    reconstructed: Annotated[
-        str, Field(description="Set where the method was rebuilt from an abstract: say why.")
-    ] = ""
-    planned: Annotated[bool, Field(description="true until the module exists.")] = False
 
 
 class Link(Strict):
@@ -382,9 +378,7 @@ class Link(Strict):
 class Reference(Row):
     """One work."""
 
-    number: Annotated[
-        int, Field(gt=0, strict=True, description="Printed number.", examples=[60])
-    ]
+    number: Annotated[int, Field(gt=0, strict=True, description="Printed number.", examples=[60])]
     key: Annotated[
         str,
         StringConstraints(pattern=r"^[a-z0-9]+$"),
@@ -407,9 +401,7 @@ class Reference(Row):
     venue: Annotated[Text, Field(description="Journal, proceedings or archive.")]
     volume: str = ""
     issue: str = ""
-    eprint: Annotated[
-        str, Field(description="arXiv identifier.", examples=["1906.08935"])
-    ] = ""
+    eprint: Annotated[str, Field(description="arXiv identifier.", examples=["1906.08935"])] = ""
     doi: Annotated[str, Field(description="DOI.", examples=["10.1145/3592800"])] = ""
     printed: Annotated[Text, Field(description="The printed text before the links.")]
     links: Annotated[tuple[Link, ...], Field(min_length=1, description="Printed links, in order.")]
@@ -436,6 +428,6 @@ def json_schema() -> dict[str, Any]:
     """The JSON Schema of a catalogue file (any mix of ``[[attack]]``, ``[[reference]]``, ...)."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "LeakAtlas catalogue",
         **Catalogue.model_json_schema(),
+        "title": "LeakAtlas catalogue",
     }

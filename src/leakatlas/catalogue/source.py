@@ -110,10 +110,10 @@ def _read(path: Path, key: str) -> Source | None:
 
 
 def arguments(docstring: str) -> dict[str, str]:
-    """The ``Args:`` section of a Google docstring, as name to text.
+    r"""The ``Args:`` section of a Google docstring, as name to text.
 
     Example:
-        >>> arguments("Do it.\\n\\nArgs:\\n    steps: How many\\n        of them.\\n    lr: Rate.")
+        >>> arguments("Do it.\n\nArgs:\n    steps: How many\n        of them.\n    lr: Rate.")
         {'steps': 'How many of them.', 'lr': 'Rate.'}
     """
     section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", docstring, flags=re.MULTILINE)

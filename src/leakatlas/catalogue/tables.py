@@ -82,7 +82,7 @@ LEGEND = {
         "- none used; [n] the method of row n.",
         "Batch size: the largest used; E×B for FedAVG, E the iterations or epochs.",
         "² adds linear layers to the shared model, which a client may notice. "
-        "³ targets linear layers; other models need their earlier layers changed to pass the input.",
+        "³ targets linear layers; others need their earlier layers changed to pass the input.",
     ),
     "defenses": (
         "F formal, H heuristic. Green holds, orange is partial or untested, red fails "
@@ -137,10 +137,14 @@ def table(name: str, mode: Mode = "corrected") -> Table:
         for c, column in enumerate(columns)
         if before[column] != after[column]
     }
-    reasons = () if mode == "printed" else tuple(
-        f"{name_of(row)}, {change.column}: {change.reason} (printed: {change.printed})"
-        for row in rows
-        for change in changes(row)
+    reasons = (
+        ()
+        if mode == "printed"
+        else tuple(
+            f"{name_of(row)}, {change.column}: {change.reason} (printed: {change.printed})"
+            for row in rows
+            for change in changes(row)
+        )
     )
     return Table(
         name=name,

@@ -65,9 +65,7 @@ def _emit(value: Any) -> None:
 
 @_polite
 def list_rows(
-    kind: Annotated[
-        str | None, typer.Option(help="attack or defense; both if left out.")
-    ] = None,
+    kind: Annotated[str | None, typer.Option(help="attack or defense; both if left out.")] = None,
     threat_model: Annotated[
         str | None, typer.Option("--threat-model", "-t", help="Attacks of this letter, A-H.")
     ] = None,
@@ -136,7 +134,7 @@ def list_rows(
         return
     grid = Table(title=f"{len(found)} of {len(every)} rows", title_justify="left")
     for column in ("key", "no.", "name", "path", "threat model", "algorithm", "module"):
-        grid.add_column(column, no_wrap=column in ("key", "no."))
+        grid.add_column(column, no_wrap=column in ("key", "no."), overflow="fold")
     for row in found:
         attack = row["kind"] == "attack"
         grid.add_row(
@@ -239,9 +237,7 @@ def _row(key: str) -> tuple[str, Any]:
             if number in defense.works:
                 return "defense", defense
         return "reference", loader.reference(number)
-    raise UnknownName(
-        "row", key, [row.key for row in (*loader.attacks(), *loader.defenses())]
-    )
+    raise UnknownName("row", key, [row.key for row in (*loader.attacks(), *loader.defenses())])
 
 
 def _show_code(grid: Table, kind: Any, row: Any) -> None:
@@ -331,15 +327,11 @@ def cite(
 
 @_polite
 def table(
-    name: Annotated[
-        str, typer.Argument(help="threat-models, attacks, defenses or references.")
-    ],
+    name: Annotated[str, typer.Argument(help="threat-models, attacks, defenses or references.")],
     form: Annotated[
         str, typer.Option("--format", "-f", help="markdown, latex, html or csv.")
     ] = "markdown",
-    mode: Annotated[
-        str, typer.Option(help="printed (as published) or corrected.")
-    ] = "corrected",
+    mode: Annotated[str, typer.Option(help="printed (as published) or corrected.")] = "corrected",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write to this file.")
     ] = None,
@@ -348,9 +340,9 @@ def table(
     """Write one of the published tables."""
     from leakatlas.catalogue import tables
 
-    if mode != "printed" and mode != "corrected":
+    if mode not in ("printed", "corrected"):
         raise UnknownName("mode", mode, ("printed", "corrected"))
-    content = tables.table(name, mode)
+    content = tables.table(name, "printed" if mode == "printed" else "corrected")
     if as_json:
         _emit([dict(zip(content.columns, row, strict=True)) for row in content.rows])
         return

@@ -55,6 +55,8 @@ class Bars:
             f"  [{STYLES[run.verdict]}]{run.verdict:<17}[/] {run.attack:<20} {run.letter:<2}"
             f"{psnr:<9} {run.seconds:6.1f} s  [dim]{run.setting}[/]",
             highlight=False,
+            no_wrap=True,
+            overflow="ellipsis",
         )
         self.progress.advance(self._all)
 

@@ -54,9 +54,9 @@ def check_composition(
     others = [d for d in reading if d not in central]
     if central and others:
         raise IncompatibleDefenses(
-            f"{central[0].key} adds noise to a weighted mean, whose sensitivity is not that of what "
-            f"{others[0].key} makes of the updates; use one of the two, or client_dp, whose noise "
-            "is in every update already."
+            f"{central[0].key} adds noise to a weighted mean, whose sensitivity is not that of "
+            f"what {others[0].key} makes of the updates; use one of the two, or client_dp, whose "
+            "noise is in every update already."
         )
     example_dp = by_trait[Trait.EXAMPLE_DP]
     rebatching = [d for d in defenses if "batch" in acts_at(d) and not _neutral(d)]
@@ -65,6 +65,12 @@ def check_composition(
             f"{example_dp[0].key} bounds what one example adds to a step, but {rebatching[0].key} "
             "changes the batch and may put an example into several of its members; drop one of "
             "the two, or use client_dp(unit='update')."
+        )
+    peeking = by_trait[Trait.READS_BATCH]
+    if example_dp and peeking:
+        raise IncompatibleDefenses(
+            f"{peeking[0].key} looks at the batch again after {example_dp[0].key} has added its "
+            "noise, which no accounting covers; drop one of the two."
         )
     if example_dp and model is not None:
         mixing = [n for n, m in model.named_modules() if isinstance(m, _BATCHNORM)]

@@ -135,6 +135,8 @@ class Trait(enum.Enum):
     """The server cannot read one client's update."""
     READS_UPDATES = enum.auto()
     """The server must read (clip, score, filter) each client's update."""
+    READS_BATCH = enum.auto()
+    """Its update hook looks at the private batch again."""
 
 
 class ActsOn(enum.Enum):

@@ -263,8 +263,9 @@ class Stage:
         )
 
     def _public_architecture(self) -> nn.Module:
-        """The global model in the clients' mode; private parameters hold their public initial
-        values, which are not any client's.
+        """The global model in the clients' mode.
+
+        Private parameters hold their public initial values, which are not any client's.
         """
         model = state.load_into(self.federation.model, state.model_state(self.federation.model))
         return model.train(self.scenario.protocol.mode == "train")
@@ -272,6 +273,8 @@ class Stage:
     def _visible_examples(self, records: Sequence[RoundRecord], target: int) -> int:
         if records and self.scenario.vantage in (Vantage.AGGREGATE, Vantage.PEER):
             return records[-1].aggregate.num_examples
+        if records and records[-1].messages[target].update is None:
+            return records[-1].messages[target].num_examples
         return len(self.federation.clients[target].x)
 
     def _round_view(self, record: RoundRecord, target: int, key: Mapping[str, Tensor]) -> RoundView:

@@ -75,8 +75,8 @@ class ModelRef:
     """How to rebuild an architecture in another process.
 
     Args:
-        kind: ``builtin`` (a name of :mod:`leakatlas.models`), ``python`` (``package.module:factory``
-            or ``file.py:factory``), or ``object`` (a live module that only its owner can rebuild).
+        kind: ``builtin`` (a name of :mod:`leakatlas.models`), ``python``
+            (``package.module:factory`` or ``file.py:factory``), or ``object`` (a live module that only its owner can rebuild).
         name: The name, or the class name for ``object``.
         kwargs: Arguments of the factory.
     """

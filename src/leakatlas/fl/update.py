@@ -30,6 +30,7 @@ class _Facts(Configured):
     scale: Positive
     reduction: Literal["mean", "sum"]
     clients: PositiveInt
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +149,8 @@ class Update:
             "scale": self.scale,
             "reduction": self.reduction,
             "clients": self.clients,
+            # safetensors sorts names; sums over tensors round differently in another order.
+            "names": list(self.tensors),
         }
         return tensors, facts
 
@@ -164,11 +167,16 @@ class Update:
             known = _Facts.from_json(dict(facts))
         except (InvalidParameter, TypeError) as problem:
             raise InvalidInput(f"The update's description is malformed: {problem}") from None
+        named = groups["tensors"]
+        if known.names and set(known.names) != set(named):
+            odd = sorted(set(known.names) ^ set(named))[0]
+            raise InvalidInput(f"The update's description and its tensors differ: {odd!r}.")
+        described = {name: fact for name, fact in vars(known).items() if name != "names"}
         return cls(
-            tensors=groups["tensors"],
+            tensors={name: named[name] for name in known.names or named},
             buffers_before=groups["before"],
             buffers_after=groups["after"],
-            **vars(known),
+            **described,
         )
 
     def save(self, path: Path | str) -> None:

@@ -7,6 +7,11 @@ from leakatlas.metrics.assignment import pairwise_mse as pairwise_mse
 from leakatlas.metrics.baselines import mean_image as mean_image
 from leakatlas.metrics.baselines import nearest_public as nearest_public
 from leakatlas.metrics.baselines import random_same_class as random_same_class
+from leakatlas.metrics.conversions import psnr_from_normalised as psnr_from_normalised
+from leakatlas.metrics.conversions import psnr_from_range as psnr_from_range
+from leakatlas.metrics.identification import Identified as Identified
+from leakatlas.metrics.identification import feature_mse as feature_mse
+from leakatlas.metrics.identification import iip as iip
 from leakatlas.metrics.images import Registered as Registered
 from leakatlas.metrics.images import ms_ssim as ms_ssim
 from leakatlas.metrics.images import mse as mse
@@ -27,6 +32,9 @@ from leakatlas.metrics.labels import irec as irec
 from leakatlas.metrics.labels import label_scores as label_scores
 from leakatlas.metrics.labels import le_acc as le_acc
 from leakatlas.metrics.labels import ln_acc as ln_acc
+from leakatlas.metrics.perceptual import Perceptual as Perceptual
+from leakatlas.metrics.perceptual import dists as dists
+from leakatlas.metrics.perceptual import lpips as lpips
 from leakatlas.metrics.score import ImageScore as ImageScore
 from leakatlas.metrics.score import Scores as Scores
 from leakatlas.metrics.score import Summary as Summary
@@ -38,3 +46,4 @@ from leakatlas.metrics.success import in_ball as in_ball
 from leakatlas.metrics.success import pixel_exact as pixel_exact
 from leakatlas.metrics.success import recovered as recovered
 from leakatlas.metrics.success import relative_error as relative_error
+from leakatlas.metrics.wavelet import cw_ssim as cw_ssim

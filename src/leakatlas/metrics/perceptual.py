@@ -12,24 +12,15 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torchvision
 from torch import Tensor
-from torchmetrics.functional.image import (
-    deep_image_structure_and_texture_similarity,
-    learned_perceptual_image_patch_similarity,
-)
 
 from leakatlas.errors import InvalidInput, InvalidParameter, Unavailable
 from leakatlas.metrics import _checks
 
 Net = Literal["alex", "vgg", "squeeze"]
 
-BACKBONES = {
-    "alex": ("alexnet", torchvision.models.AlexNet_Weights.DEFAULT),
-    "vgg": ("vgg16", torchvision.models.VGG16_Weights.DEFAULT),
-    "squeeze": ("squeezenet1_1", torchvision.models.SqueezeNet1_1_Weights.DEFAULT),
-}
-"""torchvision's name and ImageNet weights of each backbone."""
+BACKBONES = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
+"""torchvision's name of each backbone."""
 
 SMALLEST_SIDE = 32
 """Below this the pooling stages of the backbones have nothing left to pool."""
@@ -58,7 +49,10 @@ def weights_file(net: Net) -> Path:
     """Where the ImageNet weights of a backbone lie once fetched."""
     if net not in BACKBONES:
         raise InvalidParameter(f"net={net!r}: expected one of {', '.join(BACKBONES)}.")
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(BACKBONES[net][1].url).name
+    from torchvision.models import get_model_weights  # takes seconds to import, like torchmetrics
+
+    url = get_model_weights(BACKBONES[net]).DEFAULT.url
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
 
 
 def available(net: Net = "alex") -> bool:
@@ -69,7 +63,7 @@ def available(net: Net = "alex") -> bool:
 def _prepared(who: str, x_hat: Tensor, x: Tensor, net: Net) -> tuple[Tensor, Tensor]:
     _checks.pair(who, x_hat, x)
     if not available(net):
-        name = BACKBONES[net][0]
+        name = BACKBONES[net]
         raise Unavailable(
             f"{who}(net={net!r}): expected ImageNet weights at {weights_file(net)}, found none; "
             f'fetch them with: python -c "import torchvision; '
@@ -100,6 +94,8 @@ def lpips(x_hat: Tensor, x: Tensor, *, net: Net = "alex") -> Perceptual:
         InvalidInput: If the images are smaller than 32 pixels or have 2, 4 or more channels.
     """
     first, second = _prepared("lpips", x_hat, x, net)
+    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
+
     with torch.no_grad():
         values = [
             learned_perceptual_image_patch_similarity(
@@ -123,6 +119,8 @@ def dists(x_hat: Tensor, x: Tensor) -> Perceptual:
         InvalidInput: As :func:`lpips`.
     """
     first, second = _prepared("dists", x_hat, x, "vgg")
+    from torchmetrics.functional.image import deep_image_structure_and_texture_similarity
+
     with torch.no_grad():
         values = deep_image_structure_and_texture_similarity(first, second, reduction="none")
     return Perceptual(

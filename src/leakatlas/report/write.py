@@ -74,6 +74,7 @@ def render_page(report: Report) -> str:
         headline=_headline(report),
         letters=[_letter_row(report, v.letter, v.verdict, v.run) for v in report.verdicts()],
         galleries=_galleries(report),
+        strips=_strips(report),
         comparisons=[_comparison_row(c, report.comparisons[0]) for c in report.comparisons],
         chart=_chart(report.comparisons),
         runs=[_run_row(run) for run in report.runs if run.status != "not run"],
@@ -155,9 +156,9 @@ def _run_row(run: Run) -> dict[str, Any]:
     return row
 
 
-def _galleries(report: Report, most: int = 8) -> list[dict[str, Any]]:
-    """The strongest passive and the strongest active run of every setting, then of each defense."""
-    chosen: list[tuple[str, Run]] = []
+def _galleries(report: Report, most: int = 8) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Per setting, the strongest passive and the strongest active attack, with pictures."""
+    galleries: dict[str, list[dict[str, Any]]] = {}
     for setting in dict.fromkeys(run.setting for run in report.runs):
         for active in (False, True):
             runs = [
@@ -169,27 +170,45 @@ def _galleries(report: Report, most: int = 8) -> list[dict[str, Any]]:
                 continue
             best = max(runs, key=_strength)
             same = [run for run in runs if run.attack == best.attack]
-            chosen += [("", run) for run in same]
-    for comparison in report.comparisons[1:]:
-        chosen += [(comparison.name, run) for run in comparison.runs if run.pictures is not None]
-    galleries: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for defense, run in chosen:
-        gallery = galleries.setdefault(
-            (run.setting, run.attack, defense),
-            {"defense": defense, "run": _run_row(run), "pairs": []},
-        )
-        assert run.scores is not None and run.pictures is not None
-        for pair, image in zip(run.pictures, run.scores.images, strict=False):
-            if len(gallery["pairs"]) < most:
-                gallery["pairs"].append(
+            pairs = [pair for run in same for pair in _pairs(run)]
+            mean = sum(run.scores.psnr.mean for run in same if run.scores) / len(same)
+            galleries.setdefault(setting, []).append(
+                {"run": _run_row(best), "pairs": pairs[:most], "mean": mean}
+            )
+    return list(galleries.items())
+
+
+def _pairs(run: Run) -> list[dict[str, Any]]:
+    if run.scores is None or run.pictures is None:
+        return []
+    return [
+        {
+            "original": _data_uri(pair[0]),
+            "candidate": None if image.candidate is None else _data_uri(pair[1]),
+            "psnr": image.psnr,
+            "exact": image.exact,
+        }
+        for pair, image in zip(run.pictures, run.scores.images, strict=False)
+    ]
+
+
+def _strips(report: Report) -> list[dict[str, Any]]:
+    """For each attack of the comparison: the private image, then what came out per defense."""
+    strips: dict[str, dict[str, Any]] = {}
+    for comparison in report.comparisons:
+        for run in comparison.runs:
+            for pair in _pairs(run)[:1]:
+                strip = strips.setdefault(
+                    run.attack,
                     {
-                        "original": _data_uri(pair[0]),
-                        "candidate": None if image.candidate is None else _data_uri(pair[1]),
-                        "psnr": image.psnr,
-                        "exact": image.exact,
-                    }
+                        "attack": run.attack,
+                        "letter": run.letter,
+                        "original": pair["original"],
+                        "cells": [],
+                    },
                 )
-    return list(galleries.values())
+                strip["cells"].append({"name": comparison.name, **pair})
+    return list(strips.values())
 
 
 def _strength(run: Run) -> tuple[int, float]:

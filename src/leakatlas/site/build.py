@@ -126,7 +126,7 @@ def _environment() -> jinja2.Environment:
 def _pages(measured: tuple[results.Result, ...]) -> list[tuple[str, str, dict[str, Any]]]:
     attacks = [_attack(row, measured) for row in loader.attacks()]
     defenses = [_defense(row, measured) for row in loader.defenses()]
-    threats = [
+    threats: list[dict[str, Any]] = [
         {"row": row, "stars": tables.cells_of(row)["Real-World Applicability"]}
         for row in loader.threat_models()
     ]
@@ -158,7 +158,8 @@ def _pages(measured: tuple[results.Result, ...]) -> list[tuple[str, str, dict[st
                     "less": [
                         a
                         for a in attacks
-                        if a["shown"].threat_model != letter and set(a["facets"]["knowledge"]) <= held
+                        if a["shown"].threat_model != letter
+                        and set(a["facets"]["knowledge"]) <= held
                     ],
                     "by_stance": {
                         stance: [d for d in defenses if d["row"].stance.of(letter) == stance]

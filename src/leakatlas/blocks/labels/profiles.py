@@ -136,28 +136,28 @@ def evolve_counts(
         mates = alive[torch.randperm(population, generator=generator)]
         mask = torch.randint(2, alive.shape, generator=generator).bool()
         children = torch.where(mask, alive, mates)
-        for child in children:
-            _repair(child, total, generator)
-            _move_one(child, generator)
+        children = move_one(repaired(children, total, generator), generator)
         fitter = fitness(children, fit) > fitness(alive, fit)
         alive = torch.where(fitter[:, None], children, alive)
     return alive[fitness(alive, fit).argmax()]
 
 
-def _repair(child: Tensor, total: int, generator: torch.Generator) -> None:
-    """Restore the sum in place, one unit at a time, never below 1."""
-    while (left := total - int(child.sum())) != 0:
-        c = int(torch.randint(len(child), (1,), generator=generator))
-        if left > 0:
-            child[c] += 1
-        elif child[c] > 1:
-            child[c] -= 1
+def repaired(children: Tensor, total: int, generator: torch.Generator) -> Tensor:
+    """Every row ``(M, P)`` brought to the sum, one random unit at a time, never below 1."""
+    children = children.clone()
+    while bool((left := total - children.sum(dim=1)).any()):
+        for rows, sign in ((left > 0, 1), (left < 0, -1)):
+            if bool(rows.any()):
+                able = torch.ones_like(children) if sign > 0 else children > 1
+                c = torch.multinomial(able[rows].double(), 1, generator=generator)
+                children[rows] = children[rows].scatter_add(1, c, torch.full_like(c, sign))
+    return children
 
 
-def _move_one(child: Tensor, generator: torch.Generator) -> None:
-    """Mutation in place: one unit from a class that can spare it to another."""
-    rich = (child > 1).nonzero().flatten()
-    giver = int(rich[torch.randint(len(rich), (1,), generator=generator)])
-    step = int(torch.randint(1, len(child), (1,), generator=generator))
-    child[giver] -= 1
-    child[(giver + step) % len(child)] += 1
+def move_one(children: Tensor, generator: torch.Generator) -> Tensor:
+    """Mutation: one unit of every row from a class that can spare it to another class."""
+    giver = torch.multinomial((children > 1).double(), 1, generator=generator)
+    step = torch.randint(1, children.shape[1], giver.shape, generator=generator)
+    taker = (giver + step) % children.shape[1]
+    one = torch.ones_like(giver)
+    return children.scatter_add(1, giver, -one).scatter_add(1, taker, one)

@@ -124,16 +124,30 @@ def test_the_adversarys_loss_holds_the_divergence(protocol: Protocol) -> None:
 
 
 def test_with_the_draws_disclosed_the_true_batch_is_an_exact_zero() -> None:
-    view, x = observed(SMALL, model="lenet")
-    model = view.model
-    torch.manual_seed(7)
-    first = replayed(view, x)
-    torch.manual_seed(7)
-    again = replayed(view, x)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert relative_error(first, dict(view.update.tensors)) > 1e-3  # other draws, other gradient
-    held = bottleneck_of(model)
-    assert held.sigma_scale == 1
+    model = SMALL.model(models.build("lenet", size=8).double())
+    x, y = torch.rand(2, 3, 8, 8).double(), torch.tensor([0, 1])
+    drawn = torch.randn(2, 8, dtype=torch.float64)
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+
+    def upload(noise: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        bottleneck_of(model).noise = noise
+        found = replays.gradient(model, parameters, {}, x, y, create_graph=False)
+        return {name: tensor.detach() for name, tensor in found.items()}
+
+    sent, oracle, blind = upload(drawn), upload(drawn), upload(None)
+    assert all(torch.equal(sent[name], oracle[name]) for name in sent)
+    assert relative_error(blind, sent) > 1e-3
+
+
+def test_the_draws_can_be_fitted_by_their_gradient() -> None:
+    model = SMALL.model(models.build("lenet", size=8).double())
+    bottleneck = bottleneck_of(model)
+    bottleneck.noise = torch.zeros(1, 8, dtype=torch.float64, requires_grad=True)
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    x = torch.rand(1, 3, 8, 8).double()
+    found = replays.gradient(model, parameters, {}, x, torch.tensor([3]))
+    (slope,) = torch.autograd.grad(found["body.0.weight"].square().sum(), bottleneck.noise)
+    assert float(slope.norm()) > 0
 
 
 def test_it_works_under_functional_call_and_double_backward() -> None:

@@ -38,6 +38,7 @@ Departures:
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,6 +49,7 @@ from scipy.optimize import brentq
 from scipy.special import lambertw
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 from leakatlas.attacks.api import Attack, Reconstruction, attack, nothing_found
 from leakatlas.blocks import least_squares, readout
@@ -90,7 +92,7 @@ class RGAP(Attack):
         model = view.model.double()
         layers = affine_layers(model, torch.zeros(1, *shape, dtype=torch.float64))
         weights = {name: p.detach() for name, p in model.named_parameters()}
-        first = start_layer(layers, weights)
+        first = start_layer(layers)
         hypotheses = start(layers, first, weights, g, classes=view.classes)
         if not hypotheses:
             return nothing_found(
@@ -183,15 +185,16 @@ def affine_layers(model: nn.Module, example: Tensor) -> tuple[AffineLayer, ...]:
     return tuple(layers)
 
 
-def start_layer(layers: Sequence[AffineLayer], weights: Mapping[str, Tensor]) -> int:
+def start_layer(layers: Sequence[AffineLayer]) -> int:
     """Index of the earliest linear layer with a bias, else of the head.
 
     Raises:
         UnsupportedModel: If a layer in front of it cannot be undone.
     """
-    del weights
     biased = [
-        i for i, layer in enumerate(layers) if isinstance(layer.link.module, nn.Linear) and layer.bias
+        i
+        for i, layer in enumerate(layers)
+        if isinstance(layer.link.module, nn.Linear) and layer.bias
     ]
     first = biased[0] if biased else len(layers) - 1
     for layer in layers[:first]:
@@ -347,9 +350,11 @@ def softmax_roots(g_w: Tensor, weight: Tensor) -> list[tuple[Tensor, int, float]
         scores = weight @ features  # logits times q
         others = [j for j in range(len(scores)) if j != label]
 
-        def mismatch(t: float, z: Tensor = scores, y: int = label, rest: list[int] = others) -> float:
+        def mismatch(
+            t: float, z: Tensor = scores, y: int = label, rest: Sequence[int] = tuple(others)
+        ) -> float:
             logits = z / (1 / (1 + math.exp(-t)))
-            return float(logits[y] - torch.logsumexp(logits[rest], 0)) + t
+            return float(logits[y] - torch.logsumexp(logits[list(rest)], 0)) + t
 
         grid = np.linspace(-36.0, 36.0, 1_801)
         values = np.array([mismatch(t) for t in grid])
@@ -413,7 +418,7 @@ def back(layer: AffineLayer, k: Tensor, weights: Mapping[str, Tensor]) -> Tensor
     if isinstance(module, nn.Linear):
         return k @ weight
     assert isinstance(module, nn.Conv2d)
-    gradient: Tensor = nn.grad.conv2d_input(
+    gradient: Tensor = conv2d_input(
         (1, *layer.link.input_shape),
         weight,
         k.reshape(1, *layer.link.output_shape),
@@ -502,7 +507,7 @@ def _padding(conv: nn.Conv2d) -> tuple[int, int]:
 
 
 def most_consistent(hypotheses: Sequence[Hypothesis], factor: float = 1e4) -> list[Hypothesis]:
-    """Those whose residual is within ``factor`` of the smallest; rounding (1e-9) counts as equal."""
+    """Those with a residual within ``factor`` of the smallest; up to 1e-9 all count as equal."""
     limit = factor * max(min(h.residual for h in hypotheses), 1e-9)
     return [h for h in hypotheses if h.residual <= limit]
 
@@ -552,8 +557,6 @@ def rank_analysis(
     Raises:
         UnsupportedModel: If the model cannot be followed.
     """
-    import copy
-
     model = copy.deepcopy(model).double().eval()
     x = x.double()
     layers = affine_layers(model, x)

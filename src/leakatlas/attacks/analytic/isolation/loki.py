@@ -27,10 +27,10 @@ Departures:
     * The third-party demo counts and selects hits with the true activations, and stretches |row|
       from its minimum to its maximum. Selection here sees the update only, and the sign of a row is
       the one that puts it into its own bin.
-    * ``scale="max"`` is the published rule: as bright as the pixel box allows. ``"midpoint"`` (ours)
-      uses that the bin fixes the brightness, and is right to half a bin. ``"anchor"`` (ours) adds a
-      constant channel to every client's set; its column sums the deltas of that client alone, so
-      the row ratio is exact again.
+    * ``scale="max"`` is the published rule: as bright as the pixel box allows. ``"midpoint"``
+      (ours) uses that the bin fixes the brightness, and is right to half a bin. ``"anchor"`` (ours)
+      adds a constant channel to every client's set; its column sums the deltas of that client
+      alone, so the row ratio is exact again.
     * Brightness is measured in pixels of [0, 1] whatever the model's normalisation.
     * FC2 is scaled so that the block's output has the size of pixels (demo: 1000), and the first
       round's thresholds are empirical quantiles of the surrogate images.
@@ -92,7 +92,8 @@ class LOKI(ActiveAttack):
         del generator
         if len(view.rounds) == self.rounds:
             return None
-        model = view.model
+        # The global model without the block that earlier rounds had.
+        model = view.with_rounds((), {}).model
         like = next(model.parameters()).detach()
         shape = tuple(view.input_shape)
         w, offset = brightness(view.box, shape, like)
@@ -154,7 +155,9 @@ class LOKI(ActiveAttack):
             return nothing_found(shape, "no row of any client's block holds a valid image")
         images, confidence, client = torch.cat(found), torch.cat(sure), torch.cat(owner)
         kept = readout.distinct(images, confidence)
-        traced = {f"candidates/client_{int(c)}": float((client[kept] == c).sum()) for c in client.unique()}
+        traced = {
+            f"candidates/client_{int(c)}": float((client[kept] == c).sum()) for c in client.unique()
+        }
         return Reconstruction(images=images[kept], confidence=confidence[kept], notes=traced)
 
     def blocks(self, view: View, number: int, shape: tuple[int, ...]) -> list[Block]:

@@ -110,7 +110,9 @@ class RobbingTheFed(ActiveAttack):
             gain=self.gain,
             spread=self.spread,
         )
-        return Tampering(sent=surgery.Imprinted(block, model), key={"w": w, "edges": edges.to(like)})
+        return Tampering(
+            sent=surgery.Imprinted(block, model), key={"w": w, "edges": edges.to(like)}
+        )
 
     def edges(self, h: Tensor) -> Tensor:
         """Bin edges for surrogate measurements ``(S,)``: of k bins, or around the one-shot bin."""
@@ -153,9 +155,7 @@ class RobbingTheFed(ActiveAttack):
         )
 
 
-def rank_bins(
-    read: readout.Readout, w: Tensor, bounds: Tensor
-) -> tuple[Tensor, Tensor, float]:
+def rank_bins(read: readout.Readout, w: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, float]:
     """Candidates above the noise floor, the strongest first.
 
     Args:

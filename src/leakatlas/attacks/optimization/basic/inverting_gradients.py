@@ -45,6 +45,7 @@ from torch import Tensor
 
 from leakatlas.attacks.api import Attack, Reconstruction, attack, nothing_found
 from leakatlas.blocks import descent, init, labels, matching, priors
+from leakatlas.blocks.observed import mean_gradient
 from leakatlas.blocks.watch import Step, Watch
 from leakatlas.fl import View
 from leakatlas.params import NonNegative, Positive, PositiveInt
@@ -94,8 +95,8 @@ class InvertingGradients(Attack):
         """Our setting for a few hundred iterations on small images and smooth optimisation."""
         return cls(
             steps=steps,
-            lr=0.1,
-            tv_weight=1e-4,
+            lr=0.3,
+            tv_weight=1e-3,
             restarts=restarts,
             distance="relative_l2",
             optimizer="sign",
@@ -172,13 +173,3 @@ def known_labels(view: View) -> Tensor:
         return labels.column_min(g, head, view.num_examples)
     counts = labels.uniform_counts(head.bias_grad(g), view.num_examples)
     return labels.labels_from_counts(counts)
-
-
-def mean_gradient(view: View) -> dict[str, Tensor]:
-    """The mean gradient, or what a delta says of it: ``(before - after) / (eta T)``."""
-    update = view.update
-    if update.kind == "gradient":
-        return update.gradient()
-    protocol = view.protocol
-    eta = float(getattr(protocol, "lr", 1.0))
-    return update.gradient(lr=eta, steps=protocol.steps(view.num_examples))

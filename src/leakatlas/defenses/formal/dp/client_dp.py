@@ -232,11 +232,13 @@ def per_example_gradients(step: LocalStep, reduction: Literal["mean", "sum"]) ->
             module.training = True
         # Backward hooks on the first layer fire properly only if its input is differentiated too.
         step.loss(hooked(step.x.detach().requires_grad_()), step.y).backward()
+        # Parameters that took no part in the loss have no gradient, of any example.
         found = {
             name: torch.zeros(len(step.x), *p.shape, dtype=p.dtype, device=p.device)
-            if getattr(p, "grad_sample", None) is None
-            else p.grad_sample.detach()
+            if each is None
+            else each.detach()
             for name, p in named.items()
+            for each in [getattr(p, "grad_sample", None)]
         }
     finally:
         for module in asleep:

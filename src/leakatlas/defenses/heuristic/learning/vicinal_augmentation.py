@@ -11,8 +11,9 @@ What an adversary does about it: it optimises x alone and builds :math:`\tilde x
 objective; the true x is then an exact zero. For n = 1 the mixture is :math:`(1 - 2\lambda) x`, a
 scaled copy, which a ratio read-out returns up to scale.
 
-Departures: of the mixing rules in `MiLab-HITSZ/2023YeGIAnDe`, the one that its client code uses
-is implemented. Augmenting only a part of the batch is ours: it makes the defense gradual.
+Departures: of the many mixing rules in ``MiLab-HITSZ/2023YeGIAnDe``, the one on which its client
+(``secure_input``) and its attack code (``_extend_by_mix``) agree is implemented. Augmenting only a
+part of the batch is ours: it makes the defense gradual.
 """
 
 from __future__ import annotations

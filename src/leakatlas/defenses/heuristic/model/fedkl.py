@@ -15,9 +15,11 @@ be fitted along with the image. With ReLU, a channel whose :math:`\gamma` is 0 h
 which looks like protection but is a dead channel.
 
 Departures: private tensors are absent from the upload (the released code sends zeros). Every
-client draws its own key and its own initial locks. One key serves both scale and shift of every
-block. :meth:`FedKL.evaluate` folds the locks into ordinary affine layers, which gives the same
-logits. Group normalisation can be locked as well as batch normalisation.
+client draws its own key and its own initial locks. One key serves scale and shift of every block
+(``Rand2AI/FedKL: backbone/KL_layer_block.py`` takes one for each). The normalisation's own scale
+and shift are dropped when a model with learned ones is locked. :meth:`FedKL.evaluate` folds the
+locks into ordinary affine layers, which gives the same logits. Group normalisation can be locked
+as well as batch normalisation.
 """
 
 from __future__ import annotations

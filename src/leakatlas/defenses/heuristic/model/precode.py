@@ -124,6 +124,8 @@ class Bottleneck(nn.Module):
         self.sigma_scale = sigma_scale
         self.encoder = nn.Linear(features, 2 * latent)
         self.decoder = nn.Linear(latent, features)
+        self.noise: Tensor | None = None
+        """Draws ``(..., K)`` to use instead of fresh ones, as an adversary does that fits them."""
         self._divergence: Tensor | None = None
 
     def forward(self, h: Tensor) -> Tensor:
@@ -131,7 +133,8 @@ class Bottleneck(nn.Module):
         mu, a = self.encoder(h).chunk(2, dim=-1)
         sigma = F.softplus(a)
         self._divergence = divergence(mu, a).reshape(len(h), -1).sum(1)
-        decoded: Tensor = self.decoder(mu + self.sigma_scale * sigma * torch.randn_like(mu))
+        epsilon = torch.randn_like(mu) if self.noise is None else self.noise
+        decoded: Tensor = self.decoder(mu + self.sigma_scale * sigma * epsilon)
         return decoded
 
     def take_divergence(self) -> Tensor:

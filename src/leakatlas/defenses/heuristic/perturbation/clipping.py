@@ -61,9 +61,10 @@ class Clipping(Defense):
 
 def norm(tensors: Mapping[str, Tensor]) -> Tensor:
     """Euclidean norm over all entries of all tensors, a scalar."""
-    return torch.linalg.vector_norm(
+    total: Tensor = torch.linalg.vector_norm(
         torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensors.values()])
     )
+    return total
 
 
 def clipped(

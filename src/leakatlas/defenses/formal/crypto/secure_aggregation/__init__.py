@@ -34,7 +34,7 @@ What the server keeps of a round is in its memory: public keys, sealed letters, 
 opened secrets and nothing that opens a single input.
 
 Departures:
-    Two clients' common key hides a vector from one round on: keys are fresh every round.
+    Every key is drawn afresh in every round, the mask keys too.
     Everything random derives from the scenario's seed, so that a round can be replayed; with
     ``entropy="system"`` keys come from the operating system, and the wire differs in every run
     (the aggregate does not). The masks are ChaCha20 keystreams in both cases.

@@ -77,10 +77,10 @@ class Device:
         self.plan = plan
         self.header: Header | None = None
         self._entropy = Entropy(root)
-        self._letters = X25519PrivateKey.from_private_bytes(self._entropy.bytes(_masking.KEY))
-        self._mask_secret = self._entropy.bytes(_masking.KEY)
+        self._letters = X25519PrivateKey.from_private_bytes(self._entropy.take(_masking.KEY))
+        self._mask_secret = self._entropy.take(_masking.KEY)
         self._masks = X25519PrivateKey.from_private_bytes(self._mask_secret)
-        self._seed = self._entropy.bytes(_masking.KEY)
+        self._seed = self._entropy.take(_masking.KEY)
         self._identity = identity
         self._adverts: Mapping[int, Advert] = {}
         self._held: dict[int, tuple[int, int]] = {}
@@ -127,7 +127,7 @@ class Device:
             content = b"".join(value.to_bytes(_SHARE, "big") for value in mine)
             letters[member] = _masking.seal(
                 self._letter_key(member),
-                self._entropy.bytes(_masking.NONCE),
+                self._entropy.take(_masking.NONCE),
                 content,
                 _letter_text(self.plan, self.client, member),
             )

@@ -85,15 +85,16 @@ class Entropy:
     def __init__(self, root: bytes) -> None:
         self._stream = _chacha20(root)
 
-    def bytes(self, count: int) -> bytes:
+    def take(self, count: int) -> bytes:
         """The next ``count`` bytes."""
-        return self._stream.update(bytes(count))
+        drawn: bytes = self._stream.update(b"\0" * count)
+        return drawn
 
     def below(self, bound: int) -> int:
         """Uniform integer in [0, bound), by rejection."""
         bits = bound.bit_length()
         while True:
-            drawn = int.from_bytes(self.bytes(-(-bits // 8)), "big") & ((1 << bits) - 1)
+            drawn = int.from_bytes(self.take(-(-bits // 8)), "big") & ((1 << bits) - 1)
             if drawn < bound:
                 return drawn
 

@@ -1,0 +1,450 @@
+"""How every vulnerability measure relates to what attacks reach.
+
+``python benchmarks/measures.py --data cifar10/test.parquet`` runs every cell (network, trained or
+not, batch size, defense) on test images that no shipped network has seen, takes all measures of
+:mod:`leakatlas.vulnerability` before the attacks, runs the attacks, scores them, and writes
+``results/measures.json`` and ``docs/measures.md``. ``--tables`` rebuilds the page from the results.
+
+Rank correlations (Spearman) come in three scopes:
+
+- *pooled*: over all trials. Mostly differences between networks, batch sizes and defenses.
+- *within*: ranks taken within each cell, then correlated together. Whether the measure tells one
+  batch from another under the same set-up.
+- *image*: ranks within each batch, for measures that have a value for every example.
+
+Each is oriented: positive means that the measure is right about the direction it claims.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+
+from leakatlas.attacks.api import Attack
+from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
+from leakatlas.audit import harness
+from leakatlas.data import CIFAR10, parquet
+from leakatlas.defenses.formal.dp.client_dp import ClientDP
+from leakatlas.defenses.heuristic.perturbation.gradient_pruning import GradientPruning
+from leakatlas.fl import Defense, ModelRef, Scenario, stage, stream
+from leakatlas.metrics import bootstrap, score
+from leakatlas.threat import Grant
+from leakatlas.vulnerability import Case, assess
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "results" / "measures.json"
+PAGE = ROOT / "docs" / "measures.md"
+COMMAND = "python benchmarks/measures.py --data cifar10/test.parquet"
+
+SEED = 0
+STEPS = 200
+PUBLIC = 64
+FEWEST = 50
+"""Correlations over fewer samples are noise and are not reported."""
+
+NETWORKS: dict[str, tuple[ModelRef, str | None]] = {
+    "fc": (ModelRef("builtin", "fc", {"classes": 10, "widths": [64]}), None),
+    "lenet": (ModelRef("builtin", "lenet", {"classes": 10, "act": "sigmoid"}), None),
+    "convnet-8": (ModelRef("builtin", "convnet", {"classes": 10, "width": 8}), None),
+    "convnet-8 softplus": (
+        ModelRef("builtin", "convnet", {"classes": 10, "width": 8, "act": "softplus"}),
+        None,
+    ),
+    "convnet-bn-8": (ModelRef("builtin", "convnet-bn", {"classes": 10, "width": 8}), None),
+    "convnet trained": (ModelRef("builtin", "convnet", {}), "convnet-cifar10"),
+    "convnet-bn trained": (ModelRef("builtin", "convnet-bn", {}), "convnet-bn-cifar10"),
+}
+"""Untrained networks draw new weights for every image; batch normalisation is in eval mode."""
+
+DEFENSES: dict[str, tuple[Defense, ...]] = {
+    "none": (),
+    "top-k 10 %": (GradientPruning.top_k(0.9, error_feedback=False),),
+    "clip 1, noise 0.001": (
+        ClientDP(unit="update", clip_norm=1.0, noise_multiplier=1e-3, clipping="flat"),
+    ),
+}
+
+ATTACKS: dict[str, Attack] = {
+    "l2": InvertingGradients.tuned(steps=STEPS),
+    "cosine": InvertingGradients.cifar(steps=STEPS),
+}
+"""Labels are granted: the measures are about images."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One set-up."""
+
+    network: str
+    batch: int
+    defense: str
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return f"{self.network}, B={self.batch}, {self.defense}"
+
+
+def cells() -> dict[Cell, int]:
+    """Every cell with its number of trials."""
+    singles = {Cell(n, 1, d): 5 for n in NETWORKS for d in DEFENSES}
+    batches = {Cell(n, 4, "none"): 3 for n in NETWORKS}
+    return singles | batches
+
+
+def run_trial(job: tuple[Cell, int, str]) -> dict[str, Any]:
+    """Measure, attack and score one batch."""
+    cell, index, data = job
+    torch.set_num_threads(1)
+    images = parquet(Path(data), limit=400)
+    begin = 4 * index + (200 if cell.batch > 1 else 0)
+    victims = images.subset(range(begin, begin + cell.batch))
+    public = images.subset(range(300, 300 + PUBLIC))
+    reference, weights = NETWORKS[cell.network]
+    if weights is None:
+        reference = replace(reference, kwargs={**reference.kwargs, "seed": index})
+    scenario = Scenario(
+        model=reference,
+        weights=weights,
+        data="cifar10/test",
+        examples=cell.batch,
+        defenses=DEFENSES[cell.defense],
+        letter="C",
+        grants=frozenset({Grant.LABELS}),
+        seed=SEED + index,
+    )
+    begun = time.perf_counter()
+    measured = None
+    reached: dict[str, Any] = {}
+    for name, attack in ATTACKS.items():
+        live = stage(scenario, victims=victims, surrogate=public, box=CIFAR10)
+        trial = harness.run_trial(live, attack, seed=index)
+        scores = score(
+            trial.images, trial.truth.images, public=public.images, resamples=1,
+            labels=trial.truth.labels,
+        )  # fmt: skip
+        reached[name] = {
+            "psnr": scores.psnr.mean,
+            "gain": scores.gain,
+            "images": [image.psnr for image in scores.images],
+        }
+        if measured is None:
+            case = Case.of_stage(live, record=trial.records[-1])
+            measured = [
+                m.to_json() for m in assess(case, tier="spectral", limit=64, steps=20, probes=2)
+            ]
+    return {
+        "cell": vars(cell),
+        "index": index,
+        "measures": measured,
+        "attacks": reached,
+        "seconds": time.perf_counter() - begun,
+    }
+
+
+# -- statistics ------------------------------------------------------------------------------------
+
+
+def spearman_rows(ranks: Tensor) -> Tensor:
+    """Correlation of pairs ``(R, N, 2)``, after ranking each column; 0 where one is constant."""
+    a, b = (torch.from_numpy(rankdata(ranks[..., i].numpy(), axis=-1)) for i in (0, 1))
+    return pearson_rows(a, b)
+
+
+def pearson_rows(a: Tensor, b: Tensor) -> Tensor:
+    """Correlation over the last dimension; 0 where one side is constant."""
+    a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
+    size = (a.square().sum(-1) * b.square().sum(-1)).sqrt()
+    return torch.where(size > 0, (a * b).sum(-1) / size.clamp(min=1e-300), torch.zeros_like(size))
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """A rank correlation with its bootstrap interval."""
+
+    rho: float
+    low: float
+    high: float
+    n: int
+
+
+def correlate(
+    x: Sequence[float], y: Sequence[float], *, ranked: bool, seed: object, resamples: int = 2_000
+) -> Correlation | None:
+    """Over pairs; None if there are too few, or one side is constant.
+
+    Args:
+        x: The measure.
+        y: The quality reached.
+        ranked: Whether both are ranks within their groups already.
+        seed: Of the resampling.
+        resamples: How many.
+    """
+    pairs = torch.tensor([x, y], dtype=torch.float64).T
+    if len(pairs) < FEWEST or bool((pairs == pairs[0]).all(dim=0).any()):
+        return None
+
+    def rho(rows: Tensor) -> Tensor:
+        return pearson_rows(rows[..., 0], rows[..., 1]) if ranked else spearman_rows(rows)
+
+    # Resampling indices: a pair stays together.
+    where = torch.arange(len(pairs), dtype=torch.float64)
+    found = bootstrap(
+        where, generator=stream("measures", seed), resamples=resamples,
+        statistic=lambda rows: rho(pairs[rows.long()]),
+    )  # fmt: skip
+    value = float(rho(pairs[None])[0])
+    return Correlation(value, min(found.low, value), max(found.high, value), len(pairs))
+
+
+def centred_ranks(values: Sequence[float]) -> list[float]:
+    """Ranks within a group, scaled to [-1, 1]; all 0 where the group is constant."""
+    ranks = rankdata(values)
+    half = (len(values) - 1) / 2
+    return [float((r - 1 - half) / half) for r in ranks] if half else [0.0] * len(values)
+
+
+def summarise(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every figure of the study, as the measures of a result."""
+    found: list[dict[str, Any]] = []
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for trial in trials:
+        groups.setdefault(Cell(**trial["cell"]).name, []).append(trial)
+    for attack in ATTACKS:
+        for name, group in groups.items():
+            for quantity in ("psnr", "gain"):
+                values = torch.tensor(
+                    [t["attacks"][attack][quantity] for t in group], dtype=torch.float64
+                )
+                interval = bootstrap(values, generator=stream("measures", attack, name))
+                found.append(
+                    entry(f"{quantity}/{attack}/{name}", float(values.mean()), interval,
+                          len(values), "mean over batches", unit="dB")
+                )  # fmt: skip
+    keys = {m["name"]: m for trial in trials for m in trial["measures"]}
+    for attack in ATTACKS:
+        for key, measure in keys.items():
+            sign = -1.0 if measure["direction"] == "lower" else 1.0
+            note = f"{measure['tier']}; {'lower' if sign < 0 else 'higher'} claimed more vulnerable"
+            rows = [
+                (Cell(**t["cell"]).name, sign * value, t["attacks"][attack]["psnr"])
+                for t in trials
+                if (value := value_of(t, key)) is not None
+            ]
+            pooled = correlate(
+                [r[1] for r in rows], [r[2] for r in rows], ranked=False, seed=(attack, key)
+            )
+            x, y = within(rows)
+            inside = correlate(x, y, ranked=True, seed=(attack, key, "within"))
+            images = [
+                (f"{i}", sign * measured, quality)
+                for i, t in enumerate(trials)
+                if len(t["attacks"][attack]["images"]) > 1
+                for measured, quality in zip(
+                    examples_of(t, key), t["attacks"][attack]["images"], strict=False
+                )
+            ]
+            x, y = within(images)
+            each = correlate(x, y, ranked=True, seed=(attack, key, "image"))
+            for scope, result in (("pooled", pooled), ("within", inside), ("image", each)):
+                if result is not None:
+                    found.append(
+                        entry(f"spearman {scope}/{attack}/{key}", result.rho,
+                              (result.low, result.high), result.n, note)
+                    )  # fmt: skip
+    return found
+
+
+def within(rows: Sequence[tuple[str, float, float]]) -> tuple[list[float], list[float]]:
+    """Both sides as ranks within their group; groups in which the measure is constant are left out.
+
+    There the measure says nothing about single batches, right or wrong.
+    """
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for name, x, y in rows:
+        groups.setdefault(name, []).append((x, y))
+    left: list[float] = []
+    right: list[float] = []
+    for pairs in groups.values():
+        x, y = zip(*pairs, strict=True)
+        if len(pairs) > 1 and len(set(x)) > 1:
+            left += centred_ranks(x)
+            right += centred_ranks(y)
+    return left, right
+
+
+def value_of(trial: Mapping[str, Any], key: str) -> float | None:
+    """A measure's value in one trial."""
+    for measure in trial["measures"]:
+        if measure["name"] == key:
+            value = measure["value"]
+            return None if value is None else float(value)
+    return None
+
+
+def examples_of(trial: Mapping[str, Any], key: str) -> list[float]:
+    """A measure's values for single examples, in order; empty if it has none."""
+    values = next((m["values"] for m in trial["measures"] if m["name"] == key), {})
+    return [v for name, v in values.items() if name.startswith("example ")]
+
+
+def entry(
+    name: str,
+    value: float,
+    interval: Sequence[float],
+    n: int,
+    note: str,
+    *,
+    unit: str = "",
+) -> dict[str, Any]:
+    """One measured number of a result."""
+    low, high = min(interval[0], value), max(interval[1], value)
+    return {"name": name, "value": value, "unit": unit, "interval": [low, high], "n": n,
+            "note": note}  # fmt: skip
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def result(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The content of ``results/measures.json``."""
+    return {
+        "schema": "leakatlas/result/1",
+        "kind": "measure",
+        "key": "measures",
+        "code_version": 1,
+        "recipe": {
+            "networks": {
+                name: {"model": vars(reference), "weights": weights}
+                for name, (reference, weights) in NETWORKS.items()
+            },
+            "defenses": {
+                name: [{"key": d.key, **d.to_json()} for d in defenses]
+                for name, defenses in DEFENSES.items()
+            },
+            "attacks": {name: {"key": a.key, **a.to_json()} for name, a in ATTACKS.items()},
+            "cells": {cell.name: count for cell, count in cells().items()},
+            "protocol": "FedSGD, eval mode, labels granted",
+            "data": "CIFAR-10 test images; measures at Lanczos steps 20, probes 2",
+            "trials": len(trials),
+            "minutes on one thread": round(sum(t["seconds"] for t in trials) / 60, 1),
+        },
+        "hardware": "2 CPU cores, no GPU",
+        "seeds": sorted({SEED + int(t["index"]) for t in trials}),
+        "measures": summarise(trials),
+        "command": COMMAND,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def page(content: Mapping[str, Any]) -> str:
+    """``docs/measures.md`` from the results alone."""
+    figures = {m["name"]: m for m in content["measures"]}
+    attacks = list(content["recipe"]["attacks"])
+    keys = list(dict.fromkeys(
+        name.split("/", 2)[2] for name in figures if name.startswith("spearman ")
+    ))  # fmt: skip
+    lines = [
+        f"<!-- generated by `{content['command']}` from results/measures.json; do not edit -->",
+        "",
+        "# Do the measures predict what attacks reach?",
+        "",
+        f"Spearman rank correlation with the PSNR reached, {content['recipe']['trials']} trials, "
+        f"{content['recipe']['protocol']}, {content['hardware']}, {content['date']}. Positive: the "
+        "measure is right about the direction it claims. Brackets: 95 % bootstrap interval; n: "
+        "samples. A measure that is constant in a scope, or has fewer than "
+        f"{FEWEST} samples there, has no entry.",
+    ]
+    scopes = (
+        ("pooled", "Pooled over all set-ups"),
+        ("within", "Within one set-up: which batch fares worse"),
+        ("image", "Within one batch: which image fares worse"),
+    )
+    for scope, title in scopes:
+        shown = [k for k in keys if f"spearman {scope}/{attacks[0]}/{k}" in figures]
+        if not shown:
+            continue
+        shown.sort(key=lambda k: -figures[f"spearman {scope}/{attacks[0]}/{k}"]["value"])
+        lines += ["", f"## {title}", ""]
+        lines.append(
+            "| Measure | Tier | " + " | ".join(f"{a} matching" for a in attacks) + " | n |"
+        )
+        lines.append("|---|---|" + "---|" * len(attacks) + "---|")
+        for key in shown:
+            entries = [figures[f"spearman {scope}/{a}/{key}"] for a in attacks]
+            tier = entries[0]["note"].split(";")[0]
+            values = " | ".join(_figure(e) for e in entries)
+            lines.append(f"| `{key}` | {tier} | {values} | {entries[0]['n']} |")
+    lines += ["", "## What the attacks reached", ""]
+    reached = " | ".join(f"PSNR, {attack} (dB) | gain over null (dB)" for attack in attacks)
+    lines.append(f"| Set-up | {reached} | n |")
+    lines.append("|---|" + "---|---|" * len(attacks) + "---|")
+    for name in content["recipe"]["cells"]:
+        columns = [
+            _figure(figures[f"{quantity}/{attack}/{name}"], 1)
+            for attack in attacks
+            for quantity in ("psnr", "gain")
+        ]
+        count = figures[f"psnr/{attacks[0]}/{name}"]["n"]
+        lines.append(f"| {name} | {' | '.join(columns)} | {count} |")
+    return "\n".join(lines) + "\n"
+
+
+def _figure(entry: Mapping[str, Any], digits: int = 2) -> str:
+    low, high = entry["interval"]
+    return f"{entry['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="Parquet file of CIFAR-10's test images")
+    parser.add_argument("--journal", type=Path, help="finished trials, to go on after a stop")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--tables", action="store_true", help="rebuild the page only")
+    options = parser.parse_args()
+    if not options.tables:
+        if options.data is None:
+            parser.error("--data is needed to run the study")
+        trials = run_all(options.data, options.journal, options.workers)
+        RESULT.parent.mkdir(exist_ok=True)
+        text = json.dumps(result(trials), indent=1, allow_nan=False)
+        RESULT.write_text(text + "\n", encoding="utf-8")
+    PAGE.write_text(page(json.loads(RESULT.read_text(encoding="utf-8"))), encoding="utf-8")
+
+
+def run_all(data: Path, journal: Path | None, workers: int) -> list[dict[str, Any]]:
+    """Every trial, those of the journal not again."""
+    done: dict[str, dict[str, Any]] = {}
+    if journal is not None and journal.is_file():
+        for line in journal.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            done[entry["key"]] = entry["trial"]
+    jobs = {
+        f"{cell.name}, {index}": (cell, index, str(data))
+        for index in range(max(cells().values()))
+        for cell, count in cells().items()
+        if index < count
+    }
+    missing = {key: job for key, job in jobs.items() if key not in done}
+    with ProcessPoolExecutor(max_workers=workers) as pool:
+        for key, trial in zip(missing, pool.map(run_trial, missing.values()), strict=True):
+            done[key] = trial
+            if journal is not None:
+                with journal.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"key": key, "trial": trial}) + "\n")
+    return [done[key] for key in jobs]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+r"""Sybils: alone with the target in a secure sum, and trap weights to read what is left.
+
+Boenisch, Dziedzic, Schuster, Shamsabadi, Shumailov and Papernot, "Reconstructing Individual Data
+Points in Federated Learning Hardened with Differential Privacy and Secure Aggregation", EuroS&P
+2023; the trap weights are those of "When the Curious Abandon Honesty", EuroS&P 2023. FedSGD, one
+round. Letter H: choosing the cohort, devices of its own, changed weights; no change of
+architecture.
+
+1. The server samples the target and M - 1 of its own devices, which send zeros and *no noise*. The
+   secure sum is then the target's update; its own share of distributed DP noise (variance
+   sigma^2 C^2 / M) is all the noise there is.
+2. Trap weights go into the first linear layer behind which a ReLU stands: per row, half of the
+   entries negative, the other half the same values times -s in another order, bias zero. Inputs in
+   [0, 1] rarely fire such a row; a row that one example alone fires holds g x. Convolutions on the
+   way become copies of the image (single taps), pooling only shrinks it.
+3. Read-out under noise. Row i shows g_i x + n. Rows whose neighbouring entries do not resemble
+   each other are noise; they give its size. Rows with the same image are clustered and combined
+   by inverse variance,
+
+   .. math:: \hat x = \sum_i g_i\, G_W[i] \Big/ \sum_i g_i^2, \qquad g_i = G_b[i] .
+
+4. ``gain``: trap rows are divided by it and the next linear layer multiplied. The model computes
+   the same, but the traps' part of the clipped norm grows.
+
+Departures (no code is published, only the abstract was at hand; reconstructed):
+    * The normalisation of the pixels is folded into the traps (or into the first convolution), so
+      that the traps see pixels in [0, 1] whatever the model's input space.
+    * How rows are called noise and clustered is ours; without noise the candidates are those of
+      the plain ratio read-out, equal ones once.
+    * Candidates behind convolutions are resized to the input's size where strides or pooling
+      shrank them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from leakatlas.attacks.api import (
+    ActiveAttack,
+    Reconstruction,
+    Tampering,
+    attack,
+    nothing_found,
+)
+from leakatlas.blocks import readout, surgery
+from leakatlas.blocks.watch import Watch
+from leakatlas.data import Box
+from leakatlas.errors import UnsupportedModel
+from leakatlas.fl import View
+from leakatlas.params import OpenFraction, Positive, PositiveInt
+from leakatlas.threat import Knowledge
+
+SCALINGS = (0.7, 0.77, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
+"""Values of s tried on surrogate images; the papers' own are 0.7, 0.95 and 0.99."""
+
+PASSING = (nn.ReLU, nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout2d)
+POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+
+
+@attack(
+    "sybils",
+    needs=Knowledge.UPDATES | Knowledge.BASIC | Knowledge.MANIPULATION | Knowledge.SELECTION,
+)
+@dataclass(frozen=True, kw_only=True)
+class Sybils(ActiveAttack):
+    """Trap weights in a cohort of the target and silent devices.
+
+    Args:
+        cohort_size: M, the target included (10, 100 and 1000 are of interest).
+        scaling: s of the trap weights (0.7 MNIST, 0.95 CIFAR-10, 0.99 ImageNet); None tunes it on
+            the surrogate images.
+        sigma: Spread of the trap weights; which rows fire does not depend on it.
+        gain: Moves norm from the rest of the model to the traps; 1 leaves the weights as they are
+            (30 was measured: in a small network it buys as much as ten times the sybils).
+        threshold: A row counts if its factor exceeds so many standard deviations of the noise.
+        similarity: Rows belong together if the cosine of their images, without the mean and
+            corrected for noise, exceeds this.
+    """
+
+    cohort_size: PositiveInt = 10
+    scaling: OpenFraction | None = 0.95
+    sigma: Positive = 0.5
+    gain: Positive = 30.0
+    threshold: Positive = 5.0
+    similarity: OpenFraction = 0.95
+
+    def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
+        """Trap weights for the target, silence from everyone else."""
+        if view.rounds:
+            return None
+        model = view.model
+        shape = tuple(view.input_shape)
+        like = next(model.parameters()).detach()
+        path = find_trap(model, like.new_zeros(1, *shape))
+        s = self.scaling
+        if s is None:
+            images = F.interpolate(view.surrogate.images, size=path.carried[1:], mode="area")
+            s = tuned_scaling(images, min(view.num_examples, len(images)), generator)
+        set_traps(path, view.box, scaling=s, sigma=self.sigma, gain=self.gain, generator=generator)
+        key = {
+            "carried": torch.tensor(path.carried),
+            "normalised": torch.tensor(float(not path.convolutions)),
+            "scaling": torch.tensor(s, dtype=torch.float64),
+            "layer": torch.tensor(path.index),
+        }
+        return Tampering(sent=model, key=key, cohort=(view.target,), sybils=self.cohort_size - 1)
+
+    def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
+        """Noise level, clusters of rows, one image per cluster."""
+        del generator, watch
+        shape = tuple(view.input_shape)
+        carried = tuple(int(size) for size in view.key["carried"])
+        model = view.model
+        name = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][
+            int(view.key["layer"])
+        ]
+        state = view.rounds[-1].state
+        g_w = readout.sent_change(view.update, state, f"{name}.weight")
+        g_b = readout.sent_change(view.update, state, f"{name}.bias")
+        rows = g_w[:, : math.prod(carried)]
+        if bool(view.key["normalised"]):
+            rows = in_pixels(rows, g_b, view.box, carried)
+        live, noise = live_rows(rows)
+        live &= g_b.abs() > max(
+            self.threshold * noise,
+            readout.relative_tolerance(g_b.dtype) * float(g_b.abs().max()),
+        )
+        if not bool(live.any()):
+            return nothing_found(shape, "no trap row rises above the noise", noise=noise)
+        found = cluster(rows[live], g_b[live], noise, self.similarity)
+        images = torch.stack([c.x for c in found]).reshape(-1, *carried)
+        if carried != shape:
+            images = F.interpolate(images, size=shape[1:], mode="bilinear", align_corners=False)
+        weight = torch.stack([c.weight for c in found]).sqrt()
+        return Reconstruction(
+            images=view.box.clip(view.box.normalize(images)),
+            confidence=weight / (noise or float(weight.max())),
+            notes={
+                "noise": noise,
+                "live_rows": float(live.sum()),
+                "rows_in_largest_cluster": float(max(c.rows for c in found)),
+            },
+        )
+
+
+# -- where the traps go ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrapPath:
+    """The way from the pixels to the trapped layer, and to the linear layer behind it.
+
+    Args:
+        convolutions: Layers that must copy.
+        linear: The layer that gets the traps.
+        index: Its place among the model's linear layers.
+        following: The next linear layer.
+        carried: ``(C, h, w)`` of the image when it arrives.
+    """
+
+    convolutions: tuple[nn.Conv2d, ...]
+    linear: nn.Linear
+    index: int
+    following: nn.Linear
+    carried: tuple[int, int, int]
+
+
+def find_trap(model: nn.Module, example: Tensor) -> TrapPath:
+    """The first linear layer with bias and ReLU that an image can reach unchanged.
+
+    Args:
+        model: Owned by the caller.
+        example: ``(1, C, H, W)``.
+
+    Raises:
+        UnsupportedModel: If there is none, saying what stands in the way.
+    """
+    links = surgery.chain(model, example)
+    channels = example.shape[1]
+    size = tuple(example.shape[2:])
+    convolutions: list[nn.Conv2d] = []
+    for place, link in enumerate(links):
+        module = link.module
+        if isinstance(module, nn.Linear):
+            behind = links[place + 1 : place + 2]
+            following = [n.module for n in links[place + 1 :] if isinstance(n.module, nn.Linear)]
+            if module.bias is None or not behind or not isinstance(behind[0].module, nn.ReLU):
+                raise UnsupportedModel(
+                    f"Trap weights need a linear layer with bias and a ReLU behind it; the first "
+                    f"one that the image reaches, {link.name}, is "
+                    f"{'without bias' if module.bias is None else 'not followed by a ReLU'}."
+                )
+            if not following or not isinstance(following[0], nn.Linear):
+                raise UnsupportedModel(f"No linear layer follows the trapped one, {link.name}.")
+            linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+            return TrapPath(
+                tuple(convolutions), module, linears.index(module), following[0],
+                (channels, size[0], size[1]),
+            )  # fmt: skip
+        if isinstance(module, nn.Conv2d):
+            convolutions.append(module)
+        elif not isinstance(module, PASSING + POOLING):
+            raise UnsupportedModel(
+                f"{type(module).__name__} ({link.name}) changes the image before it reaches a "
+                "linear layer; trap weights pass through convolutions, ReLU and pooling only."
+            )
+        if len(link.output_shape) == 3:
+            size = link.output_shape[1:]
+    raise UnsupportedModel(f"{type(model).__name__} has no linear layer that could hold traps.")
+
+
+def set_traps(
+    path: TrapPath,
+    box: Box,
+    *,
+    scaling: float,
+    sigma: float,
+    gain: float,
+    generator: torch.Generator,
+) -> None:
+    """Write copying kernels and trap weights into the layers of ``path``, in place."""
+    channels = path.carried[0]
+    one = [1.0] * channels
+    for place, conv in enumerate(path.convolutions):
+        first = place == 0
+        surgery.copying_kernels(
+            conv,
+            channels,
+            # The first one undoes the normalisation, so that pixels in [0, 1] pass every ReLU.
+            gain=box.std if first else one,
+            shift=box.mean if first else [0.0] * channels,
+        )
+    n = math.prod(path.carried)
+    weight = path.linear.weight.detach()
+    traps = surgery.trap_rows(
+        len(weight), n, scaling=scaling, sigma=sigma, generator=generator, like=weight
+    )
+    bias = weight.new_zeros(len(weight))
+    if not path.convolutions:
+        area = n // channels
+        std = weight.new_tensor(box.std).repeat_interleave(area)
+        mean = weight.new_tensor(box.mean).repeat_interleave(area)
+        bias = traps @ mean
+        traps = traps * std
+    with torch.no_grad():
+        path.linear.weight.zero_()
+        path.linear.weight[:, :n] = traps / gain
+        path.linear.bias.copy_(bias / gain)
+        path.following.weight.mul_(gain)
+
+
+def tuned_scaling(images: Tensor, batch: int, generator: torch.Generator) -> float:
+    """The s at which most surrogate images of a batch fire some trap row alone.
+
+    Args:
+        images: ``(S, C, h, w)`` in [0, 1].
+        batch: Size of the batch to expect.
+        generator: Trap weights and batches.
+    """
+    flat = images.double().flatten(1)
+    best, best_share = SCALINGS[0], -1.0
+    for s in SCALINGS:
+        traps = surgery.trap_rows(
+            256, flat.shape[1], scaling=s, sigma=1.0, generator=generator, like=flat
+        )
+        share = 0.0
+        for _ in range(4):
+            chosen = torch.randperm(len(flat), generator=generator)[:batch]
+            fires = flat[chosen] @ traps.T > 0  # (batch, rows)
+            alone = fires & (fires.sum(dim=0) == 1)
+            share += float(alone.any(dim=1).double().mean())
+        if share > best_share:
+            best, best_share = s, share
+    return best
+
+
+# -- reading rows under noise ----------------------------------------------------------------------
+
+
+def in_pixels(rows: Tensor, g_b: Tensor, box: Box, shape: tuple[int, ...]) -> Tensor:
+    """Gradient rows with respect to pixels in [0, 1]: ``g x_model`` becomes ``g x_pixel``."""
+    area = math.prod(shape[1:])
+    std = rows.new_tensor(box.std).repeat_interleave(area)
+    mean = rows.new_tensor(box.mean).repeat_interleave(area)
+    return rows * std + g_b[:, None] * mean
+
+
+def live_rows(rows: Tensor, *, score: float = 6.0) -> tuple[Tensor, float]:
+    """Which rows hold an image or a mixture, and the noise's spread from those that do not.
+
+    Neighbouring pixels resemble each other, so the products of neighbouring entries of a row add
+    up to far more than those of independent noise, whose sum is normal around zero.
+
+    Args:
+        rows: ``(m, n)``, pixels of a row of the image side by side.
+        score: Standard deviations from which on a row is live.
+
+    Returns:
+        ``(m,)`` mask, and the standard deviation per entry; 0 if there are no noisy rows.
+    """
+    energy = rows.square().sum(dim=1)
+    product = (rows[:, 1:] * rows[:, :-1]).sum(dim=1)
+    z = product * rows.shape[1] ** 0.5 / energy.clamp(min=torch.finfo(rows.dtype).tiny)
+    live = (z > score) & (energy > 0)
+    dead = (energy[~live] / rows.shape[1]).sqrt()
+    return live, float(dead.median()) if len(dead) else 0.0
+
+
+@dataclass
+class Cluster:
+    """Rows that hold one image.
+
+    Args:
+        x: ``(n,)`` their inverse-variance combination.
+        weight: Sum of the squared factors; the variance of x is noise^2 / weight.
+        rows: How many.
+    """
+
+    x: Tensor
+    weight: Tensor
+    rows: int
+
+
+def cluster(rows: Tensor, g: Tensor, noise: float, similarity: float) -> list[Cluster]:
+    """Greedy clustering, strongest row first.
+
+    A row joins the most similar cluster if their distance is what the noise explains (six standard
+    deviations of its chi-square law) *and* their cosine is high. Cosines are taken without the mean
+    over pixels, which all images share, and with the noise's expected part of each squared norm
+    removed.
+
+    Args:
+        rows: ``(m, n)`` ``g_i x + noise``.
+        g: ``(m,)``.
+        noise: Standard deviation per entry.
+        similarity: Least cosine.
+    """
+    n = rows.shape[1]
+    explained = 1 + 6 * (2 / n) ** 0.5
+    rounding = readout.relative_tolerance(rows.dtype) * 10
+    combined = rows.new_empty(0, n)
+    weights = rows.new_empty(0)
+    members: list[int] = []
+    for i in g.abs().argsort(descending=True, stable=True).tolist():
+        x, weight = rows[i] / g[i], g[i].square()
+        if len(members):
+            shape = x - x.mean()
+            shapes = combined - combined.mean(dim=1, keepdim=True)
+            energy = shape.square().sum() - n * noise**2 / weight
+            energies = shapes.square().sum(dim=1) - n * noise**2 / weights
+            scale = (energies.clamp(min=0) * energy.clamp(min=0)).sqrt()
+            cosine = torch.where(scale > 0, shapes @ shape / scale, torch.zeros_like(scale))
+            distance = (combined - x).square().sum(dim=1)
+            limit = explained * n * noise**2 * (1 / weights + 1 / weight)
+            near = distance <= limit + (rounding * x.norm()) ** 2
+            cosine = torch.where(near, cosine, -torch.ones_like(cosine))
+            at = int(cosine.argmax())
+            if float(cosine[at]) > similarity:
+                total = weights[at] + weight
+                combined[at] = (weights[at] * combined[at] + g[i] * rows[i]) / total
+                weights[at] = total
+                members[at] += 1
+                continue
+        combined = torch.cat([combined, x[None]])
+        weights = torch.cat([weights, weight[None]])
+        members.append(1)
+    return [Cluster(x, w, count) for x, w, count in zip(combined, weights, members, strict=True)]

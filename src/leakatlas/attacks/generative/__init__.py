@@ -1,0 +1,1 @@
+"""Attacks whose prior is a generator: learned online, applied directly, or searched."""

@@ -1,0 +1,151 @@
+"""The doctor finds the one thing that is wrong, whichever it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from leakatlas import data, models
+from leakatlas.audit.doctor import check_replay, examine, relative_residual
+from leakatlas.errors import InvalidInput
+from leakatlas.fl import Client, FedAVG, Federation, FedSGD, ModelRef, Protocol, Scenario, Update
+from leakatlas.fl.scenario import Stage
+
+
+def captured(protocol: Protocol, **model: Any) -> tuple[Federation, Update, Any]:
+    photos = data.photos(32).subset(range(5))
+    net = models.build("convnet", in_channels=3, size=32, classes=8, width=4, **model)
+    federation = Federation(net, {0: Client(photos.images, photos.labels)}, protocol)
+    record = federation.play_round()
+    return federation, record.updates[0], record
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        FedSGD(),
+        FedSGD(reduction="sum", mode="train"),
+        FedAVG(epochs=2, batch_size=2, lr=0.05),
+        FedAVG(epochs=2, batch_size=2, lr=0.05, shuffle=True, momentum=0.9),
+        FedAVG(epochs=1, batch_size=2, lr=0.01, optimizer="adam"),
+    ],
+)
+def test_a_true_description_is_consistent(protocol: Protocol) -> None:
+    federation, update, record = captured(protocol, norm="batch")
+    client = federation.clients[0]
+    check = check_replay(
+        record.received[0], update, client.x, client.y, protocol, order=record.order[0]
+    )
+    assert check.consistent and check.culprit == ""
+
+
+@pytest.mark.parametrize(
+    ("real", "claimed", "culprit"),
+    [
+        (FedSGD(mode="train"), FedSGD(mode="eval"), "mode"),
+        (FedSGD(reduction="sum"), FedSGD(reduction="mean"), "reduction"),
+        (
+            FedAVG(epochs=2, batch_size=2, lr=0.05, optimizer="adam"),
+            FedAVG(epochs=2, batch_size=2, lr=0.05),
+            "optimizer",
+        ),
+        (
+            FedAVG(epochs=2, batch_size=2, lr=0.05, momentum=0.9),
+            FedAVG(epochs=2, batch_size=2, lr=0.05),
+            "optimizer",
+        ),
+    ],
+)
+def test_a_wrong_description_is_named(real: Protocol, claimed: Protocol, culprit: str) -> None:
+    federation, update, record = captured(real, norm="batch")
+    client = federation.clients[0]
+    check = check_replay(
+        record.received[0], update, client.x, client.y, claimed, order=record.order[0]
+    )
+    assert not check.consistent
+    assert check.culprit == culprit, check.explanation
+
+
+def test_sign_scale_and_weights_are_named() -> None:
+    federation, update, record = captured(FedSGD())
+    client, model = federation.clients[0], record.received[0]
+
+    def check(changed: Update) -> Any:
+        return check_replay(model, changed, client.x, client.y, FedSGD())
+
+    turned = update.with_tensors({n: -t for n, t in update.tensors.items()})
+    assert check(turned).culprit == "sign"
+    scaled = update.with_tensors({n: 0.01 * t for n, t in update.tensors.items()})
+    found = check(scaled)
+    assert found.culprit == "scale" and "0.01 times" in found.explanation
+    with torch.no_grad():
+        next(model.parameters()).add_(0.1)
+    found = check(update)
+    assert found.culprit == "weights" and "before its first step" in found.explanation
+
+
+def test_a_wrong_order_is_named() -> None:
+    protocol = FedAVG(epochs=1, batch_size=2, lr=0.5, mode="eval")
+    federation, update, record = captured(protocol)
+    client = federation.clients[0]
+    wrong = tuple(reversed(record.order[0]))
+    check = check_replay(record.received[0], update, client.x, client.y, protocol, order=wrong)
+    assert check.culprit == "order"
+
+
+def test_nonsense_is_called_unknown() -> None:
+    federation, update, record = captured(FedSGD())
+    client = federation.clients[0]
+    noise = torch.Generator().manual_seed(0)
+    other = update.with_tensors(
+        {n: torch.randn(t.shape, generator=noise) for n, t in update.tensors.items()}
+    )
+    check = check_replay(record.received[0], other, client.x, client.y, FedSGD())
+    assert check.culprit == "unknown" and "preprocessing" in check.explanation
+
+
+def test_residual_of_two_zeros_is_zero() -> None:
+    zero = {"w": torch.zeros(3)}
+    assert relative_residual(zero, zero) == 0.0
+    assert relative_residual({"w": torch.ones(3)}, zero) == 1.0
+
+
+def stage(protocol: Protocol, labels: list[int], **model: Any) -> Stage:
+    reference = ModelRef(
+        "builtin", "convnet", {"in_channels": 3, "size": 32, "classes": 8, "width": 4, **model}
+    )
+    photos = data.photos(32).subset(range(len(labels)))
+    victims = replace(photos, labels=torch.tensor(labels))
+    scenario = Scenario(model=reference, protocol=protocol)
+    return Stage(scenario, reference.build(), {0: victims}, data.Box.unit(3))
+
+
+def test_findings_name_duplicates_steps_and_batchnorm() -> None:
+    found = examine(stage(FedAVG(epochs=2, batch_size=2), [0, 0, 1, 2], norm="batch"))
+    text = " ".join(found.findings)
+    assert "1 of 4 labels repeat" in text
+    assert "4 local steps" in text
+    assert "batch normalisation in train mode" in text
+    assert found.facts["unknown pixels"] == 4 * 3 * 32 * 32
+    assert found.facts["expected singleton bins (4 bins per image)"] == pytest.approx(
+        4 * (1 - 1 / 16) ** 3
+    )
+
+
+def test_too_few_equations_are_said() -> None:
+    found = examine(stage(FedSGD(), [0, 1, 2, 3]))
+    assert found.facts["equations per unknown"] < 1
+    assert "Fewer equations than unknown pixels" in " ".join(found.findings)
+
+
+def test_a_captured_update_with_nan_is_refused() -> None:
+    live = stage(FedSGD(), [0, 1])
+    update = live.federation.play_round().updates[0]
+    name = next(iter(update.tensors))
+    broken = dict(update.tensors)
+    broken[name] = torch.full_like(broken[name], float("nan"))
+    with pytest.raises(InvalidInput, match="non-finite"):
+        examine(live, captured=update.with_tensors(broken))

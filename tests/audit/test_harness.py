@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction, Tampering, attack
+from leakatlas.audit import harness
+from leakatlas.blocks.watch import Watch
+from leakatlas.errors import NotGranted, ProtocolError
+from leakatlas.fl import FedAVG, View, load_into, model_state, state_hash
+from leakatlas.params import NonNegativeInt, PositiveInt
+from leakatlas.threat import Knowledge, Vantage
+from tests.conftest import build_stage, photos
+
+PASSIVE = Knowledge.UPDATES | Knowledge.BASIC
+ACTIVE = PASSIVE | Knowledge.MANIPULATION
+
+
+@attack("grey", needs=PASSIVE)
+@dataclass(frozen=True, kw_only=True)
+class Grey(Attack):
+    """Guesses the middle of the pixel range, once for each example."""
+
+    def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
+        middle = torch.full(view.batch_shape, 0.5, dtype=torch.float64)
+        return Reconstruction(images=view.box.normalize(middle), notes={"rounds": len(view.rounds)})
+
+
+@attack("meddler", needs=ACTIVE)
+@dataclass(frozen=True, kw_only=True)
+class Meddler(ActiveAttack):
+    """Scales the model's weights for some rounds and notes by how much."""
+
+    rounds: NonNegativeInt = 2
+    sybils: NonNegativeInt = 0
+    alone: bool = False
+    heard: ClassVar[list[tuple[int, list[str]]]] = []
+
+    def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
+        self.heard.append((len(view.rounds), sorted(view.key)))
+        if len(view.rounds) >= self.rounds:
+            return None
+        factor = torch.rand(1, generator=generator, dtype=torch.float64) + torch.rand(1)
+        model = view.model
+        changed = load_into(model, {n: t * factor for n, t in model_state(model).items()})
+        cohort = (view.target,) if self.alone else None
+        return Tampering(
+            sent=changed, key={f"factor{len(view.rounds)}": factor}, cohort=cohort,
+            sybils=self.sybils,
+        )  # fmt: skip
+
+    def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
+        return Reconstruction(images=torch.zeros(view.batch_shape), notes={"n": view.num_examples})
+
+
+@attack("insatiable", needs=ACTIVE)
+@dataclass(frozen=True, kw_only=True)
+class Insatiable(ActiveAttack):
+    """Never has enough."""
+
+    steps: PositiveInt = 1
+
+    def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
+        return Tampering(sent=view.model, key={})
+
+    def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
+        raise AssertionError("never reached")
+
+
+def test_a_trial_brings_candidates_back_to_pixels_beside_the_truth() -> None:
+    trial = harness.run_trial(build_stage(examples=3), Grey())
+    assert torch.allclose(trial.images, torch.full_like(trial.images, 0.5))
+    assert torch.equal(trial.truth.images, photos(3).images)
+    assert trial.truth.labels.tolist() == [0, 1, 2]
+    assert trial.found.recipe is not None
+    assert trial.found.recipe.scenario == build_stage(examples=3).scenario.to_json()
+
+
+def test_a_passive_adversary_watches_honest_training() -> None:
+    stage = build_stage(protocol=FedAVG(lr=0.1), clients=2, rounds=3)
+    start = state_hash(model_state(stage.federation.model))
+    trial = harness.run_trial(stage, Grey(), target=1)
+    assert [r.index for r in trial.records] == [0, 1, 2]
+    assert trial.found.notes == {"rounds": 3}
+    hashes = [trial.view.update_at(i).state_hash for i in range(3)]
+    assert hashes[0] == start and len(set(hashes)) == 3
+    # The last round is seen, not applied: the attack meets the model that it was computed at.
+    assert state_hash(model_state(stage.federation.model)) == hashes[-1]
+    assert torch.equal(trial.truth.images, photos(4).images[2:])
+
+
+@pytest.mark.parametrize(
+    ("vantage", "pooled"),
+    [
+        (Vantage.AGGREGATE, True),
+        (Vantage.SERVER, False),
+        (Vantage.WIRE, False),
+        (Vantage.PEER, False),
+    ],
+)
+def test_at_the_aggregate_every_client_is_the_target(vantage: Vantage, pooled: bool) -> None:
+    trial = harness.run_trial(build_stage(clients=2, vantage=vantage), Grey(), target=1)
+    assert len(trial.truth.images) == (4 if pooled else 2)
+    expected = photos(4).images if pooled else photos(4).images[2:]
+    assert torch.equal(trial.truth.images, expected)
+
+
+def test_an_active_adversary_tampers_round_after_round_and_keeps_its_keys() -> None:
+    Meddler.heard.clear()
+    stage = build_stage(letter="F")
+    honest = state_hash(model_state(stage.federation.model))
+    trial = harness.run_trial(stage, Meddler(rounds=2))
+    assert Meddler.heard == [(0, []), (1, ["factor0"]), (2, ["factor1"])]
+    assert len(trial.records) == 2 and len(trial.view.rounds) == 2
+    assert [sorted(seen.key) for seen in trial.view.rounds] == [["factor0"], ["factor1"]]
+    received = [state_hash(trial.view.model_at(i).state_dict()) for i in range(2)]
+    assert honest not in received
+    assert received == [trial.view.update_at(i).state_hash for i in range(2)]
+    assert state_hash(model_state(stage.federation.model)) == honest
+
+
+def test_tampering_repeats_itself_with_its_seed_and_leaves_the_global_generator() -> None:
+    def factors(seed: int) -> list[float]:
+        torch.rand(3)
+        before = torch.get_rng_state()
+        trial = harness.run_trial(build_stage(letter="F"), Meddler(), seed=seed)
+        assert torch.equal(before, torch.get_rng_state())
+        return [float(t) for seen in trial.view.rounds for t in seen.key.values()]
+
+    first = factors(0)
+    assert first == factors(0) != factors(1) and first[0] != first[1]
+
+
+@pytest.mark.parametrize("letter", "ABCDE")
+def test_a_passive_letter_cannot_tamper(letter: str) -> None:
+    stage = build_stage(letter=letter)
+    with pytest.raises(
+        NotGranted, match=f"Meddler needs .*MANIPULATION, which threat model {letter}"
+    ):
+        harness.run_trial(stage, Meddler())
+    assert stage.federation.rounds_played == 0
+
+
+@pytest.mark.parametrize("letter", "FG")
+@pytest.mark.parametrize("how", [{"sybils": 1}, {"alone": True}])
+def test_choosing_the_cohort_takes_selection(letter: str, how: dict[str, int]) -> None:
+    stage = build_stage(letter=letter, clients=2)
+    with pytest.raises(NotGranted, match=r"chooses the cohort, which .* may not; it takes H"):
+        harness.run_trial(stage, Meddler(**how))  # type: ignore[arg-type]  # parametrised
+    assert stage.federation.rounds_played == 0
+
+
+def test_letter_h_adds_devices_and_isolates_its_target() -> None:
+    stage = build_stage(letter="H", clients=3, vantage=Vantage.AGGREGATE)
+    trial = harness.run_trial(stage, Meddler(rounds=1, sybils=2, alone=True), target=1)
+    (record,) = trial.records
+    assert record.cohort == (1, harness.SYBIL_IDS, harness.SYBIL_IDS + 1)
+    assert record.sybils == {harness.SYBIL_IDS, harness.SYBIL_IDS + 1}
+    assert record.aggregate.clients == 3
+    assert torch.equal(trial.truth.images, photos(6).images[2:4])
+
+
+def test_an_attack_that_never_stops_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "MOST_ROUNDS", 3)
+    stage = build_stage(letter="F", examples=1)
+    with pytest.raises(ProtocolError, match="insatiable asked for more than 3 rounds"):
+        harness.run_trial(stage, Insatiable())
+    assert stage.federation.rounds_played == 3
+
+
+def test_the_watch_reaches_the_attack() -> None:
+    @attack("slow", needs=PASSIVE)
+    @dataclass(frozen=True, kw_only=True)
+    class Slow(Attack):
+        def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
+            steps = sum(1 for _ in watch.steps(10**9))
+            return Reconstruction(images=torch.zeros(view.batch_shape), notes={"steps": steps})
+
+    trial = harness.run_trial(build_stage(), Slow(), watch=Watch(0.01))
+    assert trial.found.status == "cut_short" and trial.found.notes["steps"] < 10**9

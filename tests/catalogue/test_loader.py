@@ -1,0 +1,115 @@
+"""Reading the rows: cheap to import, complete, and found by the names people use."""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from leakatlas import catalogue
+from leakatlas.catalogue import loader, registry
+from leakatlas.catalogue.schema import ROW_TYPES, json_schema
+from leakatlas.errors import CatalogueError, UnknownName
+from leakatlas.threat import LETTERS
+
+PROBE = """
+import json, sys, time
+begun = time.perf_counter()
+import leakatlas.catalogue
+seconds = time.perf_counter() - begun
+print(json.dumps({"seconds": seconds, "heavy": [m for m in ("torch", "pydantic", "numpy")
+                                                if m in sys.modules]}))
+"""
+
+
+def test_importing_costs_under_150_ms_and_loads_no_torch() -> None:
+    runs = [json.loads(subprocess.check_output([sys.executable, "-c", PROBE])) for _ in range(5)]
+    assert all(run["heavy"] == [] for run in runs)
+    assert statistics.median(run["seconds"] for run in runs) < 0.150
+
+
+def test_reading_every_row_loads_no_torch() -> None:
+    code = (
+        "import sys; from leakatlas.catalogue import export, pages; export.export();"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_all_rows_are_there() -> None:
+    assert [row.letter for row in catalogue.threat_models()] == list("ABCDEFGH")
+    assert [row.number for row in catalogue.attacks()] == list(range(1, 37))
+    assert len(catalogue.defenses()) == 21
+    assert [row.number for row in catalogue.references()] == list(range(1, 60))
+
+
+def test_the_rows_of_the_letters_say_what_the_code_says() -> None:
+    for row in catalogue.threat_models():
+        assert LETTERS[row.letter].name == row.name
+        assert LETTERS[row.letter].knowledge.names() == row.knowledge
+
+
+@pytest.mark.parametrize("name", ["cpa", "CPA", "Cocktail Party Attack", "8", "[8]"])
+def test_an_attack_is_found_by_any_of_its_names(name: str) -> None:
+    assert catalogue.attack(name).key == "cpa"
+
+
+@pytest.mark.parametrize("name", ["gradient_pruning", "DGP", "top-k"])
+def test_a_defense_is_found_by_any_of_its_names(name: str) -> None:
+    assert catalogue.defense(name).key == "gradient_pruning"
+
+
+def test_unknown_names_come_with_suggestions() -> None:
+    with pytest.raises(UnknownName, match="Did you mean 'soteria'"):
+        catalogue.defense("sotera")
+    with pytest.raises(UnknownName, match="Unknown threat model 'Q'"):
+        catalogue.threat_model("q")
+    with pytest.raises(UnknownName, match="Unknown reference '60'"):
+        catalogue.reference(60)
+    assert catalogue.threat_model("d").letter == "D"
+
+
+def test_aliases_do_not_collide() -> None:
+    names = [
+        name.casefold()
+        for row in (*catalogue.attacks(), *catalogue.defenses())
+        for name in {row.key, row.name.casefold(), *(alias.casefold() for alias in row.aliases)}
+    ]
+    assert len(names) == len(set(names))
+
+
+def test_a_shipped_file_with_a_fault_stops_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = loader.shipped_text
+    monkeypatch.setattr(
+        loader,
+        "shipped_text",
+        lambda kind: original(kind).replace('threat_model = "A"', 'threat_model = "Z"', 1),
+    )
+    loader._shipped.cache_clear()
+    try:
+        with pytest.raises(CatalogueError, match=r'attacks.toml: attack "dlg": threat_model'):
+            catalogue.attacks()
+    finally:
+        loader._shipped.cache_clear()
+
+
+def test_the_schema_types_every_kind_of_row() -> None:
+    schema = json_schema()
+    assert set(schema["properties"]) == set(ROW_TYPES)
+    attack = schema["$defs"]["Attack"]
+    assert attack["additionalProperties"] is False
+    assert attack["properties"]["threat_model"]["enum"] == list("ABCDEFGH")
+    undescribed = [
+        name
+        for name, field in attack["properties"].items()
+        if "description" not in field and "$ref" not in field and name != "corrections"
+    ]
+    assert undescribed == []
+
+
+def test_every_row_file_points_editors_at_the_schema() -> None:
+    for kind in loader.FILES:
+        assert loader.shipped_text(kind).startswith("#:schema catalogue.schema.json\n")
+    assert (Path(registry.__file__).parent / "catalogue.schema.json").is_file()

@@ -1,0 +1,114 @@
+"""A built site and a real Chromium to open it in."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from leakatlas import site as leakatlas_site
+
+INSTALL = "apt-get update && apt-get install --yes --no-install-recommends chromium"
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results that give two letters of Soteria a measured colour."""
+    folder = tmp_path_factory.mktemp("results")
+    measures = [
+        {"name": "success_rate", "value": value, "interval": [0.0, 1.0], "n": 32, "letter": letter}
+        for letter, value in (("A", 0.01), ("B", 0.9))
+    ]
+    document = {
+        "schema": "leakatlas/result/1",
+        "kind": "defense",
+        "key": "soteria",
+        "code_version": 1,
+        "recipe": {"attack": {"key": "inverting_gradients"}},
+        "hardware": "2 CPU cores",
+        "seeds": [0],
+        "measures": measures,
+        "command": "leakatlas bench <study> & more",
+        "date": "2026-01-31",
+    }
+    (folder / "soteria.json").write_text(json.dumps(document), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory, measured: Path) -> Path:
+    """The folder of a built site."""
+    out = tmp_path_factory.mktemp("site")
+    leakatlas_site.build(out, results_folder=measured)
+    return out
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """One headless Chromium for all tests."""
+    path = next((found for name in NAMES if (found := shutil.which(name))), None)
+    if path is None:
+        pytest.fail(f"No Chromium on this machine. Install it: {INSTALL}", pytrace=False)
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, headless=True, args=arguments)
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Visit:
+    """A page under watch.
+
+    Args:
+        page: The browser's page.
+        folder: The site.
+        complaints: Console messages, page errors, and requests that left the folder.
+    """
+
+    page: Page
+    folder: Path
+    complaints: list[str] = field(default_factory=list)
+
+    def open(self, name: str) -> Page:
+        """Load a page of the site from its folder."""
+        path, _, fragment = name.partition("#")
+        address = (self.folder / path).as_uri() + (f"#{fragment}" if fragment else "")
+        self.page.goto("about:blank")
+        self.page.goto(address)
+        return self.page
+
+    def watch(self) -> None:
+        """Write down everything that should not happen."""
+        inside = self.folder.as_uri() + "/"
+        self.page.on("console", lambda message: self.complaints.append(f"console: {message.text}"))
+        self.page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))
+        self.page.on(
+            "request",
+            lambda request: (
+                None
+                if request.url.startswith((inside, "data:", "about:"))
+                else self.complaints.append(f"request: {request.url}")
+            ),
+        )
+        self.page.on(
+            "requestfailed", lambda request: self.complaints.append(f"failed: {request.url}")
+        )
+
+
+@pytest.fixture(params=[{"width": 1280, "height": 900}], ids=["desktop"])
+def visit(chromium: Browser, built: Path, request: pytest.FixtureRequest) -> Iterator[Visit]:
+    """A fresh page; anything it complained about fails the test afterwards."""
+    context = chromium.new_context(viewport=request.param, color_scheme="light")
+    found = Visit(context.new_page(), built)
+    found.page.set_default_timeout(10_000)
+    found.watch()
+    yield found
+    context.close()
+    assert found.complaints == []
