@@ -27,7 +27,7 @@ Real = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @functools.cache
-def _adapters(cls: type[Configured]) -> dict[str, TypeAdapter[Any]]:
+def _adapters(cls: Any) -> dict[str, TypeAdapter[Any]]:
     hints = get_type_hints(cls, include_extras=True)
     infinities_as_strings = ConfigDict(ser_json_inf_nan="strings")
     return {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from leakatlas import data, models
-from leakatlas.audit.doctor import check_replay, examine, relative_residual
+from leakatlas.audit.diagnosis import check_replay, examine, relative_residual
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import Client, FedAVG, Federation, FedSGD, ModelRef, Protocol, Scenario, Update
 from leakatlas.fl.scenario import Stage

@@ -34,9 +34,7 @@ def test_a_condition_is_read_and_judged(text: str, value: float, holds: bool) ->
     assert gate.holds(SCORES) is holds
 
 
-@pytest.mark.parametrize(
-    "text", ["", "psnr > 20", "P(psnr > 20 dB)", "exact", "P(psnr > x) > 0.1"]
-)
+@pytest.mark.parametrize("text", ["", "psnr > 20", "P(psnr > 20 dB)", "exact", "P(psnr > x) > 0.1"])
 def test_what_cannot_be_read_says_how_to_write_it(text: str) -> None:
     with pytest.raises(InvalidParameter, match=r"write 'P\(psnr > 20 dB\) > 0\.05'"):
         parse_gate(text)

@@ -202,11 +202,13 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("model: [", "is not YAML"), ("- a\n- b\n", "expected keys such as 'model:'"), ("", "expected")],
+    [
+        ("model: [", "is not YAML"),
+        ("- a\n- b\n", "expected keys such as 'model:'"),
+        ("", "expected"),
+    ],
 )
-def test_what_is_not_a_configuration_is_refused(
-    tmp_path: Path, content: str, words: str
-) -> None:
+def test_what_is_not_a_configuration_is_refused(tmp_path: Path, content: str, words: str) -> None:
     done = leakatlas("audit", write(tmp_path, content), cwd=tmp_path)
     assert done.returncode == 2 and words in " ".join(done.stderr.split())
 

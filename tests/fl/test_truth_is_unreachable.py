@@ -63,10 +63,21 @@ def reachable(root: object) -> Iterator[object]:
             queue += [item.grad_fn, item._base, item._backward_hooks]
             if item.is_leaf or item.retains_grad:
                 queue.append(item.grad)
-        elif type(item).__name__.endswith(("Backward", "Backward0", "Backward1", "AccumulateGrad")):
-            queue += [getattr(item, a) for a in dir(item) if a.startswith("_saved_")]
-            queue += [function for function, _ in getattr(item, "next_functions", ())]
+        elif isinstance(item, torch.autograd.graph.Node):
+            queue += [function for function, _ in item.next_functions]
             queue.append(getattr(item, "variable", None))
+            queue += _saved(item)
+
+
+def _saved(node: torch.autograd.graph.Node) -> list[object]:
+    """What a node of the graph keeps for its backward pass."""
+    found: list[object] = []
+    for name in (n for n in dir(node) if n.startswith("_saved_")):
+        try:
+            found.append(getattr(node, name))
+        except RuntimeError as freed:  # by an earlier backward pass: nothing is held any more
+            assert "already been freed" in str(freed)
+    return found
 
 
 class Secrets:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from leakatlas.audit.config import AuditConfig, captured_update, make_plan, read_config
-from leakatlas.audit.doctor import Diagnosis, ReplayCheck, check_replay, examine
+from leakatlas.audit.diagnosis import Diagnosis, ReplayCheck, check_replay, examine
 from leakatlas.audit.gate import Gate, parse_gate
 from leakatlas.audit.harness import Trial, run_trial
 from leakatlas.audit.plan import VERDICTS, Plan, Setting, parse_budget, presets
@@ -190,7 +190,6 @@ def _setting(
         vantage=Vantage(vantage),
         grants=frozenset(Grant(grant) for grant in grants),
     )
-
 
 
 class _CallableRoom(types.ModuleType):

@@ -249,7 +249,7 @@ def check_writable(folder: Path) -> None:
 
 
 def pictures_of(scores: Scores, candidates: Tensor, originals: Tensor, most: int = 16) -> Tensor:
-    """Originals beside their candidates, ``(n, 2, C, H, W)`` in [0, 1]; grey where there is none."""
+    """Originals beside candidates, ``(n, 2, C, H, W)`` in [0, 1]; grey where there is none."""
     pairs = []
     for original, image in list(zip(originals, scores.images, strict=True))[:most]:
         found = (

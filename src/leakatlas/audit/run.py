@@ -19,7 +19,8 @@ from torch import Tensor
 
 import leakatlas
 from leakatlas.attacks.api import ActiveAttack, Attack
-from leakatlas.audit import doctor, harness
+from leakatlas.audit import harness
+from leakatlas.audit.diagnosis import examine
 from leakatlas.audit.plan import (
     RECOGNISABLE_PSNR,
     VERDICTS,
@@ -112,7 +113,7 @@ def carry_out(
     for setting in plan.settings:
         attacks = presets(setting.attacks, plan.attack_parameters, published=published)
         live = setting.stage(letter=plan.letters[0], seed=plan.seed, vantage=_vantage(setting))
-        diagnosis = doctor.examine(live, attacks, letters=plan.letters)
+        diagnosis = examine(live, attacks, letters=plan.letters)
         diagnoses[setting.name] = diagnosis.to_json()
         for attack in attacks:
             letter, outlook = diagnosis.outlooks[attack.key]
@@ -182,8 +183,6 @@ def _compare(
     pieces = max(len(plan.alternatives) * len(battery), 1)
     allowance = None if plan.seconds is None else COMPARISON_SHARE * plan.seconds / pieces
     for name, defenses in cases.items():
-        if stop.stopped:
-            return comparisons
         setting = replace(first, defenses=defenses, targets=first.targets[:1])
         found: list[Run] = []
         for key, letter in battery:

@@ -1,8 +1,8 @@
 """What a defense costs: accuracy of a federation trained under it, on a small reference task.
 
 The task is fixed so that defenses can be compared: scikit-learn's 8x8 digits, ten clients, a
-network with one hidden layer, plain FedSGD or FedAVG. It answers "how much accuracy does this mechanism
-cost at this setting", not "how accurate will your model be".
+network with one hidden layer, plain FedSGD or FedAVG. It answers "how much accuracy does this
+mechanism cost at this setting", not "how accurate will your model be".
 """
 
 from __future__ import annotations

@@ -76,7 +76,8 @@ class ModelRef:
 
     Args:
         kind: ``builtin`` (a name of :mod:`leakatlas.models`), ``python``
-            (``package.module:factory`` or ``file.py:factory``), or ``object`` (a live module that only its owner can rebuild).
+            (``package.module:factory`` or ``file.py:factory``), or ``object`` (a live module that
+            only its owner can rebuild).
         name: The name, or the class name for ``object``.
         kwargs: Arguments of the factory.
     """

@@ -96,7 +96,7 @@ class InvertingGradients(Attack):
         return cls(
             steps=steps,
             lr=0.3,
-            tv_weight=1e-3,
+            tv_weight=3e-3,
             restarts=restarts,
             distance="relative_l2",
             optimizer="sign",
