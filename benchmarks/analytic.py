@@ -170,6 +170,11 @@ def share(name: str, hits: int, trials: int, note: str) -> dict[str, Any]:
     }
 
 
+def logit_of(logits: Tensor, y: Tensor) -> Tensor:
+    """The logit of class y, whose gradient is that of an example with delta_y = +1."""
+    return logits[:, int(y)].sum()
+
+
 # -- one function a row ----------------------------------------------------------------------------
 
 
@@ -256,7 +261,7 @@ def robbing_the_fed(data: Data) -> tuple[list[dict[str, Any]], Sequence[int]]:
         exact = []
         for seed in seeds:
             protocol = FedAVG(epochs=2, batch_size=8, lr=1e-3)
-            attack = RobbingTheFed(bins=128, form=form)  # type: ignore[arg-type]  # the two literals
+            attack = RobbingTheFed(bins=128, form=form)
             trial, _ = play(
                 data, attack, data.victims(32, seed * 32), seed=seed, protocol=protocol, **net
             )
@@ -290,7 +295,7 @@ def fishing(data: Data) -> tuple[list[dict[str, Any]], Sequence[int]]:
         for image in set_up.box.normalize(trial.truth.images.to(got.features)):
             own = replay.gradient(
                 model, parameters, {}, image[None], torch.tensor([target]),
-                loss=lambda logits, y: logits[:, int(y)].sum(), create_graph=False,
+                loss=logit_of, create_graph=False,
             )  # fmt: skip
             names = [n for n in own if n not in head_names(head)]
             left = sum(float((got.gradient[n] - own[n]).square().sum()) for n in names)
@@ -298,11 +303,12 @@ def fishing(data: Data) -> tuple[list[dict[str, Any]], Sequence[int]]:
             best = min(best, (left / size) ** 0.5)
         return best
 
-    for name, victims, target in (
+    cases: tuple[tuple[str, Callable[[int], ImageSet], int | None], ...] = (
         ("64 mixed images", lambda seed: data.victims(64, seed * 64), None),
         ("50 images of one class", lambda seed: data.of_class(3 + seed, 50), None),
         ("64 mixed images, a class with several", lambda seed: data.victims(64, seed * 64), 8),
-    ):
+    )
+    for name, victims, target in cases:
         error, queries, done = [], [], 0
         for seed in seeds:
             trial, set_up = play(
@@ -341,16 +347,21 @@ def sybils(data: Data) -> tuple[list[dict[str, Any]], Sequence[int]]:
     """Recall without noise; PSNR against M under distributed DP, silent and honest."""
     seeds = (0, 1, 2)
     measures = []
-    for n in (20, 100):
+    for n, scaling in ((20, 0.95), (20, None), (100, 0.95), (100, None)):
         recall = []
         for seed in seeds:
             trial, _ = play(
-                data, Sybils(), data.victims(n, seed * n), letter="H", model="fc",
+                data, Sybils(scaling=scaling), data.victims(n, seed * n), letter="H", model="fc",
                 settings={"widths": (1_000, 64), "act": "relu"}, seed=seed, dtype=torch.float64,
             )  # fmt: skip
             recall.append(float((scores(trial)[0] < EXACT).double().mean()))
         measures.append(
-            mean(f"exact recall without noise, n={n}", recall, "share", "1,000 rows, s=0.95, 32x32")
+            mean(
+                f"exact recall without noise, n={n}, s {scaling or 'tuned'}",
+                recall,
+                "share",
+                "1,000 rows, 32x32, float64",
+            )
         )
     z = 1e-3
     for members in (10, 100, 1_000):
@@ -395,7 +406,7 @@ def loki(data: Data) -> tuple[list[dict[str, Any]], Sequence[int]]:
     for scale in ("max", "midpoint", "anchor"):
         psnr, ssim, leaked = [], [], []
         for seed in seeds:
-            attack = LOKI(scale=scale)  # type: ignore[arg-type]  # the three literals
+            attack = LOKI(scale=scale)
             trial, _ = play(
                 data, attack, data.victims(640, seed * 640), clients=10, seed=seed,
                 protocol=FedAVG(epochs=1, batch_size=8, lr=1e-2), settings={"width": 8},

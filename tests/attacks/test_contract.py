@@ -64,9 +64,23 @@ CASES: dict[str, Case] = {
         {},
         {"settings": {"widths": (220,), "act": "leaky_relu", "bias": False}, "examples": 1},
     ),
+    "april": Case(
+        {},
+        {
+            "model": "vit",
+            "settings": {"first_block": "april", "dim": 48, "depth": 1, "patch": 4},
+            "examples": 1,
+        },
+    ),
+    "trap_weights": Case({}, {"settings": {"widths": (32,), "act": "relu"}}),
+    "spear": Case(
+        {"samples": 50_000, "chunk": 1_000},
+        {"settings": {"widths": (128,), "act": "relu"}, "examples": 3},
+    ),
     "fishing": Case({"steps": 3}, {**LENET, "examples": 3}, boxed=True),
     "robbing_the_fed": Case({"bins": 8}, {**LENET, "examples": 3}),
     "sybils": Case({"cohort_size": 3}, {"settings": {"widths": (32,), "act": "relu"}}),
+    "mkor": Case({}, {"model": "lenet", "settings": {}}),
     "loki": Case({"bins": 8}, {**LENET, "clients": 2}),
 }
 KEYS = registry.attack_keys()

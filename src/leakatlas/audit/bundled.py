@@ -62,7 +62,7 @@ def bundled_plan(
                 victims=photos,
                 protocol=FedAVG(epochs=1, batch_size=1, lr=0.01, mode="train"),
                 clients=8,
-                defenses=(defense("secure_aggregation"),),
+                defenses=(defense("secure_aggregation", ring_bits=64),),
                 vantage=Vantage.AGGREGATE,
             ),
         ),

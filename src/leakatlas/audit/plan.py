@@ -13,7 +13,7 @@ from leakatlas.attacks.api import Attack
 from leakatlas.catalogue import registry
 from leakatlas.data import Box, ImageSet
 from leakatlas.errors import InvalidInput, InvalidParameter
-from leakatlas.fl import Defense, ModelRef, Protocol, Scenario, Stage, stage
+from leakatlas.fl import Defense, ModelRef, Protocol, Scenario, Stage, Trait, stage
 from leakatlas.threat import Grant, Vantage
 
 VERDICTS = ("not demonstrated", "label leak only", "recognisable", "exact leak")
@@ -70,7 +70,15 @@ class Setting:
                     f"(0..{self.clients - 1})."
                 )
 
-    def stage(self, *, letter: str, seed: int, vantage: Vantage | None = None) -> Stage:
+    @property
+    def effective_vantage(self) -> Vantage:
+        """The vantage, or ``aggregate`` where a defense hides single updates from it."""
+        hidden = any(Trait.HIDES_UPDATES in defense.active_traits() for defense in self.defenses)
+        if hidden and self.vantage in (Vantage.WIRE, Vantage.SERVER):
+            return Vantage.AGGREGATE
+        return self.vantage
+
+    def stage(self, *, letter: str, seed: int) -> Stage:
         """The live stage of this setting under one adversary."""
         scenario = Scenario(
             model=self.model_ref,
@@ -82,7 +90,7 @@ class Setting:
             protocol=self.protocol,
             defenses=self.defenses,
             letter=letter,
-            vantage=vantage or self.vantage,
+            vantage=self.effective_vantage,
             grants=self.grants,
             seed=seed,
         )  # fmt: skip

@@ -34,10 +34,9 @@ from leakatlas.audit.utility import accuracy_under
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import patches
 from leakatlas.errors import LeakAtlasError
-from leakatlas.fl import FedSGD, Trait, model_state, state_hash
+from leakatlas.fl import FedSGD, model_state, state_hash
 from leakatlas.fl.view import defense_json
 from leakatlas.metrics.score import Scores, score
-from leakatlas.threat import Vantage
 
 COMPARISON_SHARE = 0.35
 """Part of the budget that goes to comparing defenses, if any are compared."""
@@ -112,7 +111,7 @@ def carry_out(
     diagnoses: dict[str, Mapping[str, Any]] = {}
     for setting in plan.settings:
         attacks = presets(setting.attacks, plan.attack_parameters, published=published)
-        live = setting.stage(letter=plan.letters[0], seed=plan.seed, vantage=_vantage(setting))
+        live = setting.stage(letter=plan.letters[0], seed=plan.seed)
         diagnosis = examine(live, attacks, letters=plan.letters)
         diagnoses[setting.name] = diagnosis.to_json()
         for attack in attacks:
@@ -228,14 +227,6 @@ def _battery(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return [(run.attack, run.letter) for run in chosen.values()]
 
 
-def _vantage(setting: Setting) -> Vantage:
-    """The strongest place at which an update can be read under the setting's defenses."""
-    hidden = any(Trait.HIDES_UPDATES in defense.active_traits() for defense in setting.defenses)
-    if hidden and setting.vantage in (Vantage.WIRE, Vantage.SERVER):
-        return Vantage.AGGREGATE
-    return setting.vantage
-
-
 def _run(
     job: _Job,
     plan: Plan,
@@ -244,8 +235,8 @@ def _run(
     listener: Listener,
     stop: Watch,
 ) -> Run:
-    vantage = _vantage(job.setting)
-    live = job.setting.stage(letter=job.letter, seed=plan.seed, vantage=vantage)
+    vantage = job.setting.effective_vantage
+    live = job.setting.stage(letter=job.letter, seed=plan.seed)
     recipe = job.attack.recipe(plan.seed, live.scenario.to_json())
     cache = None if out is None else out / "runs" / _identity(job, recipe.content_hash)
     if cache is not None and (kept := _kept(cache)) is not None:
@@ -393,7 +384,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
                 "protocol": type(setting.protocol).__name__,
                 "parameters": setting.protocol.to_json(),
                 "defenses": [defense_json(d) for d in setting.defenses],
-                "vantage": _vantage(setting).value,
+                "vantage": setting.effective_vantage.value,
                 "grants": sorted(grant.value for grant in setting.grants),
             }
             for setting in plan.settings

@@ -6,6 +6,7 @@ server inserts; their parameters are addressed by name, and the read-out never n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -14,10 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leakatlas.data import Box
 from leakatlas.errors import UnsupportedModel
 
 Form = Literal["cumulative", "sparse"]
 Connection = Literal["linear", "addition"]
+
+SCALINGS = (0.7, 0.77, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
+"""Values of s tried on surrogate images; the papers' own are 0.7, 0.95 and 0.99."""
+
+PASSING = (nn.ReLU, nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout2d)
+POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
 # -- binning layers --------------------------------------------------------------------------------
@@ -362,3 +370,132 @@ def _broken(model: nn.Module, before: str, after: str) -> str:
         "activation). This method follows convolutions, linear layers, activation modules, "
         "pooling and flattening only."
     )
+
+
+# -- where the traps go ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrapPath:
+    """The way from the pixels to the trapped layer, and to the linear layer behind it.
+
+    Args:
+        convolutions: Layers that must copy.
+        linear: The layer that gets the traps.
+        index: Its place among the model's linear layers.
+        following: The next linear layer.
+        carried: ``(C, h, w)`` of the image when it arrives.
+    """
+
+    convolutions: tuple[nn.Conv2d, ...]
+    linear: nn.Linear
+    index: int
+    following: nn.Linear
+    carried: tuple[int, int, int]
+
+
+def find_trap(model: nn.Module, example: Tensor) -> TrapPath:
+    """The first linear layer with bias and ReLU that an image can reach unchanged.
+
+    Args:
+        model: Owned by the caller.
+        example: ``(1, C, H, W)``.
+
+    Raises:
+        UnsupportedModel: If there is none, saying what stands in the way.
+    """
+    links = chain(model, example)
+    channels = example.shape[1]
+    size = tuple(example.shape[2:])
+    convolutions: list[nn.Conv2d] = []
+    for place, link in enumerate(links):
+        module = link.module
+        if isinstance(module, nn.Linear):
+            behind = links[place + 1 : place + 2]
+            following = [n.module for n in links[place + 1 :] if isinstance(n.module, nn.Linear)]
+            if module.bias is None or not behind or not isinstance(behind[0].module, nn.ReLU):
+                raise UnsupportedModel(
+                    f"Trap weights need a linear layer with bias and a ReLU behind it; the first "
+                    f"one that the image reaches, {link.name}, is "
+                    f"{'without bias' if module.bias is None else 'not followed by a ReLU'}."
+                )
+            if not following or not isinstance(following[0], nn.Linear):
+                raise UnsupportedModel(f"No linear layer follows the trapped one, {link.name}.")
+            linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+            return TrapPath(
+                tuple(convolutions), module, linears.index(module), following[0],
+                (channels, size[0], size[1]),
+            )  # fmt: skip
+        if isinstance(module, nn.Conv2d):
+            convolutions.append(module)
+        elif not isinstance(module, PASSING + POOLING):
+            raise UnsupportedModel(
+                f"{type(module).__name__} ({link.name}) changes the image before it reaches a "
+                "linear layer; trap weights pass through convolutions, ReLU and pooling only."
+            )
+        if len(link.output_shape) == 3:
+            size = link.output_shape[1:]
+    raise UnsupportedModel(f"{type(model).__name__} has no linear layer that could hold traps.")
+
+
+def set_traps(
+    path: TrapPath,
+    box: Box,
+    *,
+    scaling: float,
+    sigma: float,
+    gain: float,
+    generator: torch.Generator,
+) -> None:
+    """Write copying kernels and trap weights into the layers of ``path``, in place."""
+    channels = path.carried[0]
+    one = [1.0] * channels
+    for place, conv in enumerate(path.convolutions):
+        first = place == 0
+        copying_kernels(
+            conv,
+            channels,
+            # The first one undoes the normalisation, so that pixels in [0, 1] pass every ReLU.
+            gain=box.std if first else one,
+            shift=box.mean if first else [0.0] * channels,
+        )
+    n = math.prod(path.carried)
+    weight = path.linear.weight.detach()
+    traps = trap_rows(
+        len(weight), n, scaling=scaling, sigma=sigma, generator=generator, like=weight
+    )
+    bias = weight.new_zeros(len(weight))
+    if not path.convolutions:
+        area = n // channels
+        std = weight.new_tensor(box.std).repeat_interleave(area)
+        mean = weight.new_tensor(box.mean).repeat_interleave(area)
+        bias = traps @ mean
+        traps = traps * std
+    with torch.no_grad():
+        path.linear.weight.zero_()
+        path.linear.weight[:, :n] = traps / gain
+        path.linear.bias.copy_(bias / gain)
+        path.following.weight.mul_(gain)
+
+
+def tuned_scaling(images: Tensor, batch: int, generator: torch.Generator) -> float:
+    """The s at which most surrogate images of a batch fire some trap row alone.
+
+    Args:
+        images: ``(S, C, h, w)`` in [0, 1].
+        batch: Size of the batch to expect.
+        generator: Trap weights and batches.
+    """
+    flat = images.double().flatten(1)
+    best, best_share = SCALINGS[0], -1.0
+    for s in SCALINGS:
+        traps = trap_rows(256, flat.shape[1], scaling=s, sigma=1.0, generator=generator, like=flat)
+        share = 0.0
+        for _ in range(4):
+            chosen = torch.randperm(len(flat), generator=generator)[:batch]
+            fires = flat[chosen] @ traps.T > 0  # (batch, rows)
+            alone = fires & (fires.sum(dim=0) == 1)
+            share += float(alone.any(dim=1).double().mean())
+        if share > best_share:
+            best, best_share = s, share
+    return best

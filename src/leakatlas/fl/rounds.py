@@ -191,7 +191,10 @@ class Federation:
         for member in sorted(sybils):
             updates[member] = replace(
                 template,
-                tensors={n: torch.zeros_like(t) for n, t in template.tensors.items()},
+                # One shared zero each: a thousand sybils must not cost a thousand models.
+                tensors={
+                    n: t.new_zeros(()).expand(t.shape) for n, t in template.tensors.items()
+                },
             )
             contexts[member] = [self._context(member, d, index, memory) for d in self.defenses]
         for defense in self.defenses:

@@ -240,16 +240,16 @@ def average(updates: Mapping[int, Update], weights: Mapping[int, float] | None =
         weights = {
             c: float(u.num_examples if u.reduction == "mean" else 1) for c, u in updates.items()
         }
-    total = sum(weights.values())
+    total_weight = sum(weights.values())
 
     def mean(content: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        names = next(iter(content.values())).keys()
-        return {
-            name: torch.stack([content[c][name] * (weights[c] / total) for c in content]).sum(0)
-            if next(iter(content.values()))[name].is_floating_point()
-            else next(iter(content.values()))[name]
-            for name in names
-        }
+        start = next(iter(content.values()))
+        sums = {n: torch.zeros_like(t) for n, t in start.items() if t.is_floating_point()}
+        for client, tensors in content.items():
+            for name, total in sums.items():
+                total.add_(tensors[name], alpha=weights[client] / total_weight)
+        # Integer buffers (step counters) are not averaged; the first client's stands.
+        return {name: sums.get(name, tensor) for name, tensor in start.items()}
 
     return replace(
         first,

@@ -12,6 +12,7 @@ from leakatlas.models.convnet import ConvNet as ConvNet
 from leakatlas.models.fc import FCNet as FCNet
 from leakatlas.models.generators import Generator as Generator
 from leakatlas.models.lenet import LeNet as LeNet
+from leakatlas.models.lenet5 import LeNet5 as LeNet5
 from leakatlas.models.registry import build as build
 from leakatlas.models.registry import names as names
 from leakatlas.models.resnet import ResNet as ResNet

@@ -15,6 +15,7 @@ from leakatlas.models.convnet import ConvNet
 from leakatlas.models.fc import FCNet
 from leakatlas.models.generators import Generator
 from leakatlas.models.lenet import LeNet
+from leakatlas.models.lenet5 import LeNet5
 from leakatlas.models.resnet import CIFAR8, CIFAR20, CIFAR32, RESNET18, ResNet
 from leakatlas.models.vgg import DEPTHS, VGG
 from leakatlas.models.vit import ViT
@@ -26,6 +27,7 @@ _CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     "convnet-bn": partial(ConvNet, norm="batch"),
     "fc": FCNet,
     "lenet": LeNet,
+    "lenet5": LeNet5,
     "resnet8": partial(ResNet, blocks=CIFAR8),
     "resnet20": partial(ResNet, blocks=CIFAR20),
     "resnet32": partial(ResNet, blocks=CIFAR32),

@@ -1,7 +1,7 @@
 """VGG networks for small images.
 
 Simonyan and Zisserman (2015), in the form usual for 32x32: 3x3 convolutions, a 2x2 max-pool after
-each group, one linear layer instead of three.
+each group, one linear layer instead of three unless ``hidden`` says otherwise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DEPTHS: dict[int, tuple[int, ...]] = {
 
 
 class VGG(nn.Module):
-    """Groups of 3x3 convolutions, each ended by a max-pool, then one linear layer.
+    """Groups of 3x3 convolutions, each ended by a max-pool, then a linear head.
 
     Args:
         in_channels: Channels of an image.
@@ -32,6 +32,7 @@ class VGG(nn.Module):
         width: Channels of the first group (64 in the paper); doubled per group up to 8 times.
         norm: "none", "batch", "group" or "instance", after every convolution.
         act: Name of the activation.
+        hidden: Units of linear layers before the head; ``(4096, 4096)`` in the paper.
         seed: Seed of the weights.
     """
 
@@ -45,9 +46,12 @@ class VGG(nn.Module):
         width: int = 64,
         norm: str = "none",
         act: str = "relu",
+        hidden: Sequence[int] = (),
         seed: int = 0,
     ) -> None:
         super().__init__()
+        for units in hidden:
+            require_positive("VGG", hidden=units)
         groups = tuple(groups)
         require_positive(
             "VGG", in_channels=in_channels, classes=classes, width=width, groups=len(groups)
@@ -75,10 +79,17 @@ class VGG(nn.Module):
                     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                     if layer.bias is not None:
                         nn.init.zeros_(layer.bias)
-            self.fc = nn.Linear(channels * (size // shrink) ** 2, classes)
+            units = channels * (size // shrink) ** 2
+            dense: list[nn.Module] = []
+            for wide in hidden:
+                dense += [nn.Linear(units, wide), activation(act)]
+                units = wide
+            self.hidden = nn.Sequential(*dense) if dense else None
+            self.fc = nn.Linear(units, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, classes)`` of images ``(N, C, H, W)``."""
         features: Tensor = self.features(x)
-        logits: Tensor = self.fc(features.flatten(1))
+        flat = features.flatten(1)
+        logits: Tensor = self.fc(flat if self.hidden is None else self.hidden(flat))
         return logits

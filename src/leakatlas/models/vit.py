@@ -6,10 +6,12 @@ Attention is written out in matrix products: fused attention kernels have no sec
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from leakatlas.errors import InvalidParameter
+from leakatlas.errors import InvalidParameter, UnknownName
 from leakatlas.models.parts import activation, require_positive, require_size, seeded
 
 
@@ -49,6 +51,31 @@ class Block(nn.Module):
         return y
 
 
+class DirectBlock(nn.Module):
+    """A block whose attention reads its input as it is: no norm before, no residual around.
+
+    "Architecture A" of APRIL (Lu et al., 2022); its attention determines its input in closed form.
+    """
+
+    def __init__(self, dim: int, heads: int, hidden: int, act: str) -> None:
+        super().__init__()
+        self.attention = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), activation(act), nn.Linear(hidden, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, T, dim)`` to ``(N, T, dim)``."""
+        x = self.attention(x)
+        y: Tensor = x + self.mlp(self.norm2(x))
+        return y
+
+
+_FIRST_BLOCKS: dict[str, Callable[[int, int, int, str], nn.Module]] = {
+    "prenorm": Block,
+    "april": DirectBlock,
+}
+
+
 class ViT(nn.Module):
     """Patch embedding, ``depth`` transformer blocks, a linear head on the class token.
 
@@ -62,6 +89,8 @@ class ViT(nn.Module):
         heads: Attention heads.
         mlp_ratio: Hidden width of a block's perceptron, in units of ``dim``.
         act: Name of the perceptrons' activation.
+        first_block: "prenorm", or "april" for a first block whose attention reads the embedded
+            tokens directly (:class:`DirectBlock`).
         seed: Seed of the weights.
     """
 
@@ -77,9 +106,12 @@ class ViT(nn.Module):
         heads: int = 4,
         mlp_ratio: int = 2,
         act: str = "gelu",
+        first_block: str = "prenorm",
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if first_block not in _FIRST_BLOCKS:
+            raise UnknownName("first block of a ViT", first_block, _FIRST_BLOCKS)
         require_positive(
             "ViT",
             in_channels=in_channels,
@@ -101,7 +133,8 @@ class ViT(nn.Module):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
             self.positions = nn.Parameter(torch.zeros(1, tokens, dim))
             self.blocks = nn.Sequential(
-                *(Block(dim, heads, mlp_ratio * dim, act) for _ in range(depth))
+                _FIRST_BLOCKS[first_block](dim, heads, mlp_ratio * dim, act),
+                *(Block(dim, heads, mlp_ratio * dim, act) for _ in range(depth - 1)),
             )
             self.norm = nn.LayerNorm(dim)
             self.fc = nn.Linear(dim, classes)

@@ -11,13 +11,10 @@ from torch import Tensor, nn
 from leakatlas.attacks.analytic.isolation.sybils import (
     Sybils,
     cluster,
-    find_trap,
     live_rows,
-    set_traps,
-    tuned_scaling,
 )
 from leakatlas.audit.harness import Trial, observe, run_trial
-from leakatlas.blocks.surgery import trap_rows
+from leakatlas.blocks.surgery import find_trap, set_traps, trap_rows, tuned_scaling
 from leakatlas.data import Box
 from leakatlas.defenses.formal.crypto.secure_aggregation import SecureAggregation
 from leakatlas.defenses.formal.dp.client_dp import ClientDP

@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from leakatlas.attacks.api import Attack, Reconstruction, attack, nothing_found
+from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
 from leakatlas.blocks import least_squares, readout
 from leakatlas.blocks.observed import mean_gradient
 from leakatlas.blocks.surgery import Link, chain
@@ -77,6 +77,21 @@ class RGAP(Attack):
 
     tolerance: Positive = 1e-6
     largest_residual: Positive = 1e-3
+
+    def outlook(self, view: View) -> Outlook:
+        """One example, a gradient, and a chain of layers that can be undone."""
+        if view.num_examples != 1:
+            return Outlook(
+                "hopeless", f"it inverts one example; the update holds {view.num_examples}"
+            )
+        if view.has("protocol") and view.protocol.steps(1) > 1:
+            return Outlook("hopeless", "several local steps do not give one gradient")
+        example = torch.zeros(1, *view.input_shape, dtype=torch.float64)
+        layers = affine_layers(view.model.double(), example)
+        start_layer(layers)
+        return Outlook(
+            "applicable", "every layer can be undone; exact where its constraints have full rank"
+        )
 
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
         """The recursion, for every hypothesis that is still consistent."""

@@ -39,13 +39,14 @@ Departures:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from leakatlas.attacks.api import (
     ActiveAttack,
+    Outlook,
     Reconstruction,
     Tampering,
     attack,
@@ -86,6 +87,20 @@ class LOKI(ActiveAttack):
     spread: Positive = 1.0
     min_energy: OpenFraction = 1e-3
     rounds: PositiveInt = 1
+
+    @classmethod
+    def tuned(cls) -> Self:
+        """Our exact read-out, for small updates: the anchor channel and a larger kappa."""
+        return cls(scale="anchor", kappa=1e4)
+
+    def outlook(self, view: View) -> Outlook:
+        """How many images of the target are expected alone in their bin."""
+        expected = readout.expected_singletons(view.num_examples, self.bins)
+        return Outlook(
+            "applicable",
+            f"{expected:.1f} of {view.num_examples} images expected alone in one of {self.bins} "
+            "bins of their client's own block",
+        )
 
     def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
         """One model per client, with its own group of kernels and columns."""

@@ -42,6 +42,7 @@ from torch.nn import functional as F
 
 from leakatlas.attacks.api import (
     ActiveAttack,
+    Outlook,
     Reconstruction,
     Tampering,
     attack,
@@ -50,16 +51,9 @@ from leakatlas.attacks.api import (
 from leakatlas.blocks import readout, surgery
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box
-from leakatlas.errors import UnsupportedModel
-from leakatlas.fl import View
+from leakatlas.fl import FedAVG, View
 from leakatlas.params import OpenFraction, Positive, PositiveInt
 from leakatlas.threat import Knowledge
-
-SCALINGS = (0.7, 0.77, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
-"""Values of s tried on surrogate images; the papers' own are 0.7, 0.95 and 0.99."""
-
-PASSING = (nn.ReLU, nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout2d)
-POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
 @attack(
@@ -89,6 +83,16 @@ class Sybils(ActiveAttack):
     threshold: Positive = 5.0
     similarity: OpenFraction = 0.95
 
+    def outlook(self, view: View) -> Outlook:
+        """A first linear layer behind a ReLU that the input can be carried to."""
+        path = surgery.find_trap(
+            view.model, next(view.model.parameters()).new_zeros(1, *view.input_shape)
+        )
+        if isinstance(view.protocol, FedAVG):
+            return Outlook("unknown", "several local steps disturb the traps")
+        size = "x".join(str(side) for side in path.carried[1:])
+        return Outlook("applicable", f"the first linear layer can be trapped, at {size} pixels")
+
     def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
         """Trap weights for the target, silence from everyone else."""
         if view.rounds:
@@ -96,12 +100,14 @@ class Sybils(ActiveAttack):
         model = view.model
         shape = tuple(view.input_shape)
         like = next(model.parameters()).detach()
-        path = find_trap(model, like.new_zeros(1, *shape))
+        path = surgery.find_trap(model, like.new_zeros(1, *shape))
         s = self.scaling
         if s is None:
             images = F.interpolate(view.surrogate.images, size=path.carried[1:], mode="area")
-            s = tuned_scaling(images, min(view.num_examples, len(images)), generator)
-        set_traps(path, view.box, scaling=s, sigma=self.sigma, gain=self.gain, generator=generator)
+            s = surgery.tuned_scaling(images, min(view.num_examples, len(images)), generator)
+        surgery.set_traps(
+            path, view.box, scaling=s, sigma=self.sigma, gain=self.gain, generator=generator
+        )
         key = {
             "carried": torch.tensor(path.carried),
             "normalised": torch.tensor(float(not path.convolutions)),
@@ -146,137 +152,6 @@ class Sybils(ActiveAttack):
                 "rows_in_largest_cluster": float(max(c.rows for c in found)),
             },
         )
-
-
-# -- where the traps go ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrapPath:
-    """The way from the pixels to the trapped layer, and to the linear layer behind it.
-
-    Args:
-        convolutions: Layers that must copy.
-        linear: The layer that gets the traps.
-        index: Its place among the model's linear layers.
-        following: The next linear layer.
-        carried: ``(C, h, w)`` of the image when it arrives.
-    """
-
-    convolutions: tuple[nn.Conv2d, ...]
-    linear: nn.Linear
-    index: int
-    following: nn.Linear
-    carried: tuple[int, int, int]
-
-
-def find_trap(model: nn.Module, example: Tensor) -> TrapPath:
-    """The first linear layer with bias and ReLU that an image can reach unchanged.
-
-    Args:
-        model: Owned by the caller.
-        example: ``(1, C, H, W)``.
-
-    Raises:
-        UnsupportedModel: If there is none, saying what stands in the way.
-    """
-    links = surgery.chain(model, example)
-    channels = example.shape[1]
-    size = tuple(example.shape[2:])
-    convolutions: list[nn.Conv2d] = []
-    for place, link in enumerate(links):
-        module = link.module
-        if isinstance(module, nn.Linear):
-            behind = links[place + 1 : place + 2]
-            following = [n.module for n in links[place + 1 :] if isinstance(n.module, nn.Linear)]
-            if module.bias is None or not behind or not isinstance(behind[0].module, nn.ReLU):
-                raise UnsupportedModel(
-                    f"Trap weights need a linear layer with bias and a ReLU behind it; the first "
-                    f"one that the image reaches, {link.name}, is "
-                    f"{'without bias' if module.bias is None else 'not followed by a ReLU'}."
-                )
-            if not following or not isinstance(following[0], nn.Linear):
-                raise UnsupportedModel(f"No linear layer follows the trapped one, {link.name}.")
-            linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-            return TrapPath(
-                tuple(convolutions), module, linears.index(module), following[0],
-                (channels, size[0], size[1]),
-            )  # fmt: skip
-        if isinstance(module, nn.Conv2d):
-            convolutions.append(module)
-        elif not isinstance(module, PASSING + POOLING):
-            raise UnsupportedModel(
-                f"{type(module).__name__} ({link.name}) changes the image before it reaches a "
-                "linear layer; trap weights pass through convolutions, ReLU and pooling only."
-            )
-        if len(link.output_shape) == 3:
-            size = link.output_shape[1:]
-    raise UnsupportedModel(f"{type(model).__name__} has no linear layer that could hold traps.")
-
-
-def set_traps(
-    path: TrapPath,
-    box: Box,
-    *,
-    scaling: float,
-    sigma: float,
-    gain: float,
-    generator: torch.Generator,
-) -> None:
-    """Write copying kernels and trap weights into the layers of ``path``, in place."""
-    channels = path.carried[0]
-    one = [1.0] * channels
-    for place, conv in enumerate(path.convolutions):
-        first = place == 0
-        surgery.copying_kernels(
-            conv,
-            channels,
-            # The first one undoes the normalisation, so that pixels in [0, 1] pass every ReLU.
-            gain=box.std if first else one,
-            shift=box.mean if first else [0.0] * channels,
-        )
-    n = math.prod(path.carried)
-    weight = path.linear.weight.detach()
-    traps = surgery.trap_rows(
-        len(weight), n, scaling=scaling, sigma=sigma, generator=generator, like=weight
-    )
-    bias = weight.new_zeros(len(weight))
-    if not path.convolutions:
-        area = n // channels
-        std = weight.new_tensor(box.std).repeat_interleave(area)
-        mean = weight.new_tensor(box.mean).repeat_interleave(area)
-        bias = traps @ mean
-        traps = traps * std
-    with torch.no_grad():
-        path.linear.weight.zero_()
-        path.linear.weight[:, :n] = traps / gain
-        path.linear.bias.copy_(bias / gain)
-        path.following.weight.mul_(gain)
-
-
-def tuned_scaling(images: Tensor, batch: int, generator: torch.Generator) -> float:
-    """The s at which most surrogate images of a batch fire some trap row alone.
-
-    Args:
-        images: ``(S, C, h, w)`` in [0, 1].
-        batch: Size of the batch to expect.
-        generator: Trap weights and batches.
-    """
-    flat = images.double().flatten(1)
-    best, best_share = SCALINGS[0], -1.0
-    for s in SCALINGS:
-        traps = surgery.trap_rows(
-            256, flat.shape[1], scaling=s, sigma=1.0, generator=generator, like=flat
-        )
-        share = 0.0
-        for _ in range(4):
-            chosen = torch.randperm(len(flat), generator=generator)[:batch]
-            fires = flat[chosen] @ traps.T > 0  # (batch, rows)
-            alone = fires & (fires.sum(dim=0) == 1)
-            share += float(alone.any(dim=1).double().mean())
-        if share > best_share:
-            best, best_share = s, share
-    return best
 
 
 # -- reading rows under noise ----------------------------------------------------------------------

@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 from leakatlas.attacks.api import (
     ActiveAttack,
+    Outlook,
     Reconstruction,
     Tampering,
     attack,
@@ -53,7 +54,8 @@ from leakatlas.attacks.api import (
 from leakatlas.blocks import descent, init, labels, matching, readout, surgery
 from leakatlas.blocks.watch import Step, Watch
 from leakatlas.errors import UnsupportedModel
-from leakatlas.fl import View, replay
+from leakatlas.fl import FedAVG, View, replay
+from leakatlas.models.structure import has_batchnorm
 from leakatlas.params import NonNegative, NonNegativeInt, Positive, PositiveInt
 from leakatlas.threat import Knowledge
 
@@ -90,6 +92,18 @@ class Fishing(ActiveAttack):
     steps: PositiveInt = 24_000
     lr: Positive = 0.1
     tv_weight: NonNegative = 0.2
+
+    def outlook(self, view: View) -> Outlook:
+        """A gradient, and a biased head by which a class or a cut is chosen."""
+        if view.protocol.steps(view.num_examples) > 1 or isinstance(view.protocol, FedAVG):
+            return Outlook("hopeless", "it reads gradients; these clients send weight changes")
+        find_head(view.model, view)
+        if has_batchnorm(view.model) and view.protocol.mode == "train":
+            return Outlook("unknown", "train-mode batch normalisation mixes the other images in")
+        return Outlook(
+            "unknown",
+            "one example can be isolated exactly; inverting its gradient is the hard part",
+        )
 
     def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
         """The next head, from what the earlier ones showed; None once one example is alone."""
@@ -149,7 +163,8 @@ class Fishing(ActiveAttack):
         if move.stage == FLOOR:
             return Move(CUT, move.target, move.feature, self.first_cut(view, head, move), move.gain)
         left = survivors(view, head, last)
-        sharp = abs(left.count - round(left.count)) <= 1e-6 * max(left.examples, 10)
+        rounding = 1e-9 if left.features.dtype == torch.float64 else 1e-6
+        sharp = abs(left.count - round(left.count)) <= rounding * max(left.examples, 10)
         if not sharp and max(move.gain, move.beta) < SHARPEST:
             return move.sharper()
         if move.stage == CLASS:

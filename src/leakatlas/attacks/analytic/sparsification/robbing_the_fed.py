@@ -46,6 +46,7 @@ from torch import Tensor
 
 from leakatlas.attacks.api import (
     ActiveAttack,
+    Outlook,
     Reconstruction,
     Tampering,
     attack,
@@ -91,6 +92,15 @@ class RobbingTheFed(ActiveAttack):
     spread: Positive | None = 1.0
     one_shot: NonNegativeInt = 0
     tolerance: Positive | None = None
+
+    def outlook(self, view: View) -> Outlook:
+        """How many images are expected alone in their bin."""
+        bins = self.one_shot or self.bins
+        expected = readout.expected_singletons(view.num_examples, bins)
+        words = f"{expected:.1f} of {view.num_examples} images expected alone in one of {bins} bins"
+        if view.protocol.steps(view.num_examples) > 1:
+            return Outlook("unknown", f"{words} at the first local step; later ones disturb them")
+        return Outlook("applicable", words)
 
     def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
         """Put the imprint block in front of the global model; one round is enough."""

@@ -79,7 +79,7 @@ class DLG(Attack):
     @classmethod
     def exact(cls, *, restarts: int = 2) -> Self:
         """Our setting for machine precision on smooth networks in float64."""
-        return cls(steps=1_200, line_search=True, restarts=restarts)
+        return cls(steps=1_200, line_search=True, restarts=restarts, tolerance=1e-16)
 
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
         """Restarts of joint L-BFGS, ranked by D."""

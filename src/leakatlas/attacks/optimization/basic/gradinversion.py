@@ -162,7 +162,7 @@ class GradInversion(Attack):
             reason="no search ever had a finite objective" if failed else "",
             notes={
                 "objective": loss,
-                "matching_loss": float(matching.layerwise_l2(replay(x_hat, y), g)),
+                "matching_loss": float(matching.layerwise_l2(replay(x_hat, y), g).detach()),
                 "spread_of_searches": float(spread),
                 "iterations": float(end.steps),
                 "halted_searches": float((~end.alive).sum()),

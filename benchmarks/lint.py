@@ -1,0 +1,670 @@
+"""The detector study: hits and false alarms of every check of ``leakatlas lint``.
+
+``python benchmarks/lint.py`` plays every implemented active row against several architectures,
+from random weights and from honestly trained ones, and lints what the target receives; it lints
+random initialisations and checkpoints of honest federated runs (even and skewed clients, small
+batches) as well. Thresholds are set on one half of the benign models, whole runs at a time, and
+reported on the other; no tampered model takes part in setting them.
+
+Writes ``src/leakatlas/lint/thresholds.json``, ``results/lint/detectors.json`` and
+``docs/lint.md``. With ``--data`` a Parquet file of CIFAR-10 is used instead of bundled photos.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from leakatlas import data, models
+from leakatlas.attacks.api import ActiveAttack
+from leakatlas.audit import harness
+from leakatlas.catalogue import loader, registry
+from leakatlas.data import Box, ImageSet
+from leakatlas.data.box import CIFAR10
+from leakatlas.errors import InvalidInput, UnsupportedModel
+from leakatlas.fl import (
+    Client,
+    FedAVG,
+    Federation,
+    FedSGD,
+    ModelRef,
+    Protocol,
+    Scenario,
+    load_into,
+    model_state,
+    stage,
+    stream,
+)
+from leakatlas.lint import STATISTICS, measure
+from leakatlas.lint.findings import COMPARISONS
+from leakatlas.lint.thresholds import NEAR, calibrated, threshold_of
+from leakatlas.metrics.intervals import binomial
+from leakatlas.threat import Knowledge, Vantage
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE, CLASSES = 32, 10
+ROUNDS = (1, 2, 4, 8)
+"""Checkpoints of an honest run are taken before these rounds."""
+
+DATE = "2026-11-22"
+
+
+class ConvFC(nn.Sequential):
+    """Two convolutions, a hidden linear layer, a head: what traps behind convolutions need."""
+
+    def __init__(self, seed: int = 0) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            super().__init__(
+                nn.Conv2d(3, 8, 3, padding=1),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+                nn.Conv2d(8, 8, 3, padding=1),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+                nn.Flatten(),
+                nn.Linear(8 * (SIZE // 4) ** 2, 128),
+                nn.ReLU(),
+                nn.Linear(128, CLASSES),
+            )
+
+
+def _builtin(name: str, **settings: Any) -> Callable[[int], nn.Module]:
+    return lambda seed: models.build(name, classes=CLASSES, size=SIZE, seed=seed, **settings)
+
+
+ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
+    "fc": _builtin("fc", widths=(128, 64)),
+    "lenet": _builtin("lenet"),
+    "convnet": _builtin("convnet", width=8),
+    "conv-fc": ConvFC,
+    "vgg6": _builtin("vgg6", width=8),
+    "resnet8": _builtin("resnet8", width=8),
+    "vit": _builtin("vit", dim=32, patch=8),
+}
+
+# What makes a row's own tampering of every model too long for a study of many models.
+REDUCED = frozenset({"seer", "scale_mia"})
+
+# The matrix that the survey of these attacks predicts: decisive, supporting, nothing.
+EXPECTED_COLUMNS = (
+    "robbing_the_fed", "fishing", "trap_weights", "sybils", "mandrake", "loki", "mkor", "seer",
+    "scale_mia",
+)  # fmt: skip
+EXPECTED = {
+    "D1": "●---●●---",
+    "D2": "●---●●●-●",
+    "D3": "●○--●●--●",
+    "D4": "○●--●●●-●",
+    "D5": "--●●-----",
+    "D6": "○-○○●●●--",
+    "D7": "-●----○-○",
+    "D8": "○●○○○○--○",
+    "D9": "○○●●●●○-○",
+    "D10": "○○●●●●○-○",
+    "D11": "○●○○○○○○○",
+    "D12": "-○○●●●-○-",
+    "D14": "●●●●●●●-●",
+}
+
+# Which statistics a client can compute with what it holds.
+WEIGHTS = frozenset(s for s in STATISTICS if s.split("/")[0] in {"D2", "D3", "D4", "D5", "D6"}) | {
+    "D1/detour",
+    "D7/zero_rows",
+    "D7/row_norms",
+    "D7/biases",
+}
+BATCH = (
+    WEIGHTS
+    | {"D7/saturation"}
+    | frozenset(s for s in STATISTICS if s.split("/")[0] in {"D8", "D9", "D10", "D14"})
+)
+REFERENCE = BATCH | {"D1/reference", "D11/loss", "D11/gradient"}
+ALL = REFERENCE | {"D12/others"}
+HOLDINGS = {
+    "weights": WEIGHTS,
+    "weights, batch": BATCH,
+    "weights, batch, reference": REFERENCE,
+    "weights, batch, reference, other clients": ALL,
+}
+
+
+@dataclass
+class Judged:
+    """Scores of one model.
+
+    Args:
+        group: Models of one group (an architecture, a run) stay in one half.
+        kind: ``initialisation``, ``checkpoint``, or the key of a row.
+        architecture: A key of :data:`ARCHITECTURES`.
+        scores: Largest value of every statistic.
+    """
+
+    group: str
+    kind: str
+    architecture: str
+    scores: dict[str, float]
+
+
+@dataclass
+class Study:
+    """Everything that was judged.
+
+    Args:
+        benign: Untampered models.
+        tampered: What a row sent.
+        refused: Rows that cannot tamper with an architecture, and why.
+    """
+
+    benign: list[Judged] = field(default_factory=list)
+    tampered: list[Judged] = field(default_factory=list)
+    refused: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+def judge(group: str, kind: str, architecture: str, model: nn.Module, **held: Any) -> Judged:
+    found, _, _ = measure(model, **held)
+    scores: dict[str, float] = {}
+    for score in found:
+        scores[score.statistic] = max(score.value, scores.get(score.statistic, 0.0))
+    return Judged(group, kind, architecture, scores)
+
+
+def box_of(seed: int) -> Box:
+    """Plain pixels and normalised ones by turns."""
+    return CIFAR10 if seed % 2 else Box.unit(3)
+
+
+def batch_of(images: ImageSet, seed: int, count: int, *, skewed: bool) -> ImageSet:
+    """A client's own examples, of any classes or of one."""
+    generator = stream("lint batch", seed, count)
+    order = torch.randperm(len(images), generator=generator)
+    if skewed:
+        order = order[images.labels[order] == images.labels[order[0]]]
+    return images.subset(order[:count])
+
+
+# -- benign models ---------------------------------------------------------------------------------
+
+
+def initialisations(images: ImageSet, seeds: int) -> Iterator[Judged]:
+    """Random weights, judged with a batch of 8, 16 or 32 examples; every third one skewed."""
+    for name, build in ARCHITECTURES.items():
+        for seed in range(seeds):
+            batch = batch_of(images, seed, (8, 16, 32)[seed % 3], skewed=seed % 3 == 1)
+            model = build(seed)
+            yield judge(
+                f"{name}/{seed}",
+                "initialisation",
+                name,
+                model,
+                batch=batch,
+                box=box_of(seed),
+                reference=build(seed),
+                others=[model_state(model)],
+            )
+
+
+def honest_runs(images: ImageSet, seeds: int) -> Iterator[Judged]:
+    """Checkpoints of honest runs, each judged by client 0 against the round before."""
+    for name, build in ARCHITECTURES.items():
+        for run, (protocol, count, skewed) in enumerate(run_settings()):
+            for seed in range(seeds):
+                yield from honest_run(
+                    images, name, build(100 + seed), protocol, count, skewed, 10 * run + seed
+                )
+
+
+def run_settings() -> Iterator[tuple[Protocol, int, bool]]:
+    """Protocol, examples a client, and whether each client has one class only."""
+    yield FedAVG(epochs=1, batch_size=8, lr=0.05, shuffle=True), 32, False
+    yield FedAVG(epochs=3, batch_size=4, lr=0.05, momentum=0.5), 8, True
+    yield FedSGD(lr=0.1), 16, False
+
+
+def honest_run(
+    images: ImageSet,
+    name: str,
+    model: nn.Module,
+    protocol: Protocol,
+    count: int,
+    skewed: bool,
+    seed: int,
+) -> Iterator[Judged]:
+    box = box_of(seed)
+    own = [batch_of(images, 50 * seed + c, count, skewed=skewed) for c in range(4)]
+    clients = {c: Client(box.normalize(s.images), s.labels) for c, s in enumerate(own)}
+    federation = Federation(model, clients, protocol, seed=seed)
+    before = load_into(federation.model, model_state(federation.model))
+    for number in range(1, max(ROUNDS) + 1):
+        federation.play_round(apply=True)
+        if number in ROUNDS:
+            yield judge(
+                f"{name}/run {seed}",
+                "checkpoint",
+                name,
+                federation.model,
+                batch=own[0],
+                box=box,
+                reference=before,
+                others=[model_state(federation.model)],
+            )
+        before = load_into(federation.model, model_state(federation.model))
+
+
+# -- tampered models -------------------------------------------------------------------------------
+
+
+def active_rows() -> dict[str, type[ActiveAttack]]:
+    """Every implemented active row."""
+    found = {key: registry.load_attack(key) for key in registry.attack_keys()}
+    return {key: cls for key, cls in found.items() if issubclass(cls, ActiveAttack)}
+
+
+def attacks(
+    images: ImageSet, public: ImageSet, seeds: int, study: Study, report: Callable[[str], None]
+) -> None:
+    """Every active row at default strength on every architecture that it can tamper with."""
+    for key, cls in active_rows().items():
+        for name in ARCHITECTURES:
+            begun = time.perf_counter()
+            for seed in range(seeds):
+                try:
+                    study.tampered.append(tampered(key, cls, name, seed, images, public))
+                except (UnsupportedModel, InvalidInput) as problem:
+                    study.refused.setdefault(key, {})[name] = str(problem)
+                    break
+            report(f"{key} on {name}: {time.perf_counter() - begun:.1f} s")
+
+
+def tampered(
+    key: str,
+    cls: type[ActiveAttack],
+    name: str,
+    seed: int,
+    images: ImageSet,
+    public: ImageSet,
+) -> Judged:
+    """The last model that the row sends to client 0, judged with that client's batch and update.
+
+    Odd seeds start from weights that were trained honestly for some rounds. Rows made for FedAVG
+    alone are played so.
+    """
+    attack = cls.tuned() if key in REDUCED else cls()
+    row = loader.attack(key)
+    fedavg = row.algorithm == "fedavg"
+    clients = 4
+    model = ARCHITECTURES[name](seed)
+    box = box_of(seed // 2)
+    if seed % 2:
+        model = trained(images, model, box, seed)
+    scenario = Scenario(
+        model=ModelRef("object", name),
+        letter="H" if attack.needs & Knowledge.SELECTION else "G",
+        examples=16,
+        clients=clients,
+        protocol=FedAVG(epochs=1, batch_size=16, lr=1e-4) if fedavg else FedSGD(),
+        vantage=Vantage.AGGREGATE if fedavg else Vantage.SERVER,
+        seed=seed,
+    )
+    victims = batch_of(images, 1000 + seed, 16 * clients, skewed=False)
+    played = stage(scenario, model=model, victims=victims, surrogate=public, box=box)
+    _, records = harness.observe(played, attack, seed=seed)
+    last = records[-1]
+    client = played.federation.clients[0]
+    return judge(
+        f"{key}/{name}/{seed}", key, name, last.received[0],
+        batch=(client.x, client.y), box=box, reference=model, update=last.updates[0],
+        others=[last.states[c] for c in last.states if c != 0] or [model_state(model)],
+    )  # fmt: skip
+
+
+def trained(images: ImageSet, model: nn.Module, box: Box, seed: int) -> nn.Module:
+    own = [batch_of(images, 7000 + 50 * seed + c, 32, skewed=False) for c in range(4)]
+    clients = {c: Client(box.normalize(s.images), s.labels) for c, s in enumerate(own)}
+    federation = Federation(model, clients, FedAVG(batch_size=8, lr=0.05), seed=seed)
+    for _ in range(4):
+        federation.play_round(apply=True)
+    return federation.model
+
+
+# -- thresholds and figures ------------------------------------------------------------------------
+
+
+def halves(benign: list[Judged]) -> tuple[list[Judged], list[Judged]]:
+    """Calibration and report: whole groups, by turns within each kind and architecture."""
+    side: dict[str, int] = {}
+    counts: dict[tuple[str, str], int] = {}
+    for one in benign:
+        if one.group not in side:
+            place = (one.kind, one.architecture)
+            side[one.group] = counts.get(place, 0) % 2
+            counts[place] = counts.get(place, 0) + 1
+    return (
+        [b for b in benign if side[b.group] == 0],
+        [b for b in benign if side[b.group] == 1],
+    )
+
+
+def calibrate(half: list[Judged]) -> dict[str, dict[str, float]]:
+    """Largest benign value and threshold of every statistic."""
+    found = {}
+    for name in STATISTICS:
+        if name in COMPARISONS:
+            continue
+        values = [b.scores[name] for b in half if name in b.scores]
+        by_group: dict[str, float] = {}
+        for b in half:
+            if name in b.scores:
+                by_group[b.group] = max(b.scores[name], by_group.get(b.group, 0.0))
+        found[name] = {
+            "threshold": calibrated(by_group),
+            "largest": max(values, default=0.0),
+            "median": float(torch.tensor(values or [0.0]).median()),
+            "n": len(values),
+            "groups": len(by_group),
+        }
+    return found
+
+
+def alarms(one: Judged, thresholds: Mapping[str, float], held: frozenset[str]) -> set[str]:
+    """Statistics above their thresholds."""
+    return {n for n, v in one.scores.items() if n in held and v > thresholds[n]}
+
+
+def level(
+    one: Judged, calibration: Mapping[str, Mapping[str, float]], held: frozenset[str]
+) -> float:
+    """How far beyond the benign models, 0 at their largest value and 1 at certainty."""
+    return max(
+        (
+            1 - (1 - v) / (1 - calibration[n]["largest"])
+            for n, v in one.scores.items()
+            if n in held and n in calibration and calibration[n]["threshold"] < 1
+        ),
+        default=-1.0,
+    )
+
+
+def area(benign: list[float], tampered: list[float]) -> float:
+    """Area under the ROC curve: the chance that a tampered model scores higher, ties half."""
+    low, high = torch.tensor(benign).double(), torch.tensor(tampered).double()
+    wins = (high[:, None] > low).double() + 0.5 * (high[:, None] == low).double()
+    return float(wins.mean())
+
+
+def share(name: str, hits: int, n: int, note: str) -> dict[str, Any]:
+    low, high = binomial(hits, n)
+    return {
+        "name": name, "value": hits / n, "unit": "", "interval": [low, high], "n": n, "note": note,
+    }  # fmt: skip
+
+
+def figures(study: Study, calibration: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """False alarms and hits of the whole detector, of each check and of each statistic."""
+    _, reported = halves(study.benign)
+    thresholds = {n: row["threshold"] for n, row in calibration.items()}
+    thresholds |= dict.fromkeys(COMPARISONS, threshold_of(0.0))
+    keys = list(dict.fromkeys(one.kind for one in study.tampered))
+    measures = []
+    for holding, held in HOLDINGS.items():
+        wrong = [b for b in reported if alarms(b, thresholds, held)]
+        names = sorted({n for b in wrong for n in alarms(b, thresholds, held)})
+        measures.append(
+            share(
+                f"false_alarm/{holding}",
+                len(wrong),
+                len(reported),
+                "held-out benign models" + (f"; by {', '.join(names)}" if names else ""),
+            )
+        )
+        for kind in ("initialisation", "checkpoint"):
+            part = [b for b in reported if b.kind == kind]
+            measures.append(
+                share(
+                    f"false_alarm/{holding}/{kind}",
+                    sum(b.kind == kind for b in wrong),
+                    len(part),
+                    f"held-out {kind}s",
+                )
+            )
+        for key in keys:
+            part = [t for t in study.tampered if t.kind == key]
+            hit = sum(bool(alarms(t, thresholds, held)) for t in part)
+            where = ", ".join(dict.fromkeys(t.architecture for t in part))
+            measures.append(share(f"hit/{key}/{holding}", hit, len(part), f"on {where}"))
+        for at in (0.0, 0.25, 0.5, 0.75, 0.9):
+            wrong_at = sum(level(b, calibration, held) > at for b in reported)
+            hit_at = sum(level(t, calibration, held) > at for t in study.tampered)
+            measures.append(
+                share(f"roc/{holding}/level {at}/false_alarm", wrong_at, len(reported), ROC)
+            )
+            measures.append(
+                share(f"roc/{holding}/level {at}/hit", hit_at, len(study.tampered), ROC)
+            )
+    checks = list(dict.fromkeys(name.split("/")[0] for name in STATISTICS))
+    for check in checks:
+        own = frozenset(n for n in STATISTICS if n.split("/")[0] == check)
+        judged = [b for b in reported if own & b.scores.keys()]
+        if not judged:
+            continue
+        measures.append(
+            share(
+                f"false_alarm/{check}",
+                sum(bool(alarms(b, thresholds, own)) for b in judged),
+                len(judged),
+                "held-out benign models on which the check runs",
+            )
+        )
+        for key in keys:
+            part = [t for t in study.tampered if t.kind == key]
+            hit = sum(bool(alarms(t, thresholds, own)) for t in part)
+            measures.append(share(f"hit/{key}/{check}", hit, len(part), "all models of the row"))
+    for name in calibration:
+        low = [b.scores[name] for b in reported if name in b.scores]
+        for key in keys:
+            high = [t.scores[name] for t in study.tampered if t.kind == key and name in t.scores]
+            if low and high:
+                measures.append(
+                    {
+                        "name": f"auc/{name}/{key}",
+                        "value": area(low, high),
+                        "unit": "",
+                        "interval": None,
+                        "n": len(low) + len(high),
+                        "note": "area under the ROC curve, held-out benign against the row; "
+                        "no interval: models of one run are not independent",
+                    }
+                )
+    return measures
+
+
+ROC = "whole detector; level 0.5 is the threshold in use, comparisons left out"
+
+
+# -- output ----------------------------------------------------------------------------------------
+
+
+def page(result: dict[str, Any], calibration: dict[str, Any], study: Study) -> str:
+    """``docs/lint.md``."""
+    value = {m["name"]: m for m in result["measures"]}
+    keys = list(dict.fromkeys(one.kind for one in study.tampered))
+    numbers = {key: loader.attack(key).number for key in keys}
+    title = [f"[{numbers[key]}] {key}" for key in keys]
+
+    def cell(measure: dict[str, Any]) -> str:
+        low, high = measure["interval"]
+        return f"{measure['value']:.2f} ({low:.2f}-{high:.2f})"
+
+    lines = [
+        "<!-- generated by benchmarks/lint.py; run it instead of editing -->",
+        "# Detecting tampered models: what `leakatlas lint` was measured to do",
+        "",
+        "Share of models with an alarm, by what the client holds. Benign models are the held-out "
+        "half; intervals are 95 % (Wilson), rows are played at default strength.",
+        "",
+        f"| client holds | false alarms | {' | '.join(title)} |",
+        "|---|---|" + "---|" * len(keys),
+    ]
+    for holding in HOLDINGS:
+        hits = " | ".join(cell(value[f"hit/{key}/{holding}"]) for key in keys)
+        lines.append(f"| {holding} | {cell(value[f'false_alarm/{holding}'])} | {hits} |")
+    lines += [
+        "",
+        "## By check",
+        "",
+        "Hit rate at the threshold in use; the mark is what was expected (● decisive, "
+        "○ supporting, - nothing). D13 needs facts of the protocol and is not in the study.",
+        "",
+        f"| check | false alarms | {' | '.join(title)} |",
+        "|---|---|" + "---|" * len(keys),
+    ]
+    for check, marks in EXPECTED.items():
+        if f"false_alarm/{check}" not in value:
+            continue
+        cells = []
+        for key in keys:
+            mark = dict(zip(EXPECTED_COLUMNS, marks, strict=True)).get(key, "")
+            cells.append(f"{value[f'hit/{key}/{check}']['value']:.2f} {mark}")
+        wrong = value[f"false_alarm/{check}"]["value"]
+        lines.append(f"| {check} | {wrong:.2f} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "## Where the rows could be played",
+        "",
+        "| row | models | architectures | refused |",
+        "|---|---|---|---|",
+    ]
+    for key in dict.fromkeys([*keys, *study.refused]):
+        part = [t for t in study.tampered if t.kind == key]
+        where = ", ".join(dict.fromkeys(t.architecture for t in part)) or "none"
+        refused = ", ".join(study.refused.get(key, {})) or "none"
+        lines.append(f"| {key} | {len(part)} | {where} | {refused} |")
+    lines += [
+        "",
+        "## ROC of the whole detector",
+        "",
+        "Level 0 is the largest benign value of the calibration half, 1 is certainty; 0.5 is in "
+        "use. Comparisons with a reference architecture and with other clients are left out.",
+        "",
+        "| client holds | level | false alarms | hits |",
+        "|---|---|---|---|",
+    ]
+    for holding in HOLDINGS:
+        for at in (0.0, 0.25, 0.5, 0.75, 0.9):
+            wrong = cell(value[f"roc/{holding}/level {at}/false_alarm"])
+            hit = cell(value[f"roc/{holding}/level {at}/hit"])
+            lines.append(f"| {holding} | {at} | {wrong} | {hit} |")
+    lines += [
+        "",
+        "## Thresholds",
+        "",
+        calibration["rule"],
+        "",
+        "| statistic | what it measures | benign median | benign largest | threshold |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in calibration["statistics"].items():
+        limit = f"{row['threshold']:.3f}" if row["threshold"] < 1 else "context only"
+        lines.append(
+            f"| {name} | {STATISTICS[name]} | {row['median']:.3f} | {row['largest']:.3f} | "
+            f"{limit} |"
+        )
+    lines += [
+        "",
+        f"{calibration['benign']} Made by `{result['command']}` on {result['date']} "
+        f"({result['hardware']}).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="Parquet file of CIFAR-10 (train)")
+    parser.add_argument("--init-seeds", type=int, default=12)
+    parser.add_argument("--run-seeds", type=int, default=2)
+    parser.add_argument("--attack-seeds", type=int, default=4)
+    parser.add_argument("--root", type=Path, default=ROOT, help="where results are written")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    begun = time.perf_counter()
+
+    def report(text: str) -> None:
+        sys.stderr.write(f"{time.perf_counter() - begun:7.1f} s  {text}\n")
+
+    if options.data is not None:
+        private = data.parquet(options.data, limit=4_000, name="cifar10-train")
+        images, public = private.subset(range(3_000)), private.subset(range(3_000, 4_000))
+    else:
+        images = data.patches(SIZE, 1_024)
+        public = data.patches(SIZE, 512, part="surrogate")
+    study = Study()
+    study.benign += initialisations(images, options.init_seeds)
+    report(f"{len(study.benign)} initialisations")
+    study.benign += honest_runs(images, options.run_seeds)
+    report(f"{len(study.benign)} benign models")
+    attacks(images, public, options.attack_seeds, study, report)
+    half, reported = halves(study.benign)
+    command = "python " + shlex.join(["benchmarks/lint.py", *sys.argv[1:]])
+    kinds = {k: sum(b.kind == k for b in study.benign) for k in ("initialisation", "checkpoint")}
+    calibration: dict[str, Any] = {
+        "schema": "leakatlas/lint-thresholds/1",
+        "rule": "The threshold halves what is left between the largest value on the calibration "
+        "half of the benign models and certainty: t = 1 - (1 - largest) / 2 (quantile 1, plus "
+        "that margin). A statistic is context only (threshold 1) if a benign model exceeds "
+        f"{1 - NEAR:g}, or if one run exceeds the threshold that all others set. Tampered models "
+        "play no part.",
+        "benign": f"{len(study.benign)} benign models ({kinds['initialisation']} random "
+        f"initialisations, {kinds['checkpoint']} checkpoints of honest runs of up to "
+        f"{max(ROUNDS)} rounds) of {', '.join(ARCHITECTURES)} on {images.name}; {len(half)} to "
+        f"calibrate, {len(reported)} held out.",
+        "command": command,
+        "date": DATE,
+        "statistics": calibrate(half),
+    }
+    result = {
+        "schema": "leakatlas/result/1",
+        "kind": "measure",
+        "key": "lint",
+        "code_version": 1,
+        "recipe": {
+            "architectures": list(ARCHITECTURES),
+            "images": images.name,
+            "init_seeds": options.init_seeds,
+            "run_seeds": options.run_seeds,
+            "attack_seeds": options.attack_seeds,
+            "checkpoints": list(ROUNDS),
+            "examples": {"initialisations": [8, 16, 32], "runs": [32, 8, 16], "attacks": 16},
+            "refused": study.refused,
+        },
+        "hardware": "2 CPU cores, no GPU",
+        "seeds": list(range(max(options.init_seeds, options.attack_seeds))),
+        "measures": figures(study, calibration["statistics"]),
+        "command": command,
+        "date": DATE,
+    }
+    write(options.root / "src/leakatlas/lint/thresholds.json", calibration)
+    write(options.root / "results/lint/detectors.json", result)
+    docs = options.root / "docs/lint.md"
+    docs.parent.mkdir(parents=True, exist_ok=True)
+    docs.write_text(page(result, calibration, study), encoding="utf-8")
+    report("done")
+
+
+def write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

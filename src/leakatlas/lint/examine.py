@@ -1,0 +1,235 @@
+"""The whole examination: which checks can run on what the client holds, and their verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from leakatlas.data import Box, ImageSet
+from leakatlas.errors import InvalidInput
+from leakatlas.fl import Update, load_into, model_state
+from leakatlas.fl.state import parameters
+from leakatlas.lint import behaviour, consistency, inversion, static, thresholds
+from leakatlas.lint.behaviour import Batch
+from leakatlas.lint.consistency import Received, RoundFacts
+from leakatlas.lint.findings import Score, Verdict, judge
+from leakatlas.lint.inversion import Leak
+from leakatlas.lint.layers import Anatomy, anatomy
+
+State = Mapping[str, Tensor]
+ModelOrState = nn.Module | State
+Examples = ImageSet | tuple[Tensor, Tensor]
+
+
+def lint(
+    model: ModelOrState,
+    *,
+    reference: ModelOrState | None = None,
+    batch: Examples | None = None,
+    update: Update | None = None,
+    others: Sequence[Received] | None = None,
+    box: Box | None = None,
+    facts: RoundFacts | None = None,
+) -> Verdict:
+    """Was this model tampered with? Ask before training on it, or before sending the update.
+
+    The weights alone give D1 to D7. The client's own batch adds D8 to D10 and the self-inversion
+    D14; a reference adds D1's comparison and, as a module, D11; other clients D12; what is known
+    of the round D13.
+
+    Args:
+        model: The received model, or its state dict (names and tensors: no batch checks then,
+            unless ``reference`` is a module of the same architecture).
+        reference: The agreed architecture, best the previous round's model.
+        batch: Own examples: an :class:`~leakatlas.data.ImageSet` (normalised with ``box``), or
+            ``(x, y)`` in model space.
+        update: The update that the client is about to send; computed from ``batch`` (one gradient
+            in the model's own mode) if left out.
+        others: What other clients received: states, modules, or hashes.
+        box: Pixel space of the model.
+        facts: What is known of the round.
+
+    Returns:
+        The verdict; ``verdict.alarm`` says whether to refuse.
+
+    Raises:
+        InvalidInput: If the model, the batch or the update cannot be used.
+    """
+    scores, skipped, leaks = measure(
+        model, reference=reference, batch=batch, update=update, others=others, box=box, facts=facts
+    )
+    return judge(
+        scores, thresholds.shipped().thresholds, skipped=skipped, notes=_notes(leaks, skipped)
+    )
+
+
+def measure(
+    model: ModelOrState,
+    *,
+    reference: ModelOrState | None = None,
+    batch: Examples | None = None,
+    update: Update | None = None,
+    others: Sequence[Received] | None = None,
+    box: Box | None = None,
+    facts: RoundFacts | None = None,
+) -> tuple[list[Score], dict[str, str], list[Leak]]:
+    """All scores, without thresholds; see :func:`lint`.
+
+    Returns:
+        Scores, the checks that were not run with the reason, and what the update gives away.
+    """
+    body = anatomy(model)
+    skipped: dict[str, str] = {}
+    scores = static.check_weights(body, box)
+    if not body.ordered:
+        skipped["D1/detour"] = "the names are sorted, so the order of the layers is unknown"
+    module = _module(model, body.state, reference)
+    if reference is None:
+        skipped["D1/reference"] = "no reference"
+    else:
+        scores += _compare(body, model, reference)
+    leaks: list[Leak] = []
+    if batch is None and update is None:
+        skipped.update(dict.fromkeys(("D8", "D9", "D10", "D14"), "no batch"))
+        skipped["D11"] = "no batch"
+    elif batch is None:
+        raise InvalidInput(
+            "lint compares an update with the examples behind it; give `batch` beside `update`."
+        )
+    elif module is None:
+        raise InvalidInput(
+            "The checks on a batch run the model, and a state dict alone cannot be run; give an "
+            "nn.Module, or one of the same architecture as `reference`."
+        )
+    else:
+        own = as_batch(batch, module, box)
+        found, leaks = _on_batch(module, own, update, _previous(module, reference), body, skipped)
+        scores += found
+    if others:
+        scores += consistency.d12_consistency(body.state, others)
+    else:
+        skipped["D12"] = "no other client's model"
+    if facts is None:
+        skipped["D13"] = "nothing known of the round"
+    else:
+        scores += consistency.d13_protocol(facts)
+    return scores, skipped, leaks
+
+
+def as_batch(batch: Examples, model: nn.Module, box: Box | None) -> Batch:
+    """The client's examples in the model's space, dtype and device.
+
+    Raises:
+        InvalidInput: If inputs and labels do not fit each other or hold non-finite values.
+    """
+    like = next(model.parameters())
+    if isinstance(batch, ImageSet):
+        space = box or Box.unit(batch.channels)
+        x, y = space.normalize(batch.images), batch.labels
+    else:
+        x, y = batch
+    if len(x) == 0 or len(x) != len(y):
+        raise InvalidInput(
+            f"lint got {len(x)} inputs and {len(y)} labels; expected the same number, at least one."
+        )
+    if not bool(torch.isfinite(x).all()):
+        raise InvalidInput("The batch holds values that are not finite.")
+    return Batch(x.detach().to(like), y.to(like.device))
+
+
+def _on_batch(
+    module: nn.Module,
+    batch: Batch,
+    update: Update | None,
+    previous: nn.Module | None,
+    body: Anatomy,
+    skipped: dict[str, str],
+) -> tuple[list[Score], list[Leak]]:
+    logits = behaviour.logits_of(module, batch.x)
+    if batch.y.dim() == 1 and int(batch.y.max()) >= logits.shape[1]:
+        raise InvalidInput(
+            f"Label {int(batch.y.max())} is out of range for a model with {logits.shape[1]} "
+            "classes."
+        )
+    hidden = frozenset(f"{layer.name}.weight" for layer in body.linear if layer.name != body.head)
+    norms = behaviour.row_norms(module, batch)
+    gradient = behaviour.batch_gradient(module, batch)
+    linear = {layer.parameter: gradient[layer.parameter] for layer in body.linear}
+    scores = behaviour.d7_saturation(logits, batch.y)
+    scores += behaviour.d8_d_snr(norms)
+    scores += behaviour.d9_activations(norms, hidden)
+    scores += behaviour.d10_gradient_sparsity(linear)
+    if previous is None:
+        skipped["D11"] = "no previous model as a module"
+    else:
+        scores += behaviour.d11_dynamics(
+            logits,
+            behaviour.logits_of(previous, batch.x),
+            batch.y,
+            gradient,
+            behaviour.batch_gradient(previous, batch),
+        )
+    if len(batch.x) < behaviour.FEWEST:
+        skipped["D8"] = skipped["D9"] = f"{len(batch.x)} examples are too few"
+    if len(batch.x) < 2:
+        skipped["D14"] = "one example alone always stands in its update"
+    sent = gradient if update is None else _sent(update, module)
+    found, leaks = inversion.d14_self_inversion(module, batch, sent, head=body.head)
+    return scores + found, leaks
+
+
+def _sent(update: Update, module: nn.Module) -> dict[str, Tensor]:
+    own = parameters(module)
+    update.check().check_fits(own)
+    if update.kind == "weights":
+        return {name: tensor - own[name] for name, tensor in update.tensors.items()}
+    return dict(update.tensors)
+
+
+def _module(model: ModelOrState, state: State, reference: ModelOrState | None) -> nn.Module | None:
+    """Something to run: the model itself, or the reference holding the received state."""
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(reference, nn.Module) and _shapes(reference) == _shapes(state):
+        return load_into(reference, state)
+    return None
+
+
+def _previous(module: nn.Module, reference: ModelOrState | None) -> nn.Module | None:
+    if reference is None or isinstance(reference, nn.Module):
+        return reference
+    return load_into(module, reference) if _shapes(module) == _shapes(reference) else None
+
+
+def _compare(body: Anatomy, model: ModelOrState, reference: ModelOrState) -> list[Score]:
+    both = isinstance(model, nn.Module) and isinstance(reference, nn.Module)
+    return static.d1_reference(
+        _shapes(body.state),
+        _shapes(reference),
+        types=_types(model) if both else None,
+        expected_types=_types(reference) if both else None,
+    )
+
+
+def _shapes(model: ModelOrState) -> dict[str, tuple[int, ...]]:
+    state = model_state(model) if isinstance(model, nn.Module) else model
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _types(model: ModelOrState) -> dict[str, str]:
+    assert isinstance(model, nn.Module)
+    return {name: type(module).__name__ for name, module in model.named_modules()}
+
+
+def _notes(leaks: list[Leak], skipped: Mapping[str, str]) -> tuple[str, ...]:
+    notes = [
+        f"{leak.place}: the update gives away {int(leak.found.sum())} of {len(leak.found)} own "
+        "images by row ratios; a small batch leaks so from honest layers too"
+        for leak in leaks
+        if leak.pixels and leak.share > 0
+    ]
+    if "D14" in skipped and skipped["D14"] == "no batch":
+        notes.append("weights alone were judged; give a batch for the checks that know no attack")
+    return tuple(notes)
