@@ -423,12 +423,19 @@ def undefended(settings: Settings, vantage: Vantage, seed: int) -> dict[str, tup
 
 
 def measure(
-    name: str, values: list[float], unit: str, note: str = "", *, interval: bool = True
+    name: str,
+    values: list[float],
+    unit: str,
+    note: str = "",
+    *,
+    interval: bool = True,
+    letter: str | None = None,
+    vantage: Vantage | None = None,
 ) -> dict[str, Any]:
     """One entry of a result file."""
     sample = torch.tensor(values, dtype=torch.float64)
     bounds = bootstrap(sample, generator=stream("interval", name)) if interval else None
-    return {
+    entry: dict[str, Any] = {
         "name": name,
         "value": round(float(sample.mean()), 4),
         "unit": unit,
@@ -436,6 +443,9 @@ def measure(
         "n": len(values),
         "note": note,
     }
+    if letter is not None and vantage is not None:
+        entry |= {"letter": letter, "vantage": vantage.value}
+    return entry
 
 
 def benchmark(settings: Settings, key: str) -> dict[str, Any]:
@@ -452,6 +462,8 @@ def benchmark(settings: Settings, key: str) -> dict[str, Any]:
         return views(played, vantage)
 
     measures: list[dict[str, Any]] = []
+    published = getattr(cls(), cls.knob)
+    shown = published if published in KNOBS[key] else KNOBS[key][-1]
     for value in KNOBS[key]:
         defense: Defense = cls(**{cls.knob: value})
         where = f"{cls.knob}={value:.3g}"
@@ -494,7 +506,7 @@ def benchmark(settings: Settings, key: str) -> dict[str, Any]:
                 ratio = sum(entry[0] for entry in facts) / len(facts)
                 control = at(EqualNoise(ratio=ratio), seed, "B")
                 add("control", scores(settings, control, invert, seed))
-        measures += summary(found, where, vantage)
+        measures += summary(found, where, vantage, representative=value == shown)
         print(f"{key} {where}: " + ", ".join(
             f"{m['name'].split(' [')[0]} {m['value']}" for m in measures if where in m["name"]
         ), file=sys.stderr)  # fmt: skip
@@ -555,23 +567,44 @@ NAMES: dict[str, tuple[str, str, str]] = {
 }
 
 
-def summary(found: Mapping[str, list[float]], where: str, vantage: Vantage) -> list[dict[str, Any]]:
-    """The measures at one knob value."""
+LETTER = {"oblivious": "B", "adaptive": "C"}
+"""The threat model whose knowledge an attack uses."""
+
+
+def summary(
+    found: Mapping[str, list[float]], where: str, vantage: Vantage, *, representative: bool
+) -> list[dict[str, Any]]:
+    """The measures at one knob value; at the representative one, success rates by letter."""
     measures = []
     for name, (title, unit, note) in NAMES.items():
         if name in found:
             steady = name in ("accuracy", "lr", "round", "readout")  # one value a seed
             measures.append(
-                measure(f"{title} [{where}]", found[name], unit, note, interval=not steady)
+                measure(
+                    f"{title} [{where}]",
+                    found[name],
+                    unit,
+                    note,
+                    interval=not steady,
+                    letter=LETTER.get(name),
+                    vantage=vantage,
+                )
             )
-    attacks = [found[name] for name in ("oblivious", "adaptive") if name in found]
-    worst = [max(values) for values in zip(*attacks, strict=True)]
+    attacks = {LETTER[name]: found[name] for name in LETTER if name in found}
+    worst = [max(values) for values in zip(*attacks.values(), strict=True)]
     title = f"PSNR, worst attack per victim [{where}]"
     measures.append(measure(title, worst, "dB", f"vantage {vantage.value}"))
     hits = [float(value >= SUCCESS) for value in worst]
     measures.append(
         measure(f"victims recovered at {SUCCESS:.0f} dB [{where}]", hits, "share", "worst attack")
     )
+    if representative:
+        rates = {"B": [float(value >= SUCCESS) for value in attacks["B"]], "C": hits}
+        note = f"PSNR of {SUCCESS:.0f} dB, {where}, batch of 1, first round"
+        measures += [
+            measure("success_rate", rate, "share", note, letter=letter, vantage=vantage)
+            for letter, rate in rates.items()
+        ]
     return measures
 
 

@@ -152,7 +152,7 @@ def test_d3_recognises_laid_out_quantiles(law: readout.Quantiles) -> None:
     weight, bias = surgery.binning_rows(torch.full((100,), 0.01), edges, "cumulative")
     found = one(static.d3_bias_pattern(layer(weight, bias)), "D3/quantiles")
     assert found.value > 0.9
-    assert law in found.words.lower() and "R2 1.0000" in found.words
+    assert law in found.words.lower() and ("R2 1.0000" in found.words or "R2 0.9999" in found.words)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -199,9 +199,7 @@ def test_d4_tolerates_a_zero_initialised_layer_and_half_precision() -> None:
 def test_d5_reads_the_constant_of_trap_rows(s: float) -> None:
     found = static.d5_trap_fingerprint(layer(traps(s=s)))
     assert one(found, "D5/fingerprint").value > 0.999
-    assert f"times {s if s < 0.9 else 1 / s:.3g}" in one(found, "D5/fingerprint").words or (
-        f"times {s:.3g}" in one(found, "D5/fingerprint").words
-    )
+    assert f"times {s:.3g}, shuffled" in one(found, "D5/fingerprint").words
     assert one(found, "D5/row_sums").value == 1
     assert "100% of the row sums are negative" in one(found, "D5/row_sums").words
 

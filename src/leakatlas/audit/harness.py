@@ -10,7 +10,7 @@ from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import NotGranted, ProtocolError
 from leakatlas.fl import RoundRecord, Stage, Truth, View, stream
-from leakatlas.threat import Knowledge
+from leakatlas.threat import Knowledge, Vantage
 
 SYBIL_IDS = 1_000_000
 """Ids from here on are devices of the adversary."""
@@ -56,13 +56,16 @@ def observe(
         return stage.view(records, target=target), tuple(records)
     view = stage.view(target=target)
     attack.check(view)
+    reads: frozenset[str] = frozenset()
     keys: list[dict[str, torch.Tensor]] = []
     generator = stream(attack.key, "tamper", seed)
     while True:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.initial_seed() + len(records))
             tampering = attack.tamper(view, generator=generator)
+        reads |= view.reads
         if tampering is None:
+            view.remember(reads)
             return view, tuple(records)
         if len(records) == MOST_ROUNDS:
             raise ProtocolError(f"{attack.key} asked for more than {MOST_ROUNDS} rounds.")
@@ -93,7 +96,11 @@ def run_trial(
     """Observe, attack, and map the candidates back to pixels."""
     view, records = observe(stage, attack, target=target, seed=seed)
     found = attack(view, seed=seed, watch=watch, scenario=stage.scenario.to_json())
-    several = records[-1].aggregate.clients > 1 and stage.scenario.vantage.value == "aggregate"
-    alone = [c for c in records[-1].cohort if c not in records[-1].sybils] == [target]
-    truth = stage.pooled_truth() if several and not alone else stage.truth(target)
+    last = records[-1] if records else None
+    pooled = (
+        last is not None
+        and stage.scenario.vantage is Vantage.AGGREGATE
+        and len([c for c in last.cohort if c not in last.sybils]) > 1
+    )
+    truth = stage.pooled_truth() if pooled else stage.truth(target)
     return Trial(view, truth, records, found, stage.box.denormalize(found.images))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from leakatlas.blocks import labels
 from leakatlas.fl import View
 
 
@@ -20,3 +21,20 @@ def mean_gradient(view: View) -> dict[str, Tensor]:
     if update.kind == "gradient":
         return update.gradient()
     return update.gradient(lr=view.protocol.lr, steps=view.protocol.steps(view.num_examples))
+
+
+def known_labels(view: View) -> Tensor:
+    """The granted labels ``(N,)``, else iDLG's (N = 1), else those of the recovered counts.
+
+    Only the multiset of recovered counts is known, so they come in ascending order.
+    """
+    if view.has("labels"):
+        return view.labels
+    g = mean_gradient(view)
+    head = labels.find_head(view.model, next(iter(g.values())).new_zeros(1, *view.input_shape))
+    if view.num_examples == 1:
+        return labels.idlg(g, head)
+    if head.bias_name is None:
+        return labels.column_min(g, head, view.num_examples)
+    counts = labels.uniform_counts(head.bias_grad(g), view.num_examples)
+    return labels.labels_from_counts(counts)

@@ -196,6 +196,26 @@ def noise_floor(divisors: Tensor, consistent: Tensor, *, share: float = 0.25) ->
     return float(wrong.median())
 
 
+def rank_bins(read: Readout, w: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Candidates above the noise floor, the strongest first.
+
+    Args:
+        read: What was read, one candidate a bin.
+        w: ``(n,)`` the measurement.
+        bounds: ``(k + 1,)`` what each bin spans.
+
+    Returns:
+        Indices into ``read`` ``(M,)``, strength over the noise floor ``(M,)``, and the floor.
+    """
+    consistent = in_own_bin(read.x @ w, read.rows, bounds)
+    # A contradicting bin is noise; below three times their median nothing can be told from it.
+    floor = 3 * noise_floor(read.strength, consistent)
+    above = torch.nonzero(read.strength > floor).flatten()
+    order = above[read.strength[above].argsort(descending=True, stable=True)]
+    scale = floor or float(read.strength.min()) if len(read.strength) else 1.0
+    return order, read.strength[order] / scale, floor
+
+
 # -- weight-only read-outs -------------------------------------------------------------------------
 
 

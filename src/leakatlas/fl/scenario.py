@@ -349,6 +349,7 @@ def stage(
             raise InvalidInput(
                 f"{len(victims)} images cannot be dealt to {scenario.clients} clients."
             )
+        scenario = replace(scenario, examples=per_client)
         dealt = {
             client: victims.subset(range(client * per_client, (client + 1) * per_client))
             for client in range(scenario.clients)

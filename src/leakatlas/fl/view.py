@@ -143,6 +143,7 @@ class View:
         self._model_ref = model_ref
         self._architecture_defenses = tuple(architecture_defenses)
         self._reads: set[str] = set()
+        self._read_before: frozenset[str] = frozenset()
         self._fields = dict(fields)
         for name in self._fields:
             if not self._allowed(name):
@@ -167,12 +168,16 @@ class View:
 
     @property
     def reads(self) -> frozenset[str]:
-        """The fields read so far, and the sources that they stand for."""
-        return frozenset(self._reads)
+        """The fields read so far, while tampering with earlier rounds too."""
+        return self._read_before | self._reads
 
     def forget_reads(self) -> None:
-        """Start a new record of reads."""
+        """Start a new record of reads; what was remembered stays."""
         self._reads.clear()
+
+    def remember(self, reads: frozenset[str]) -> None:
+        """Count ``reads`` of earlier views of the same adversary, such as those of tampering."""
+        self._read_before |= reads
 
     def _get(self, name: str) -> Any:
         if name not in self._fields:

@@ -437,7 +437,8 @@ class Pool:
         return grown
 
     def _same(self, many: Tensor, one: Tensor) -> Tensor:
-        return (many @ one).abs() > 1 - self.precision.same
+        cosine: Tensor = many @ one
+        return cosine.abs() > 1 - self.precision.same
 
     def _polish(self, q: Tensor) -> Tensor:
         """The direction that fits all zeros of L q best, not only the rows that found it."""

@@ -314,11 +314,8 @@ def plan(model: nn.Module, shape: tuple[int, ...]) -> Layout:
             stages[-1].pool, stages[-1].output = module, link.output_shape
         else:
             raise _unsupported(model, link)
-    if (
-        not linear
-        or (len(linear) > 1
-        and min(link.output_shape[0] for link in linear) < linear[-1].output_shape[0])
-    ):
+    classes = linear[-1].output_shape[0] if linear else 0
+    if not linear or min(link.output_shape[0] for link in linear) < classes:
         raise UnsupportedModel(
             f"MKOR needs linear layers with a row for every class; {type(model).__name__} has none."
         )

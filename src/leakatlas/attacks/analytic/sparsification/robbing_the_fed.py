@@ -151,7 +151,7 @@ class RobbingTheFed(ActiveAttack):
         else:
             bounds = edges
             read = readout.ratio_readout(g_w, g_b, tolerance=self.tolerance)
-        chosen, confidence, floor = rank_bins(read, w, bounds)
+        chosen, confidence, floor = readout.rank_bins(read, w, bounds)
         if self.one_shot:
             first = read.rows[chosen] == 0  # the second bin is everything above it
             chosen, confidence = chosen[first], confidence[first]
@@ -163,23 +163,3 @@ class RobbingTheFed(ActiveAttack):
             confidence=confidence,
             notes={"bins_hit": float(len(read.rows)), "noise_floor": floor},
         )
-
-
-def rank_bins(read: readout.Readout, w: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Candidates above the noise floor, the strongest first.
-
-    Args:
-        read: What was read, one candidate a bin.
-        w: ``(n,)`` the measurement.
-        bounds: ``(k + 1,)`` what each bin spans.
-
-    Returns:
-        Indices into ``read`` ``(M,)``, strength over the noise floor ``(M,)``, and the floor.
-    """
-    consistent = readout.in_own_bin(read.x @ w, read.rows, bounds)
-    # A contradicting bin is noise; below three times their median nothing can be told from it.
-    floor = 3 * readout.noise_floor(read.strength, consistent)
-    above = torch.nonzero(read.strength > floor).flatten()
-    order = above[read.strength[above].argsort(descending=True, stable=True)]
-    scale = floor or float(read.strength.min()) if len(read.strength) else 1.0
-    return order, read.strength[order] / scale, floor

@@ -54,6 +54,7 @@ from leakatlas.blocks import readout, surgery
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import Update, View
+from leakatlas.models.structure import linear_layers
 from leakatlas.params import NonNegative, NonNegativeInt, OpenFraction, Positive
 from leakatlas.threat import Knowledge, Vantage
 
@@ -198,8 +199,8 @@ class TrapWeights(ActiveAttack):
         """The name of the layer that holds the traps."""
         if int(view.key["layer"]) < 0:
             return BLOCK
-        linears = [n for n, m in view.model.named_modules() if isinstance(m, nn.Linear)]
-        return linears[int(view.key["layer"])]
+        names = list(linear_layers(view.model))
+        return names[int(view.key["layer"])]
 
 
 class TrapBlock(nn.Module):

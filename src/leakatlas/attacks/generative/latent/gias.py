@@ -52,9 +52,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from leakatlas import models
-from leakatlas.attacks.api import Attack, Reconstruction, attack, nothing_found
-from leakatlas.blocks import descent, init, labels, matching, priors
-from leakatlas.blocks.observed import mean_gradient
+from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
+from leakatlas.blocks import descent, init, matching, observed, priors
 from leakatlas.blocks.watch import Step, Watch
 from leakatlas.data import Box, ImageSet
 from leakatlas.errors import InvalidInput
@@ -64,6 +63,7 @@ from leakatlas.params import NonNegative, NonNegativeInt, Positive, PositiveInt
 from leakatlas.threat import Knowledge
 
 SHIPPED = "generator-cifar10"
+SHIPPED_SHAPE = (3, 32, 32)
 MILESTONES = (3 / 8, 5 / 8, 7 / 8)
 COARSEST = 8
 """Sides of generated images are multiples of it: three doublings."""
@@ -119,7 +119,7 @@ class GIAS(Attack):
         if not any(bool(tensor.any()) for tensor in g.values()):
             return nothing_found(view.input_shape, "the update is zero; it has no direction")
         like = next(iter(g.values()))
-        y = known_labels(view)
+        y = observed.known_labels(view)
         G = self.generator(view, watch).to(like)
         images = to_model_space(view.input_shape, view.box)
         replay = view.replayer()
@@ -182,6 +182,16 @@ class GIAS(Attack):
             G = fresh_generator(view.surrogate.shape, self.prior_latent)
             models.apply_state(G, learned, source="the learned generator")
         return G.eval().requires_grad_(False)
+
+    def outlook(self, view: View) -> Outlook:
+        """Whether the prior speaks of images of the victims' shape."""
+        if self.prior == "shipped" and tuple(view.input_shape) != SHIPPED_SHAPE:
+            return Outlook(
+                "hopeless",
+                f"the shipped generator makes images of {SHIPPED_SHAPE}, the model reads "
+                f"{tuple(view.input_shape)}; prior='surrogate' trains another",
+            )
+        return Outlook("unknown", "as good as the generator knows the client's kind of images")
 
     @classmethod
     def tuned(cls) -> Self:
@@ -317,20 +327,6 @@ def to_model_space(shape: tuple[int, ...], box: Box) -> Images:
         return box.normalize(pixels)
 
     return convert
-
-
-def known_labels(view: View) -> Tensor:
-    """The granted labels ``(N,)``, else iDLG's (N = 1), else those of the recovered counts."""
-    if view.has("labels"):
-        return view.labels
-    g = mean_gradient(view)
-    head = labels.find_head(view.model, next(iter(g.values())).new_zeros(1, *view.input_shape))
-    if view.num_examples == 1:
-        return labels.idlg(g, head)
-    if head.bias_name is None:
-        return labels.column_min(g, head, view.num_examples)
-    counts = labels.uniform_counts(head.bias_grad(g), view.num_examples)
-    return labels.labels_from_counts(counts)
 
 
 # -- a generator of one's own --------------------------------------------------------------------

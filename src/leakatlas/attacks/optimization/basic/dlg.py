@@ -35,9 +35,9 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from leakatlas.attacks.api import Attack, Reconstruction, attack, nothing_found
+from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
 from leakatlas.blocks import descent, init, labels, matching
 from leakatlas.blocks.watch import Step, Watch
 from leakatlas.fl import View
@@ -80,6 +80,16 @@ class DLG(Attack):
     def exact(cls, *, restarts: int = 2) -> Self:
         """Our setting for machine precision on smooth networks in float64."""
         return cls(steps=1_200, line_search=True, restarts=restarts, tolerance=1e-16)
+
+    def outlook(self, view: View) -> Outlook:
+        """Whether the landscape is smooth; ReLU has no second derivative to follow."""
+        if any(isinstance(m, nn.ReLU | nn.LeakyReLU | nn.MaxPool2d) for m in view.model.modules()):
+            return Outlook(
+                "unknown", "a piecewise linear network flattens the distance that it descends"
+            )
+        if view.num_examples > 1:
+            return Outlook("unknown", f"{view.num_examples} images and labels at once")
+        return Outlook("applicable", "one image and a smooth network: the setting of the paper")
 
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
         """Restarts of joint L-BFGS, ranked by D."""

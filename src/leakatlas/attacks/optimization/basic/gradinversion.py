@@ -36,16 +36,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from leakatlas.attacks.api import Attack, Reconstruction, attack, nothing_found
+from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
 from leakatlas.blocks import batchnorm, descent, init, labels, matching, priors
 from leakatlas.blocks.observed import mean_gradient
 from leakatlas.blocks.watch import Step, Watch
 from leakatlas.fl import View
+from leakatlas.models.structure import has_batchnorm
 from leakatlas.params import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
 from leakatlas.threat import Grant, Knowledge
 
@@ -101,6 +102,23 @@ class GradInversion(Attack):
         """The batch's own BN statistics, where they are matched."""
         exact = self.bn == "exact" and self.bn_weight > 0
         return frozenset({Grant.BATCH_BN}) if exact else frozenset()
+
+    @classmethod
+    def tuned(cls) -> Self:
+        """Ours for short budgets: two searches and the model's running statistics, no grant."""
+        return cls(steps=400, warmup=20, seeds=2, bn="running", consensus="lazy")
+
+    def outlook(self, view: View) -> Outlook:
+        """Whether there is batch normalisation to match, and room for distinct labels."""
+        if not view.has("labels") and view.num_examples > view.classes:
+            return Outlook(
+                "hopeless",
+                f"{view.num_examples} examples cannot have distinct labels among "
+                f"{view.classes} classes",
+            )
+        if self.bn_weight > 0 and not has_batchnorm(view.model):
+            return Outlook("hopeless", "the model has no batch normalisation to match")
+        return Outlook("unknown", "batch statistics guide it where the gradient alone does not")
 
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
         """Labels, then the coupled searches, then the choice among them."""

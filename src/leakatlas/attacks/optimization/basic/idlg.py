@@ -35,7 +35,7 @@ from typing import Literal
 
 import torch
 
-from leakatlas.attacks.api import Attack, Reconstruction, attack, nothing_found
+from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
 from leakatlas.blocks import descent, init, labels, matching
 from leakatlas.blocks.observed import mean_gradient
 from leakatlas.blocks.watch import Step, Watch
@@ -74,6 +74,15 @@ class IDLG(Attack):
     line_search: bool = False
     restarts: PositiveInt = 1
     tolerance: NonNegative = 1e-26
+
+    def outlook(self, view: View) -> Outlook:
+        """One example, whose label the head gives away."""
+        if view.num_examples != 1:
+            return Outlook(
+                "hopeless",
+                f"its rule reads the label of one image, the update is of {view.num_examples}",
+            )
+        return Outlook("applicable", "the label is exact; the image is as hard as for DLG")
 
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
         """The label, then the image."""

@@ -41,11 +41,9 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
-from torch import Tensor
 
-from leakatlas.attacks.api import Attack, Reconstruction, attack, nothing_found
-from leakatlas.blocks import descent, init, labels, matching, priors
-from leakatlas.blocks.observed import mean_gradient
+from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
+from leakatlas.blocks import descent, init, matching, observed, priors
 from leakatlas.blocks.watch import Step, Watch
 from leakatlas.fl import View
 from leakatlas.params import NonNegative, Positive, PositiveInt
@@ -103,13 +101,21 @@ class InvertingGradients(Attack):
             schedule="cosine",
         )
 
+    def outlook(self, view: View) -> Outlook:
+        """What stands against one image, and against several."""
+        if view.rounds and view.update.kind == "delta":
+            return Outlook("unknown", "the local steps are unrolled; drift makes it harder")
+        if view.num_examples == 1:
+            return Outlook("applicable", "one image and one gradient: the setting of the paper")
+        return Outlook("unknown", f"{view.num_examples} images share one gradient")
+
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
         """Restarts of signed descent, ranked by the matching loss alone."""
         g = dict(view.update.tensors)
         if not any(bool(tensor.any()) for tensor in g.values()):
             return nothing_found(view.input_shape, "the update is zero; it has no direction")
         like = next(iter(g.values()))
-        y = known_labels(view)
+        y = observed.known_labels(view)
         replay = view.replayer()
         distance = DISTANCES[self.distance]
         if self.top is not None:
@@ -156,20 +162,3 @@ class InvertingGradients(Attack):
                 "labels_granted": float(view.has("labels")),
             },
         )
-
-
-def known_labels(view: View) -> Tensor:
-    """The granted labels ``(N,)``, else iDLG's (N = 1), else those of the recovered counts.
-
-    Only the multiset of recovered counts is known, so they come in ascending order.
-    """
-    if view.has("labels"):
-        return view.labels
-    g = mean_gradient(view)
-    head = labels.find_head(view.model, next(iter(g.values())).new_zeros(1, *view.input_shape))
-    if view.num_examples == 1:
-        return labels.idlg(g, head)
-    if head.bias_name is None:
-        return labels.column_min(g, head, view.num_examples)
-    counts = labels.uniform_counts(head.bias_grad(g), view.num_examples)
-    return labels.labels_from_counts(counts)
