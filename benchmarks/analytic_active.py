@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -181,7 +182,7 @@ class Victim(nn.Module):
         super().__init__()
         channels = (3, 12, 32, 64)
         layers: list[nn.Module] = []
-        for c, d in zip(channels, channels[1:], strict=False):
+        for c, d in itertools.pairwise(channels):
             layers += [nn.Conv2d(c, d, 4, stride=2, padding=1), nn.ReLU()]
         self.features = nn.Sequential(*layers)
         self.head = nn.Sequential(

@@ -159,7 +159,10 @@ def test_an_update_about_to_be_sent(run: Any, files: Path, tmp_path: Path) -> No
         (("builtin:lenett",), "Unknown model 'lenett'. Did you mean 'lenet'"),
         (("nowhere.py:factory",), "does not exist"),
         (("{files}/factory.py:absent",), "Unknown model factory"),
-        (("{files}/honest.safetensors", "--batch", "photos:16"), "a state dict alone cannot be run"),
+        (
+            ("{files}/honest.safetensors", "--batch", "photos:16"),
+            "a state dict alone cannot be run",
+        ),
         (("{files}/honest.safetensors", "--weights", "x"), "there is no such file"),
         (("{files}/honest.safetensors", "--weights", "{files}/tampered.pt"), "weights already"),
         (("builtin:lenet", "--weights", "{files}/tampered.pt"), "does not fit LeNet"),

@@ -35,10 +35,14 @@ def test_d12_refuses_what_is_no_hash() -> None:
         d12_consistency({"w": torch.zeros(2)}, ["abc"])
 
 
-@pytest.mark.parametrize(("clip", "noise", "rounds"), [(1.0, 1.0, 1), (1.0, 4.0, 9), (0.5, 2.0, 50)])
+@pytest.mark.parametrize(
+    ("clip", "noise", "rounds"), [(1.0, 1.0, 1), (1.0, 4.0, 9), (0.5, 2.0, 50)]
+)
 def test_own_epsilon_is_that_of_gaussian_privacy(clip: float, noise: float, rounds: int) -> None:
     mu = math.sqrt(rounds) * clip / noise
-    assert own_epsilon(clip, noise, rounds, 1e-5) == pytest.approx(eps_from_mu(mu=mu, delta=1e-5), rel=1e-4)
+    assert own_epsilon(clip, noise, rounds, 1e-5) == pytest.approx(
+        eps_from_mu(mu=mu, delta=1e-5), rel=1e-4
+    )
 
 
 def test_own_epsilon_at_the_edges() -> None:
@@ -61,7 +65,9 @@ def test_d13_does_not_count_the_noise_of_others() -> None:
 
 def test_d13_looks_at_the_cohort() -> None:
     facts = RoundFacts(cohort=("a", "b", "b"), least_cohort=3)
-    assert d13_protocol(facts)[0].value == 1 and "2 distinct members" in d13_protocol(facts)[0].words
+    assert (
+        d13_protocol(facts)[0].value == 1 and "2 distinct members" in d13_protocol(facts)[0].words
+    )
     fine = RoundFacts(cohort=("a", "b", "c"), attested=("a", "b", "c", "d"), least_cohort=3)
     assert d13_protocol(fine)[0].value == 0
     stranger = RoundFacts(cohort=("a", "b", "x"), attested=("a", "b"), least_cohort=3)

@@ -60,9 +60,7 @@ def played(key: str, model: str, settings: Mapping[str, Any]) -> tuple[Stage, Ro
         protocol=FedAVG(batch_size=EXAMPLES, lr=1e-4) if fedavg else FedSGD(),
         vantage=Vantage.AGGREGATE if fedavg else Vantage.SERVER,
     )
-    made = stage(
-        scenario, model=reference.build(), victims=private(), surrogate=public(), box=BOX
-    )
+    made = stage(scenario, model=reference.build(), victims=private(), surrogate=public(), box=BOX)
     return made, harness.observe(made, attack)[1][-1]
 
 

@@ -23,7 +23,9 @@ def behind(block: nn.Module) -> nn.Module:
 
 
 def edges(bins: int = 64) -> Tensor:
-    return readout.bin_edges("empirical", bins, values=brightness(bundled.patches(SIZE, 256).images))
+    return readout.bin_edges(
+        "empirical", bins, values=brightness(bundled.patches(SIZE, 256).images)
+    )
 
 
 def brightness(images: Tensor) -> Tensor:

@@ -40,9 +40,7 @@ def binning(m: int = 256, n: int = 192) -> Layer:
 
 
 def traps(m: int = 64, n: int = 192, s: float = 0.95) -> Tensor:
-    return surgery.trap_rows(
-        m, n, scaling=s, sigma=0.5, generator=generator(), like=torch.zeros(1)
-    )
+    return surgery.trap_rows(m, n, scaling=s, sigma=0.5, generator=generator(), like=torch.zeros(1))
 
 
 def one(scores: list[Score], statistic: str) -> Score:

@@ -1,4 +1,4 @@
-"""The command line: ``leakatlas audit``, ``doctor``, and the catalogue."""
+"""The command line: ``leakatlas audit``, ``doctor``, ``lint``, and the catalogue."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from leakatlas.cli import audit, catalogue
+from leakatlas.cli import audit, catalogue, lint
 from leakatlas.errors import LeakAtlasError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 audit.register(app)
+lint.register(app)
 catalogue.register(app)
 
 

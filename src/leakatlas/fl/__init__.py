@@ -14,7 +14,13 @@ from leakatlas.fl.hooks import (
     acts_at,
 )
 from leakatlas.fl.protocol import FedAVG, FedSGD, Protocol, task_loss
-from leakatlas.fl.rounds import Client, Federation, RoundRecord
+from leakatlas.fl.rounds import (
+    Client,
+    Federation,
+    RoundRecord,
+    poisson_cohort,
+    uniform_cohort,
+)
 from leakatlas.fl.scenario import Scenario, Stage, Truth, stage
 from leakatlas.fl.seeding import stream, stream_seed
 from leakatlas.fl.state import ModelRef, load_into, model_state, state_hash
@@ -52,9 +58,11 @@ __all__ = [
     "check_composition",
     "load_into",
     "model_state",
+    "poisson_cohort",
     "stage",
     "state_hash",
     "stream",
     "stream_seed",
     "task_loss",
+    "uniform_cohort",
 ]

@@ -192,9 +192,7 @@ class Federation:
             updates[member] = replace(
                 template,
                 # One shared zero each: a thousand sybils must not cost a thousand models.
-                tensors={
-                    n: t.new_zeros(()).expand(t.shape) for n, t in template.tensors.items()
-                },
+                tensors={n: t.new_zeros(()).expand(t.shape) for n, t in template.tensors.items()},
             )
             contexts[member] = [self._context(member, d, index, memory) for d in self.defenses]
         for defense in self.defenses:
@@ -378,3 +376,35 @@ def _aggregating(
     defense: Defense, inner: Callable[[Mapping[int, Message]], Update], context: ServerContext
 ) -> Callable[[Mapping[int, Message]], Update]:
     return lambda messages: defense.aggregate(messages, inner, context)
+
+
+def uniform_cohort(
+    clients: Collection[int], size: int, generator: torch.Generator
+) -> tuple[int, ...]:
+    """``size`` different clients, every subset equally likely.
+
+    Raises:
+        InvalidParameter: If there are fewer clients.
+    """
+    if not 0 < size <= len(clients):
+        raise InvalidParameter(f"A cohort of {size} cannot be drawn from {len(clients)} clients.")
+    order = sorted(clients)
+    drawn = torch.randperm(len(order), generator=generator)[:size].tolist()
+    return tuple(sorted(order[i] for i in drawn))
+
+
+def poisson_cohort(
+    clients: Collection[int], rate: float, generator: torch.Generator
+) -> tuple[int, ...]:
+    """Every client independently with probability ``rate``, as DP accounting assumes.
+
+    The cohort may be empty; such a round is not played, but it counts for the accountant.
+
+    Raises:
+        InvalidParameter: If ``rate`` is outside (0, 1].
+    """
+    if not 0 < rate <= 1:
+        raise InvalidParameter(f"A sampling rate lies in (0, 1], got {rate}.")
+    order = sorted(clients)
+    drawn = torch.rand(len(order), generator=generator, dtype=torch.float64) < rate
+    return tuple(client for client, taken in zip(order, drawn.tolist(), strict=True) if taken)

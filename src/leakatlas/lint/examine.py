@@ -105,7 +105,9 @@ def measure(
         )
     else:
         own = as_batch(batch, module, box)
-        found, leaks = _on_batch(module, own, update, _previous(module, reference), body, skipped)
+        previous = _previous(module, reference)
+        with torch.random.fork_rng(devices=[]):  # dropout draws from the caller's generator
+            found, leaks = _on_batch(module, own, update, previous, body, skipped)
         scores += found
     if others:
         scores += consistency.d12_consistency(body.state, others)

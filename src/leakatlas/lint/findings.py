@@ -44,13 +44,16 @@ COMPARISONS = frozenset({"D1/reference", "D12/others", "D13/noise", "D13/cohort"
 MECHANISMS = (
     ({"D2", "D3", "D4", "D6"}, "binning attack with columns per client, of the [32]/[33] kind"),
     ({"D2", "D3"}, "binning attack of the [28]/[33] kind"),
-    ({"D5"}, "trap weights of the [30]/[31] kind"),
-    ({"D7"}, "a head that singles out one class or example, of the [29] kind"),
+    ({"D5/fingerprint"}, "trap weights of the [30]/[31] kind"),
+    ({"D7/zero_rows"}, "a head that singles out one class or example, of the [29] kind"),
     ({"D2", "D6"}, "class decoupling of the [34] kind"),
-    ({"D1", "D2"}, "an inserted measuring layer, of the [28] kind"),
+    ({"D1", "D2"}, "part of an inserted measuring layer, of the [28] kind"),
     ({"D14"}, "gradient rows that hold single examples, whatever the attack is called"),
 )
-"""Which checks together speak for which mechanism; the first that fits is named."""
+"""Which checks or statistics together speak for which mechanism; the first that fits is named."""
+
+ELSEWHERE = frozenset({"D1", "D6"})
+"""Evidence from another layer: an insertion, or kernels that copy for the rows that measure."""
 
 
 @dataclass(frozen=True)
@@ -177,11 +180,10 @@ def judge(
 
 def _sentence(place: str, findings: list[Finding], everywhere: tuple[str, ...]) -> str:
     words = ", ".join(dict.fromkeys(finding.score.words for finding in findings))
-    here = {finding.score.check for finding in findings}
+    here = {name for f in findings for name in (f.score.check, f.score.statistic)}
     named = ""
-    for checks, mechanism in MECHANISMS:
-        # Kernels that copy stand in another layer than the rows that measure.
-        if checks <= here | (set(everywhere) & {"D1", "D6"}) and checks & here - {"D1", "D6"}:
+    for needed, mechanism in MECHANISMS:
+        if needed <= here | (ELSEWHERE & set(everywhere)) and needed & here - ELSEWHERE:
             named = f": {mechanism}"
             break
     return f"{place or 'model'}: {words}{named}"

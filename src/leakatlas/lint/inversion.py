@@ -9,7 +9,8 @@ knows no attack; it knows only that ``G_W[i] = sum_s delta_i(s) x_s``. The read-
   (cumulative bins);
 * differences of any two rows, where few rows are informative (class decoupling, which subtracts
   an absent class's row);
-* single rows up to a factor (weight-only forms; weight changes too small for float32 biases).
+* single rows, and differences of neighbours, up to a factor (weight-only forms; weight changes
+  that are too small for the rounding of the biases).
 
 The layer's own inputs are compared: pixels for a first layer, copies of pixels behind identity
 convolutions, features or latents further on (fishing, latent binning).
@@ -132,6 +133,9 @@ def self_inversion(model: nn.Module, batch: Batch, gradient: Mapping[str, Tensor
                 readout.cumulative_readout(g_w, g_b, threshold).x, x
             ) | match(readout.cumulative_readout(g_w, g_b, -state[bias].detach()).x, x)
             ways["differences of two rows"] = match(pair_differences(g_w, g_b), x)
+            ways["differences scaled"] = match_directions(
+                energetic(g_w[threshold.argsort()].diff(dim=0)), x
+            )
         found = torch.stack(list(ways.values())).any(dim=0)
         best = max(ways, key=lambda way: int(ways[way].sum()))
         flat = batch.x.flatten(1)

@@ -27,7 +27,9 @@ EXACT = 1e-9
 
 def _stage(**settings: object) -> Stage:
     model = {"first_block": "april", **settings}
-    scene = {name: model.pop(name) for name in ("examples", "protocol", "dtype", "size") if name in model}
+    scene = {
+        name: model.pop(name) for name in ("examples", "protocol", "dtype", "size") if name in model
+    }
     return small_stage(letter="B", model="vit", settings=model, box=BOX, **scene)  # type: ignore[arg-type]  # settings are those of small_stage
 
 
@@ -168,7 +170,9 @@ def test_frozen_positions_make_it_inapplicable(how: str) -> None:
     view = _with(view, view.update.with_tensors(g))
     for attack in (APRIL(), APRIL(variant="optimization")):
         found = attack(view)
-        assert found.status == "failed" and found.reason == "the update has no gradient of positions"
+        assert (
+            found.status == "failed" and found.reason == "the update has no gradient of positions"
+        )
         assert attack.outlook(view).verdict == "hopeless"
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +35,9 @@ PRECISE = Precision.of(torch.float64)
 
 
 def _stage(b: int, m: int = 200, *, box: Box = NORMAL, **settings: object) -> Stage:
-    scene = {name: settings.pop(name) for name in ("victims", "protocol", "dtype") if name in settings}
+    scene = {
+        name: settings.pop(name) for name in ("victims", "protocol", "dtype") if name in settings
+    }
     model = {"widths": (m, m, m), **settings}
     return small_stage(letter="A", model="fc", settings=model, size=8, examples=b, box=box, **scene)  # type: ignore[arg-type]  # settings are those of small_stage
 
@@ -54,7 +55,6 @@ def test_the_whole_batch_is_exact_and_the_attack_knows(b: int, m: int) -> None:
     assert trial.found.status == "complete" and trial.found.notes["lambda"] == 1
     assert len(trial.images) == b == trial.found.notes["rank"]
     assert float(errors(trial).max()) < 1e-10
-    assert trial.found.seconds < 20
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -102,9 +102,7 @@ def test_one_example_coincides_with_the_ratio_of_rows() -> None:
 def test_a_permuted_batch_comes_back_in_another_order_only() -> None:
     victims = crops(8, 6)
     turned = victims.subset([3, 0, 5, 1, 4, 2])
-    one, two = (
-        run_trial(_stage(6, victims=v), SPEAR(samples=50_000)) for v in (victims, turned)
-    )
+    one, two = (run_trial(_stage(6, victims=v), SPEAR(samples=50_000)) for v in (victims, turned))
     assert _exact(one) and _exact(two)
     flat = (one.images.flatten(1), two.images.flatten(1))
     assert float(torch.cdist(*flat).min(dim=1).values.max()) < 1e-9
@@ -182,8 +180,7 @@ def test_a_partial_update_is_named() -> None:
 def test_a_budget_ends_the_sampling() -> None:
     view, _ = observe(_stage(30, 200, victims=crops(8, 30)), SPEAR())
     found = SPEAR()(view, watch=Watch(seconds=0.5))
-    assert found.seconds < 5 and found.status == "failed"
-    assert found.notes["samples"] < SPEAR().samples
+    assert found.status == "failed" and found.notes["samples"] < SPEAR().samples / 10
 
 
 # -- the layer and the outlook ---------------------------------------------------------------------
@@ -320,8 +317,6 @@ def test_independent_takes_the_first_that_are() -> None:
     assert independent(rows[:4], 3, tolerance=1e-6) == [0, 2]
 
 
-@pytest.mark.parametrize(
-    ("b", "value"), [(1, lambda: 1.0), (2, lambda: 3.0), (4, lambda: 8 * (1 + 1 / 2 + 1 / 3 + 1 / 4))]
-)
-def test_expected_samples(b: int, value: Callable[[], float]) -> None:
-    assert expected_samples(b) == pytest.approx(value())
+def test_expected_samples() -> None:
+    """1 for b = 1; 2 (1 + 1/2) for b = 2; 8 (1 + 1/2 + 1/3 + 1/4) = 50/3 for b = 4."""
+    assert [expected_samples(b) for b in (1, 2, 4)] == pytest.approx([1, 3, 50 / 3])

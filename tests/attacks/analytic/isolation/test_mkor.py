@@ -195,7 +195,9 @@ def test_the_read_out_of_vgg16_equals_the_released_code() -> None:
 # -- the head --------------------------------------------------------------------------------------
 
 
-def test_cross_entropy_with_an_absent_class_equals_raw_logits_and_the_plain_ratio_does_not() -> None:
+def test_an_absent_class_makes_cross_entropy_equal_raw_logits_and_the_plain_ratio_is_wrong() -> (
+    None
+):
     """The released loss isolates by itself; softmax needs the correction."""
     stage = _stage(*EXACT["averaged"], [0, 2, 5])
     trial = run_trial(stage, MKOR())

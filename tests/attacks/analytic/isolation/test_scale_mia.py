@@ -26,7 +26,7 @@ from leakatlas.threat import Vantage
 from tests.attacks.analytic.support import UNIT, crops, errors, same_after_saving, small_stage
 from tests.conftest import BOX
 
-FAST = {"epochs": 4, "quantiles": "empirical"}
+FAST = ScaleMIA(epochs=4, quantiles="empirical")
 FC = {"widths": (160, 32), "act": "relu"}
 
 
@@ -103,7 +103,7 @@ def _distance(expected: Tensor, trial: Trial) -> Tensor:
 def test_alone_in_a_bin_is_what_the_autoencoder_makes_of_the_image(
     box: Box, dtype: torch.dtype
 ) -> None:
-    trial = run_trial(_stage(box=box, dtype=dtype), ScaleMIA(**FAST))
+    trial = run_trial(_stage(box=box, dtype=dtype), FAST)
     alone = _alone(trial, box)
     assert 0 < int(alone.sum()) < len(alone)
     distance = _distance(_through_the_autoencoder(trial, box), trial)
@@ -119,7 +119,7 @@ def test_alone_in_a_bin_is_what_the_autoencoder_makes_of_the_image(
 @pytest.mark.parametrize("box", [UNIT, BOX], ids=["plain", "normalised"])
 def test_without_an_encoder_the_latent_is_the_image(widths: tuple[int, ...], box: Box) -> None:
     stage = _stage(model="fc", settings={**FC, "widths": widths}, box=box)
-    trial = run_trial(stage, ScaleMIA(**FAST))
+    trial = run_trial(stage, FAST)
     alone = _alone(trial, box)
     assert 0 < int(alone.sum()) < len(alone)
     assert float(errors(trial)[alone].max()) < 1e-6
@@ -129,7 +129,7 @@ def test_without_an_encoder_the_latent_is_the_image(widths: tuple[int, ...], box
 
 def test_the_oracle_of_the_released_code_finds_nothing_more() -> None:
     """Bins located by the true activations, against bins located by the bias gradient."""
-    trial = run_trial(_stage(), ScaleMIA(**FAST))
+    trial = run_trial(_stage(), FAST)
     view, edges = trial.view, trial.view.key["thresholds"]
     name = find_parts(view.model, torch.zeros(1, 3, 16, 16).double()).names[0]
     g_w, g_b = (view.update.tensors[f"{name}.{part}"] for part in ("weight", "bias"))
@@ -149,9 +149,8 @@ def test_the_oracle_of_the_released_code_finds_nothing_more() -> None:
 
 
 def test_a_sum_over_clients_is_the_pooled_batch() -> None:
-    attack = ScaleMIA(**FAST)
-    together = run_trial(_stage(clients=4, examples=3, vantage=Vantage.AGGREGATE), attack)
-    pooled = run_trial(_stage(examples=12), attack)
+    together = run_trial(_stage(clients=4, examples=3, vantage=Vantage.AGGREGATE), FAST)
+    pooled = run_trial(_stage(examples=12), FAST)
     assert len(together.images) == len(pooled.images)
     assert float(_distance(pooled.images, together).max()) < 1e-8
 
@@ -174,10 +173,9 @@ def test_unequal_columns_hurt() -> None:
         columns = torch.linspace(0.5, 1.5, parts.second.in_features, dtype=torch.float64)
         parts.second.weight.mul_(columns)
 
-    attack = ScaleMIA(**FAST)
     stage = _stage(model="fc", settings=FC)
-    clean = run_trial(stage, attack)
-    spoiled = _with_tampered_head(_stage(model="fc", settings=FC), attack, uneven)
+    clean = run_trial(stage, FAST)
+    spoiled = _with_tampered_head(_stage(model="fc", settings=FC), FAST, uneven)
     exact = [int((errors(t) < 1e-6).sum()) for t in (clean, spoiled)]
     assert exact[0] > 3 and exact[1] <= exact[0] // 2
 
@@ -189,9 +187,8 @@ def test_a_head_with_equal_rows_would_send_rounding_only() -> None:
         parts.second.weight.fill_(1 / 160)
 
     settings = {**FC, "widths": (160,)}
-    attack = ScaleMIA(**FAST)
-    clean = run_trial(_stage(model="fc", settings=settings), attack)
-    spoiled = _with_tampered_head(_stage(model="fc", settings=settings), attack, even)
+    clean = run_trial(_stage(model="fc", settings=settings), FAST)
+    spoiled = _with_tampered_head(_stage(model="fc", settings=settings), FAST, even)
     sizes = [float(t.view.update.tensors["hidden.1.bias"].abs().max()) for t in (clean, spoiled)]
     assert sizes[0] > 1e-5 and sizes[1] < 1e-15
 
@@ -211,13 +208,12 @@ def test_longer_training_raises_the_ceiling_and_with_it_the_images() -> None:
 
 
 def test_a_single_local_step_is_a_gradient_and_many_drift() -> None:
-    attack = ScaleMIA(**FAST)
     exact = []
     for protocol in (
         FedAVG(epochs=1, batch_size=12, lr=0.1),
         FedAVG(epochs=5, batch_size=3, lr=0.1),
     ):
-        trial = run_trial(_stage(model="fc", settings=FC, protocol=protocol), attack)
+        trial = run_trial(_stage(model="fc", settings=FC, protocol=protocol), FAST)
         exact.append(int((errors(trial) < 1e-6).sum()))
         if len(exact) == 1:
             assert exact[0] == int(_alone(trial, UNIT).sum()) > 0
@@ -245,7 +241,7 @@ def test_thresholds_follow_the_published_quantiles() -> None:
     generator = torch.Generator().manual_seed(0)
     q = 0.3 + 0.05 * torch.randn(20_000, generator=generator, dtype=torch.float64)
     for kind in ("normal", "empirical"):
-        found = thresholds(q, 100, kind)  # type: ignore[arg-type]  # one of the two literals
+        found = thresholds(q, 100, kind)
         assert len(found) == 100 and bool((found.diff() > 0).all())
         assert float(found.median()) == pytest.approx(0.3, abs=0.01)
     normal = thresholds(q, 100, "normal")
@@ -255,7 +251,7 @@ def test_thresholds_follow_the_published_quantiles() -> None:
 
 def test_only_parameters_change() -> None:
     stage = _stage(box=BOX)
-    view, records = observe(stage, ScaleMIA(**FAST))
+    view, records = observe(stage, FAST)
     sent = records[0].states[0]
     before = stage.view().model.state_dict()
     assert {n: t.shape for n, t in sent.items()} == {n: t.shape for n, t in before.items()}
@@ -274,13 +270,13 @@ def test_a_decoder_reaches_every_size() -> None:
 
 def test_models_without_a_place_for_bins_are_refused() -> None:
     with pytest.raises(UnsupportedModel, match="at least two linear layers"):
-        run_trial(_stage(model="convnet", settings={"width": 4}), ScaleMIA(**FAST))
+        run_trial(_stage(model="convnet", settings={"width": 4}), FAST)
     with pytest.raises(UnsupportedModel, match="not followed by a ReLU"):
-        run_trial(_stage(model="fc", settings={**FC, "act": "tanh"}), ScaleMIA(**FAST))
+        run_trial(_stage(model="fc", settings={**FC, "act": "tanh"}), FAST)
     with pytest.raises(UnsupportedModel, match="without bias"):
-        run_trial(_stage(model="fc", settings={**FC, "bias": False}), ScaleMIA(**FAST))
+        run_trial(_stage(model="fc", settings={**FC, "bias": False}), FAST)
     with pytest.raises(NotGranted, match="SURROGATE"):
-        run_trial(_stage(letter="F"), ScaleMIA(**FAST))
+        run_trial(_stage(letter="F"), FAST)
 
 
 def test_outlook_says_what_to_expect() -> None:
@@ -298,9 +294,8 @@ def test_outlook_says_what_to_expect() -> None:
 
 
 def test_the_same_from_a_saved_view(tmp_path: Path) -> None:
-    attack = ScaleMIA(**FAST)
-    view, _ = observe(_stage(box=BOX), attack)
-    same_after_saving(attack, view, tmp_path / "conv", model=_victim().double())
-    view, _ = observe(_stage(model="fc", settings=FC), attack)
-    same_after_saving(attack, view, tmp_path / "fc")
+    view, _ = observe(_stage(box=BOX), FAST)
+    same_after_saving(FAST, view, tmp_path / "conv", model=_victim().double())
+    view, _ = observe(_stage(model="fc", settings=FC), FAST)
+    same_after_saving(FAST, view, tmp_path / "fc")
     assert isinstance(View.load(tmp_path / "fc"), View)

@@ -74,7 +74,7 @@ def test_more_restarts_never_match_worse() -> None:
     stage = small()
     view, _ = harness.observe(stage, attack)
     one = attack(view, seed=3).notes["matching_loss"]
-    three = attack.__class__(**{**attack.to_json(), "restarts": 3})(view, seed=3)
+    three = replace(attack, restarts=3)(view, seed=3)
     assert three.notes["matching_loss"] <= one
     assert three.notes["restarts"] == 3
 

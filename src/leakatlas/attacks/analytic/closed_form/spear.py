@@ -382,7 +382,7 @@ def draw(alive: Tensor, b: int, count: int, generator: torch.Generator) -> Tenso
     right = alive.new_zeros(b, 1)
     right[-1] = 1
     solved, info = torch.linalg.solve_ex(system, right.expand(len(rows), b, 1))
-    q = solved[..., 0]
+    q: Tensor = solved[..., 0]
     q = q[(info == 0) & torch.isfinite(q).all(dim=1)]
     return q / q.norm(dim=1, keepdim=True)
 

@@ -274,7 +274,8 @@ def size_ratio(shape: tuple[int, ...], *, bins: int, clients: int) -> float:
 
 def packed(block: surgery.SplitImprint) -> Tensor:
     """The first linear layer as coordinates, ``(k, C N H W)`` sparse, as it would be sent."""
-    return block.first.weight.detach().to_sparse_coo()
+    coordinates: Tensor = block.first.weight.detach().to_sparse_coo()
+    return coordinates
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -319,9 +319,9 @@ def thresholds(q: Tensor, bins: int, quantiles: Literal["normal", "empirical"]) 
     q = q.double()
     level = torch.linspace(0.001, 0.999, bins, dtype=torch.float64, device=q.device)
     if quantiles == "normal":
-        return q.mean() + q.std() * torch.special.ndtri(level)
-    rising: Tensor = readout.bin_edges("empirical", bins, values=q)[:-1]
-    return rising
+        normal: Tensor = q.mean() + q.std() * torch.special.ndtri(level)
+        return normal
+    return readout.bin_edges("empirical", bins, values=q)[:-1]
 
 
 def write_bins(parts: Parts, edges: Tensor, generator: torch.Generator) -> None:
@@ -418,7 +418,8 @@ def decode(z: Tensor, key: Mapping[str, Tensor], box: Box, shape: tuple[int, ...
     decoder = Decoder(tuple(int(size) for size in key["latent"]), shape).to(z)
     decoder.load_state_dict({n: t.to(z) for n, t in weights.items()})
     with torch.no_grad():
-        return box.normalize(decoder(z))
+        images: Tensor = decoder(z)
+    return box.normalize(images)
 
 
 def _example(model: nn.Module, shape: tuple[int, ...]) -> Tensor:

@@ -27,8 +27,8 @@ Departures:
       to shifts, so shifts are what searches mostly disagree on.
     - ``steps`` keeps the published 20,000; the start and the refresh of the alignment keep their
       published share of the run (a quarter) and count (100).
-    - The iterate of smallest objective of each search is kept (the group term left out), and the
-      search whose iterate is smallest, or the consensus of all, is returned.
+    - Of each search the iterate of smallest objective is kept, and the search whose iterate is
+      smallest, or the consensus of all, is returned.
     - Labels are taken from ``Grant.LABELS`` where the scenario gives them.
 """
 
@@ -142,17 +142,17 @@ class GradInversion(Attack):
         def objective(variables: descent.Variables, step: Step) -> descent.Value:
             x = variables["x"]  # (G, N, C, H, W)
             x_bar = agreed(x.detach(), step)
-            own, group = [], []
-            for x_g in x:
-                own.append(
+            each = torch.stack(
+                [
                     self.match_weight * matching.layerwise_l2(replay(x_g, y), g)
                     + self.tv_weight * priors.tv_four(x_g)
                     + self.l2_weight * priors.l2_norm(x_g)
                     + self.bn_weight * bn_prior(x_g)
-                )
-                group.append(self.group_weight * matching.norm(x_g - x_bar))
-            alone = torch.stack(own)
-            return descent.Value((alone + torch.stack(group)).sum(), alone)
+                    + self.group_weight * matching.norm(x_g - x_bar)
+                    for x_g in x
+                ]
+            )
+            return descent.Value(each.sum(), each)
 
         start = init.normal((G, *view.batch_shape), generator=generator, like=like)
         end = descent.descend(

@@ -1,0 +1,332 @@
+r"""SEER: a model trained so that, in its gradient, one image of the batch drowns out the others.
+
+Garov, Dimitrov, Jovanović and Vechev, "Hiding in Plain Sight: Disguising Data Stealing Attacks in
+Federated Learning", ICLR 2024. FedSGD in train mode, one round, one client. Letter G: changed
+parameters (never the architecture), public images. Nothing in the weights looks built by hand.
+
+1. A property p(x), relative to the batch, picks one image: the brightest (or the darkest). It is
+   relative because batch normalisation lets every image see the others.
+2. The server keeps a fixed random subset of the gradient's entries and a secret *linear* decoder
+   r(g) = A g + b on them; the disaggregator in front of it is the identity, as in the default.
+3. Offline (:meth:`SEER.prepare`), model and decoder learn together on public batches. With g+ the
+   part of the summed gradient that the picked image x+ contributes and g- that of all the others,
+
+   .. math:: L = \frac{\lVert r(g^+) - x^+ \rVert^2 + \alpha\, \lVert r(g^-) - r(0) \rVert^2}
+                      {1 + \alpha}, \qquad \log_2 \alpha: -2 \to \log_2 B
+
+   linearly over the first half of the steps. Since r is linear, r(g) = r(g+) + (r(g-) - r(0)).
+   The target r(0) for the others matters: without it the decoder returns the mean image.
+4. The client trains on the learned weights, and r reads its image off the gradient: no iterations.
+
+On a held-out part of the public images the adversary knows how well this works, against r(0), the
+best guess without any gradient: ``public_psnr`` and ``null_psnr`` in the notes.
+
+Paper scale (a million steps with second derivatives, a decoder of 5e8 weights) takes a large
+accelerator; :meth:`SEER.tuned` learns in minutes for small images and batches.
+
+Departures:
+    * Only the single-client form, which takes the batch's extreme ("max"). The form for a secure
+      sum (a threshold that exactly one image of all clients passes) is left out.
+    * Brightness and darkness are the properties; colour, edges and random filters are left out.
+    * The orthogonal mixture of negatives as a second target is left out.
+    * Accumulated batches are computed at once (``batches``), each normalised on its own.
+    * Entries of the gradient are scaled by one number before the decoder; the decoder's bias
+      starts at the public mean image. Both change where a linear map starts, not what it can be.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+
+from leakatlas.attacks.api import ActiveAttack, Outlook, Reconstruction, Tampering, attack
+from leakatlas.blocks.watch import Watch
+from leakatlas.data import ImageSet
+from leakatlas.errors import InvalidInput
+from leakatlas.fl import View
+from leakatlas.models.structure import batchnorm_layers, has_batchnorm
+from leakatlas.params import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
+from leakatlas.threat import Knowledge, Vantage
+
+HELD_OUT = 0.125
+"""Share of the public images on which the decoder is judged."""
+
+
+@attack(
+    "seer",
+    needs=Knowledge.UPDATES | Knowledge.BASIC | Knowledge.SURROGATE | Knowledge.MANIPULATION,
+)
+@dataclass(frozen=True, kw_only=True)
+class SEER(ActiveAttack):
+    """Joint training of the shared model and a secret linear decoder.
+
+    Args:
+        steps: Training steps (paper: 1,000 epochs of 1,000).
+        batches: Public batches per step (paper: accumulation over 10).
+        lr: Adam's step size (paper: 1e-4).
+        entries: Least number of gradient entries kept of each tensor (8,400; ImageNet 9,800).
+        share: Share of each tensor's entries, if that is more (0.1 %; ImageNet 2 %).
+        property: Which image of a batch is read: the ``bright`` or the ``dark`` one.
+        negatives: Weight of the others' term relative to the published schedule; 0 leaves it out.
+        batch_size: Images per public batch B; 0 for as many as the client has.
+    """
+
+    steps: PositiveInt = 1_000_000
+    batches: PositiveInt = 10
+    lr: Positive = 1e-4
+    entries: PositiveInt = 8_400
+    share: Fraction = 0.001
+    property: Literal["bright", "dark"] = "bright"
+    negatives: NonNegative = 1.0
+    batch_size: NonNegativeInt = 0
+
+    @classmethod
+    def tuned(cls) -> Self:
+        """Minutes on one core for small images and a batch of 8."""
+        return cls(steps=1_000, batches=8, lr=3e-3, entries=1_000)
+
+    def outlook(self, view: View) -> Outlook:
+        """Public images, batch normalisation that sees the batch, one client."""
+        if not view.has("surrogate"):
+            return Outlook("hopeless", "model and decoder are learned from surrogate images")
+        if view.vantage == Vantage.AGGREGATE and len(view.clients) > 1:
+            return Outlook("hopeless", "the single-client form reads one batch, not a sum")
+        if not has_batchnorm(view.model):
+            return Outlook("unknown", "without batch normalisation no image sees its batch")
+        if view.has("protocol"):
+            if view.protocol.mode == "eval":
+                return Outlook("unknown", "in eval mode no image of a batch sees the others")
+            if view.protocol.steps(view.num_examples) > 1:
+                return Outlook("unknown", "each local step has a brightest image of its own")
+        return Outlook("applicable", f"one of {view.num_examples} images, after long training")
+
+    # -- offline ---------------------------------------------------------------------------------
+
+    def prepare(
+        self, surrogate: ImageSet, model: nn.Module, *, generator: torch.Generator, watch: Watch
+    ) -> dict[str, Tensor]:
+        """Learn shared weights and decoder.
+
+        Args:
+            surrogate: Public images.
+            model: The global model behind a layer that normalises, so that it reads pixels.
+            generator: Kept entries, batches, decoder.
+            watch: Budget.
+
+        Returns:
+            ``model/<name>``, ``index/<name>`` (kept entries), ``A``, ``b``, ``scale``,
+            ``public_psnr`` and ``null_psnr``.
+
+        Raises:
+            InvalidInput: If there are too few public images for one batch.
+        """
+        public, held = surrogate.split(1 - HELD_OUT, generator)
+        if len(held) < self.batch_size:  # judged on what was learned from, rather than not at all
+            public = held = surrogate
+        if len(public) < self.batch_size or not self.batch_size:
+            raise InvalidInput(
+                f"SEER(batch_size={self.batch_size}) learns from batches of that many of the "
+                f"{len(surrogate)} surrogate images; give more images, or a batch_size from 1 on."
+            )
+        model = seeing_the_batch(model)
+        theta = dict(model.named_parameters())
+        index = {
+            name: torch.randperm(p.numel(), generator=generator)[: self.kept(p.numel())]
+            for name, p in theta.items()
+        }
+
+        def draw(images: ImageSet, count: int) -> tuple[Tensor, Tensor, Tensor]:
+            chosen = torch.stack(
+                [
+                    torch.randperm(len(images), generator=generator)[: self.batch_size]
+                    for _ in range(count)
+                ]
+            )
+            x, y = images.images[chosen], images.labels[chosen]
+            return x, y, self.picked(x)
+
+        x, y, positive = draw(public, self.batches)
+        first = kept_entries(weighted_gradients(model, theta, x, y, positive), index).detach()
+        count = first.shape[1]
+        scale = 1 / (first.square().mean().sqrt() * count**0.5).clamp(min=1e-12)
+        pixels = math.prod(surrogate.shape)
+        a = torch.randn(pixels, count, generator=generator) / count**0.5
+        a.requires_grad_()
+        b = public.images.mean(dim=0).flatten().requires_grad_()
+        optimizer = torch.optim.Adam([*theta.values(), a, b], lr=self.lr)
+        for step in watch.steps(self.steps):
+            x, y, positive = draw(public, self.batches)
+            g_plus = kept_entries(weighted_gradients(model, theta, x, y, positive), index)
+            loss = F.mse_loss(F.linear(scale * g_plus, a, b), of_picked(x, positive))
+            if self.negatives:
+                alpha = self.negatives * schedule(step.progress, self.batch_size)
+                g_minus = kept_entries(weighted_gradients(model, theta, x, y, 1 - positive), index)
+                others = F.linear(scale * g_minus, a).square().mean()  # r(g) - r(0) = A g
+                loss = (loss + alpha * others) / (1 + alpha)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        x, y, positive = draw(held, 32)
+        g = kept_entries(weighted_gradients(model, theta, x, y, torch.ones_like(positive)), index)
+        truth = of_picked(x, positive)
+        return {
+            **{f"model/{name}": p.detach() for name, p in theta.items()},
+            **{f"index/{name}": kept for name, kept in index.items()},
+            "A": a.detach(),
+            "b": b.detach(),
+            "scale": scale,
+            "public_psnr": decibels(F.linear(scale * g.detach(), a.detach(), b.detach()), truth),
+            "null_psnr": decibels(b.detach().expand_as(truth), truth),
+        }
+
+    def kept(self, numel: int) -> int:
+        """How many of a tensor's entries are kept."""
+        return min(numel, max(self.entries, math.ceil(self.share * numel)))
+
+    def picked(self, x: Tensor) -> Tensor:
+        """One-hot ``(K, B)``: the image of each batch ``(K, B, C, H, W)`` with the property."""
+        brightness = x.flatten(2).mean(dim=2)
+        extreme = brightness if self.property == "bright" else -brightness
+        return F.one_hot(extreme.argmax(dim=1), x.shape[1]).to(x)
+
+    # -- before and after the client trains ------------------------------------------------------
+
+    def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
+        """The learned weights; one round is enough."""
+        del generator
+        if view.rounds:
+            return None
+        model = view.model
+        trained = replace(self, batch_size=self.batch_size or view.num_examples)
+        front = Normalise(view.box.mean, view.box.std)
+        learned = trained.artefact(view.surrogate, nn.Sequential(front, model))
+        key = {name: t for name, t in learned.items() if not name.startswith("model/")}
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(learned[f"model/1.{name}"])
+            # Running statistics that fit the weights, as after honest training.
+            mode = model.training
+            model.train()
+            like = next(model.parameters())
+            for images in view.surrogate.images.split(256):
+                model(view.box.normalize(images.to(like)))
+            model.train(mode)
+        return Tampering(sent=model, key=key)
+
+    def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
+        """One linear map of the kept entries of the summed gradient."""
+        del generator, watch
+        key, update = view.key, view.update
+        if update.kind == "gradient":
+            gradient = update.gradient()
+        else:
+            protocol = view.protocol
+            gradient = update.gradient(lr=protocol.lr, steps=protocol.steps(view.num_examples))
+        like = next(iter(gradient.values()))
+        summed = {f"1.{n}": g[None] * view.num_examples for n, g in gradient.items()}
+        image = decoded(summed, key)
+        shape = tuple(view.input_shape)
+        gain = key["public_psnr"] - key["null_psnr"]
+        return Reconstruction(
+            images=view.box.normalize(image.clamp(0, 1).reshape(1, *shape)),
+            confidence=gain.reshape(1).to(like),
+            notes={name: float(key[name]) for name in ("public_psnr", "null_psnr")},
+        )
+
+
+class Normalise(nn.Module):
+    """Pixels in [0, 1] to the model's input space.
+
+    Args:
+        mean: Per channel.
+        std: Per channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to the same shape."""
+        return (images - self.mean) / self.std
+
+
+def seeing_the_batch(model: nn.Module) -> nn.Module:
+    """A float32 copy in train mode whose batch normalisation keeps no running statistics."""
+    model = copy.deepcopy(model).float().train()
+    for layer in batchnorm_layers(model).values():
+        assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        layer.track_running_stats = False
+        layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+    return model
+
+
+def weighted_gradients(
+    model: nn.Module, theta: Mapping[str, Tensor], x: Tensor, y: Tensor, weight: Tensor
+) -> dict[str, Tensor]:
+    """Gradients of the weighted sum of losses, a batch at a time, differentiable in ``theta``.
+
+    Args:
+        model: Without running statistics.
+        theta: Its parameters.
+        x: ``(K, B, C, H, W)``; every batch is normalised on its own.
+        y: ``(K, B)``.
+        weight: ``(K, B)`` of each example's loss.
+
+    Returns:
+        ``(K, *shape)`` for every parameter.
+    """
+
+    def loss(theta: Mapping[str, Tensor], x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        logits = functional_call(model, dict(theta), (x,))
+        return (F.cross_entropy(logits, y, reduction="none") * weight).sum()
+
+    each = vmap(grad(loss), in_dims=(None, 0, 0, 0), randomness="different")
+    found: dict[str, Tensor] = each(dict(theta), x, y, weight)
+    return found
+
+
+def kept_entries(gradients: Mapping[str, Tensor], index: Mapping[str, Tensor]) -> Tensor:
+    """The secret subset of a gradient ``(K, P)``, tensors in alphabetical order of their names."""
+    return torch.cat([gradients[name].flatten(1)[:, index[name]] for name in sorted(index)], dim=1)
+
+
+def decoded(summed: Mapping[str, Tensor], key: Mapping[str, Tensor]) -> Tensor:
+    """``r(g)``, pixels in [0, 1] but for errors, ``(K, n)``.
+
+    Args:
+        summed: Gradients ``(K, *shape)`` of the sum over the batch, by name.
+        key: What the server kept.
+    """
+    index = {n.removeprefix("index/"): t for n, t in key.items() if n.startswith("index/")}
+    g = kept_entries(summed, index)
+    return F.linear(g * key["scale"].to(g), key["A"].to(g), key["b"].to(g))
+
+
+def schedule(progress: float, batch: int) -> float:
+    """alpha: log2 goes from -2 to log2 of the batch size over half of the steps, then stays."""
+    exponent: float = -2 + (math.log2(batch) + 2) * min(1.0, 2 * progress)
+    return 2.0**exponent
+
+
+def of_picked(x: Tensor, positive: Tensor) -> Tensor:
+    """The picked image of each batch, ``(K, n)``."""
+    return torch.einsum("kb,kbn->kn", positive, x.flatten(2))
+
+
+def decibels(found: Tensor, truth: Tensor) -> Tensor:
+    """Mean PSNR of rows in [0, 1], clipped."""
+    error = (found.clamp(0, 1) - truth).square().mean(dim=1)
+    return -10 * error.clamp(min=1e-12).log10().mean()
