@@ -14,6 +14,7 @@ import datetime
 import itertools
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from leakatlas.attacks.analytic.isolation import mandrake as mandrake_row
 from leakatlas.attacks.analytic.isolation.mandrake import MANDRAKE
 from leakatlas.attacks.analytic.isolation.scale_mia import ScaleMIA, decode, encode, find_parts
+from leakatlas.attacks.analytic.isolation.seer import SEER
 from leakatlas.attacks.analytic.sparsification.trap_weights import TrapWeights
 from leakatlas.attacks.api import Attack
 from leakatlas.audit.harness import Trial, run_trial
@@ -265,11 +267,52 @@ def scale_mia(data: Data) -> tuple[Measures, Sequence[int]]:
     return measures, seeds
 
 
+def seer(data: Data) -> tuple[Measures, Sequence[int]]:
+    """The extreme image of batches of victims, against r(0) and the mean of the batch."""
+    size, batch, trials = 8, 8, 64
+    attack = SEER.tuned()
+    measures: Measures = []
+    for name, chosen in (
+        ("", attack),
+        (", without the negative term", replace(attack, negatives=0)),
+    ):
+        found, null, mixed, others = [], [], [], []
+        for index in range(trials):
+            trial, _ = play(
+                data, chosen, data.victims(batch, index * batch, size), letter="G",
+                model="convnet-bn", settings={"width": 4}, protocol=FedSGD(mode="train"),
+                dtype=torch.float32,
+            )  # fmt: skip
+            x = trial.truth.images
+            brightest = int(x.flatten(1).mean(dim=1).argmax())
+            guess = torch.stack(
+                [trial.images[0], trial.view.key["b"].reshape(x.shape[1:]), x.mean(dim=0)]
+            )
+            error = (guess.clamp(0, 1) - x[brightest]).double().square().flatten(1).mean(dim=1)
+            psnr = decibels(error.sqrt())
+            found.append(float(psnr[0]))
+            null.append(float(psnr[1]))
+            mixed.append(float(psnr[2]))
+            left = [i for i in range(batch) if i != brightest]
+            off = (guess[0].clamp(0, 1) - x[left]).double().square().flatten(1).mean(dim=1)
+            others.append(float((off > error[0]).all()))
+        note = (
+            f"{size}x{size}, batch {batch}, ConvNet with BN of width 4, {chosen.steps} steps of "
+            f"{chosen.batches} batches on 1,000 public images, float32"
+        )
+        measures.append(mean(f"psnr of the brightest image{name}", found, "dB", note))
+        measures.append(mean(f"psnr of r(0){name}", null, "dB", note))
+        measures.append(mean(f"psnr of the batch mean{name}", mixed, "dB", note))
+        measures.append(mean(f"nearest to the brightest of its batch{name}", others, "share", note))
+    return measures, (0,)
+
+
 Row = tuple[type[Attack], Callable[[Data], tuple[Measures, Sequence[int]]]]
 ROWS: dict[str, Row] = {
     "trap_weights": (TrapWeights, trap_weights),
     "mandrake": (MANDRAKE, mandrake),
     "scale_mia": (ScaleMIA, scale_mia),
+    "seer": (SEER, seer),
 }
 
 

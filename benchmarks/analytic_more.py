@@ -181,6 +181,8 @@ def spear(data: ImageSet) -> list[dict[str, Any]]:
             for b in (4, 8, 12)
             for m in (100, 200, 400)
         ),
+        ("normalised", 14, 200, CIFAR10, torch.float64, 3),
+        ("normalised", 14, 400, CIFAR10, torch.float64, 3),
         ("normalised", 16, 200, CIFAR10, torch.float64, 3),
         ("normalised", 16, 400, CIFAR10, torch.float64, 3),
         ("normalised", 18, 400, CIFAR10, torch.float64, 1),
@@ -192,7 +194,7 @@ def spear(data: ImageSet) -> list[dict[str, Any]]:
     ]
     for name, b, m, box, dtype, trials in cases:
         expected = expected_samples(b)
-        attack = SPEAR(samples=max(100_000, int(2 * expected)), chunk=1_000 if b < 16 else 10_000)
+        attack = SPEAR(samples=max(100_000, int(6 * expected)), chunk=1_000 if b < 16 else 10_000)
         played = [
             play(data.subset(range(i * b, (i + 1) * b)), attack, letter="A", model="fc",
                  settings={"widths": (m,) * 5}, box=box, dtype=dtype, seed=i)

@@ -285,7 +285,7 @@ def label_hits(images: ImageSet, act: str) -> dict[str, Any]:
         g = replay.gradient(model, parameters, {}, x, y, create_graph=False)
         for rule in rules:
             hits[rule] += int(labels.idlg(g, head, rule=rule) == y)
-    return dict(hits)
+    return {rule: found for rule, found in hits.items()}
 
 
 def gradinversion(study: Study) -> None:

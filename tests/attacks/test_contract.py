@@ -71,6 +71,7 @@ CASES: dict[str, Case] = {
             "settings": {"first_block": "april", "dim": 48, "depth": 1, "patch": 4},
             "examples": 1,
         },
+        boxed=True,
     ),
     "trap_weights": Case({}, {"settings": {"widths": (32,), "act": "relu"}}),
     "spear": Case(
@@ -80,8 +81,16 @@ CASES: dict[str, Case] = {
     "fishing": Case({"steps": 3}, {**LENET, "examples": 3}, boxed=True),
     "robbing_the_fed": Case({"bins": 8}, {**LENET, "examples": 3}),
     "sybils": Case({"cohort_size": 3}, {"settings": {"widths": (32,), "act": "relu"}}),
-    "mkor": Case({}, {"model": "lenet", "settings": {}}),
+    "mkor": Case({}, {"model": "lenet", "settings": {}}, boxed=True),
     "loki": Case({"bins": 8}, {**LENET, "clients": 2}),
+    "trap_weights": Case({}, {"settings": {"widths": (32,), "act": "relu"}}, boxed=True),
+    "mandrake": Case({"bins": 8}, {**LENET, "clients": 2}, boxed=True),
+    "seer": Case(
+        {"steps": 2, "batches": 2, "entries": 50},
+        {"model": "convnet-bn", "settings": {"width": 2}},
+        boxed=True,
+    ),
+    "scale_mia": Case({"epochs": 1}, {"settings": {"widths": (32,), "act": "relu"}}, boxed=True),
 }
 KEYS = registry.attack_keys()
 TABLED = [key for key in KEYS if key in CASES]

@@ -33,7 +33,7 @@ from leakatlas.fl import (
 from leakatlas.lint import RoundFacts, Verdict, lint
 from leakatlas.threat import Knowledge, Vantage
 
-SIZE, EXAMPLES = 32, 16
+SIZE, EXAMPLES = 16, 16
 BOX = Box(mean=(0.5, 0.45, 0.4), std=(0.25, 0.25, 0.2))
 
 
@@ -66,7 +66,7 @@ def played(key: str, model: str, settings: Mapping[str, Any]) -> tuple[Stage, Ro
 
 CASES = [
     ("robbing_the_fed", "convnet", {"width": 4}, {"D1", "D2", "D3"}, "[28]/[33] kind"),
-    ("robbing_the_fed", "vit", {"dim": 16, "patch": 8}, {"D1", "D2", "D3"}, "[28]/[33] kind"),
+    ("robbing_the_fed", "vit", {"dim": 16, "patch": 4}, {"D1", "D2", "D3"}, "[28]/[33] kind"),
     ("fishing", "convnet", {"width": 4}, {"D7", "D4"}, "[29] kind"),
     ("fishing", "resnet8", {"width": 4}, {"D7", "D4"}, "[29] kind"),
     ("sybils", "fc", {"widths": (64,)}, {"D5"}, "[30]/[31] kind"),
@@ -128,8 +128,8 @@ def benign() -> list[nn.Module]:
     """Random weights of every family, and what honest rounds make of them."""
     kinds: list[tuple[str, dict[str, Any]]] = [
         ("fc", {"widths": (64, 32)}), ("lenet", {}), ("convnet", {"width": 4}),
-        ("vgg6", {"width": 4}), ("resnet8", {"width": 4}),
-        ("vit", {"dim": 16, "patch": 8}), ("convnet-bn", {"width": 4}),
+        ("vgg6", {"width": 4, "groups": (1, 1, 1, 1)}), ("resnet8", {"width": 4}),
+        ("vit", {"dim": 16, "patch": 4}), ("convnet-bn", {"width": 4}),
     ]  # fmt: skip
     found = [models.build(n, size=SIZE, seed=s, **kw) for s in (0, 1) for n, kw in kinds]
     for name, settings in kinds[:6]:

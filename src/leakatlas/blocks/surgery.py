@@ -192,6 +192,26 @@ class Imprinted(nn.Module):
         return logits
 
 
+class Normalise(nn.Module):
+    """Pixels in [0, 1] to the model's input space.
+
+    Args:
+        box: The pixel space.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, box: Box) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(box.mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(box.std).view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(N, C, H, W)`` to the same shape."""
+        return (images - self.mean) / self.std
+
+
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     layer: nn.Linear = nn.utils.skip_init(
         nn.Linear, weight.shape[1], weight.shape[0], dtype=weight.dtype, device=weight.device

@@ -145,18 +145,18 @@ def d8_d_snr(norms: Mapping[str, Tensor]) -> list[Score]:
     Args:
         norms: From :func:`row_norms`.
     """
-    scores = []
+    shares = {}
     for name, rows in norms.items():
         size = rows.double().norm(dim=1)
-        total = float(size.sum())
-        if len(size) < FEWEST or total == 0:
-            continue
-        share = float(size.max()) / total
-        snr = share / (1 - share) if share < 1 else math.inf
-        scores.append(
-            Score("D8/d_snr", _module(name), share, f"one example rules, D-SNR {snr:.3g}")
-        )
-    return scores
+        if len(size) >= FEWEST and bool(size.max() > 0):
+            shares[name] = float(size.max() / size.sum())
+    if not shares:
+        return []
+    worst = max(shares, key=lambda name: shares[name])
+    share = shares[worst]
+    snr = share / (1 - share) if share < 1 else math.inf
+    words = f"one example rules the gradient, D-SNR {snr:.3g}"
+    return [Score("D8/d_snr", _module(worst), share, words)]
 
 
 def d9_activations(norms: Mapping[str, Tensor], linear: frozenset[str]) -> list[Score]:

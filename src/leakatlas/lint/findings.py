@@ -46,8 +46,8 @@ MECHANISMS = (
     ({"D2", "D3"}, "binning attack of the [28]/[33] kind"),
     ({"D5/fingerprint"}, "trap weights of the [30]/[31] kind"),
     ({"D7/zero_rows"}, "a head that singles out one class or example, of the [29] kind"),
+    ({"D1", "D2"}, "part of an inserted measuring layer"),
     ({"D2", "D6"}, "class decoupling of the [34] kind"),
-    ({"D1", "D2"}, "part of an inserted measuring layer, of the [28] kind"),
     ({"D14"}, "gradient rows that hold single examples, whatever the attack is called"),
 )
 """Which checks or statistics together speak for which mechanism; the first that fits is named."""
@@ -179,6 +179,7 @@ def judge(
 
 
 def _sentence(place: str, findings: list[Finding], everywhere: tuple[str, ...]) -> str:
+    findings = sorted(findings, key=lambda f: int(f.score.check[1:]))
     words = ", ".join(dict.fromkeys(finding.score.words for finding in findings))
     here = {name for f in findings for name in (f.score.check, f.score.statistic)}
     named = ""

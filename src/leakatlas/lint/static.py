@@ -96,8 +96,8 @@ def d1_detour(body: Anatomy) -> list[Score]:
                     "D1/detour",
                     first.name,
                     1.0,
-                    f"{first.name} and {second.name} lead {inputs} inputs back to {outputs}, the "
-                    "size of an image, in front of the rest of the model",
+                    f"with {second.name} it leads {inputs} inputs back to {outputs}, the size of "
+                    "an image, in front of the rest of the model",
                 )
             )
     return scores or [Score("D1/detour", "", 0.0, "no linear layers in front of the model")]

@@ -253,6 +253,7 @@ def test_the_optimization_form_nears_the_truth_on_the_usual_vit() -> None:
 def test_outlook_names_the_happy_case() -> None:
     view, _ = observe(_stage(protocol=FedSGD()), APRIL())
     assert APRIL().outlook(view).verdict == "applicable"
+    assert APRIL().outlook(_stage().view()).verdict == "applicable"  # before any round
 
 
 def _with(view: View, update: Update) -> View:

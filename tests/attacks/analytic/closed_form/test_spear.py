@@ -206,6 +206,7 @@ def test_outlook_counts_the_row_sets() -> None:
     assert _outlook(_stage(6))[0] == "applicable"
     verdict, reason = _outlook(_stage(12), samples=100)
     assert verdict == "unknown" and "6.4e+03 row sets" in reason
+    assert SPEAR().outlook(_stage(6).view()).verdict == "applicable"  # before any round
     conv = small_stage(letter="A", size=8)
     assert _outlook(conv) == ("hopeless", str(_refusal(conv)))
 

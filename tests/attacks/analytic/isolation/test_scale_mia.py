@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from leakatlas.attacks.analytic.isolation.scale_mia import (
     Decoder,
-    Normalise,
     ScaleMIA,
     decode,
     encode,
@@ -19,6 +18,7 @@ from leakatlas.attacks.analytic.isolation.scale_mia import (
 )
 from leakatlas.audit.harness import Trial, observe, run_trial
 from leakatlas.blocks import readout
+from leakatlas.blocks.surgery import Normalise
 from leakatlas.data import Box
 from leakatlas.errors import NotGranted, UnsupportedModel
 from leakatlas.fl import FedAVG, Stage, View

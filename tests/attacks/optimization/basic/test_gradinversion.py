@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -32,7 +33,9 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_every_term_but_the_image_priors_vanishes_at_the_truth(mode: str) -> None:
+def test_every_term_but_the_image_priors_vanishes_at_the_truth(
+    mode: Literal["train", "eval"],
+) -> None:
     stage = small(protocol=FedSGD(mode=mode))
     view, _ = harness.observe(stage, SHORT)
     client = stage.federation.clients[0]

@@ -139,7 +139,7 @@ class SPEAR(Attack):
                 f"{b} examples need about {needed:.1e} row sets, samples={self.samples:.1e} allow "
                 "fewer",
             )
-        if view.update.kind != "gradient":
+        if view.rounds and view.update.kind != "gradient":
             return Outlook("unknown", "exact for one local step only; more steps blur the rank")
         return Outlook(
             "applicable",
@@ -382,9 +382,10 @@ def draw(alive: Tensor, b: int, count: int, generator: torch.Generator) -> Tenso
     right = alive.new_zeros(b, 1)
     right[-1] = 1
     solved, info = torch.linalg.solve_ex(system, right.expand(len(rows), b, 1))
-    q: Tensor = solved[..., 0]
+    q = solved[..., 0]
     q = q[(info == 0) & torch.isfinite(q).all(dim=1)]
-    return q / q.norm(dim=1, keepdim=True)
+    unit: Tensor = q / q.norm(dim=1, keepdim=True)
+    return unit
 
 
 def zeros_of(left: Tensor, q: Tensor, tolerance: float) -> Tensor:

@@ -130,7 +130,8 @@ class ScaleMIA(ActiveAttack):
 
         Args:
             surrogate: Public images.
-            model: The global model behind :class:`Normalise`, so that it reads pixels.
+            model: The global model behind :class:`~leakatlas.blocks.surgery.Normalise`, so that it
+                reads pixels.
             generator: Order of the images.
             watch: Budget.
 
@@ -176,7 +177,7 @@ class ScaleMIA(ActiveAttack):
         if view.rounds:
             return None
         model = view.model
-        learned = self.artefact(view.surrogate, nn.Sequential(Normalise(view.box), model))
+        learned = self.artefact(view.surrogate, nn.Sequential(surgery.Normalise(view.box), model))
         parts = find_parts(model, _example(model, view.input_shape))
         with torch.no_grad():
             for name, parameter in encoder_weights(parts).items():
@@ -351,26 +352,6 @@ def write_bins(parts: Parts, edges: Tensor, generator: torch.Generator) -> None:
 
 
 # -- the autoencoder -------------------------------------------------------------------------------
-
-
-class Normalise(nn.Module):
-    """Pixels in [0, 1] to the model's input space.
-
-    Args:
-        box: The pixel space.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, box: Box) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(box.mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(box.std).view(-1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to the same shape."""
-        return (images - self.mean) / self.std
 
 
 class Decoder(nn.Module):

@@ -48,6 +48,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 from leakatlas.attacks.api import ActiveAttack, Outlook, Reconstruction, Tampering, attack
+from leakatlas.blocks import surgery
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import ImageSet
 from leakatlas.errors import InvalidInput
@@ -117,7 +118,8 @@ class SEER(ActiveAttack):
 
         Args:
             surrogate: Public images.
-            model: The global model behind a layer that normalises, so that it reads pixels.
+            model: The global model behind :class:`~leakatlas.blocks.surgery.Normalise`, so that it
+                reads pixels.
             generator: Kept entries, batches, decoder.
             watch: Budget.
 
@@ -206,7 +208,7 @@ class SEER(ActiveAttack):
             return None
         model = view.model
         trained = replace(self, batch_size=self.batch_size or view.num_examples)
-        front = Normalise(view.box.mean, view.box.std)
+        front = surgery.Normalise(view.box)
         learned = trained.artefact(view.surrogate, nn.Sequential(front, model))
         key = {name: t for name, t in learned.items() if not name.startswith("model/")}
         with torch.no_grad():
@@ -240,27 +242,6 @@ class SEER(ActiveAttack):
             confidence=gain.reshape(1).to(like),
             notes={name: float(key[name]) for name in ("public_psnr", "null_psnr")},
         )
-
-
-class Normalise(nn.Module):
-    """Pixels in [0, 1] to the model's input space.
-
-    Args:
-        mean: Per channel.
-        std: Per channel.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to the same shape."""
-        return (images - self.mean) / self.std
 
 
 def seeing_the_batch(model: nn.Module) -> nn.Module:
@@ -312,13 +293,14 @@ def decoded(summed: Mapping[str, Tensor], key: Mapping[str, Tensor]) -> Tensor:
     """
     index = {n.removeprefix("index/"): t for n, t in key.items() if n.startswith("index/")}
     g = kept_entries(summed, index)
-    return F.linear(g * key["scale"].to(g), key["A"].to(g), key["b"].to(g))
+    # A copy lies aligned in memory; a view of a file may not, and sums would round differently.
+    a = key["A"].to(g, copy=True)
+    return F.linear(g * key["scale"].to(g), a, key["b"].to(g))
 
 
 def schedule(progress: float, batch: int) -> float:
     """alpha: log2 goes from -2 to log2 of the batch size over half of the steps, then stays."""
-    exponent: float = -2 + (math.log2(batch) + 2) * min(1.0, 2 * progress)
-    return 2.0**exponent
+    return math.pow(2.0, -2 + (math.log2(batch) + 2) * min(1.0, 2 * progress))
 
 
 def of_picked(x: Tensor, positive: Tensor) -> Tensor:
