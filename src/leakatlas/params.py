@@ -8,7 +8,6 @@ and turns the object into plain JSON and back, so that a recipe can name it.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from typing import Annotated, Any, Self, get_type_hints
 
@@ -26,14 +25,18 @@ OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 
 
-@functools.cache
-def _adapters(cls: Any) -> dict[str, TypeAdapter[Any]]:
-    hints = get_type_hints(cls, include_extras=True)
-    infinities_as_strings = ConfigDict(ser_json_inf_nan="strings")
-    return {
-        f.name: TypeAdapter(hints[f.name], config=infinities_as_strings)
-        for f in dataclasses.fields(cls)
-    }
+_ADAPTERS: dict[type[Any], dict[str, TypeAdapter[Any]]] = {}
+
+
+def _adapters(cls: type[Any]) -> dict[str, TypeAdapter[Any]]:
+    if cls not in _ADAPTERS:
+        hints = get_type_hints(cls, include_extras=True)
+        infinities_as_strings = ConfigDict(ser_json_inf_nan="strings")
+        _ADAPTERS[cls] = {
+            f.name: TypeAdapter(hints[f.name], config=infinities_as_strings)
+            for f in dataclasses.fields(cls)
+        }
+    return _ADAPTERS[cls]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

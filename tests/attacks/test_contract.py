@@ -73,7 +73,6 @@ CASES: dict[str, Case] = {
         },
         boxed=True,
     ),
-    "trap_weights": Case({}, {"settings": {"widths": (32,), "act": "relu"}}),
     "spear": Case(
         {"samples": 50_000, "chunk": 1_000},
         {"settings": {"widths": (128,), "act": "relu"}, "examples": 3},

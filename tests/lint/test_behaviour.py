@@ -1,6 +1,7 @@
 """The checks on the client's own batch: per-example gradients, activations, dynamics."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,9 @@ class Branching(nn.Module):
 
 @pytest.mark.parametrize("model", ["convnet-bn", "fc", "vit", "branching"])
 def test_row_norms_are_those_of_one_gradient_at_a_time(model: str) -> None:
-    settings = {"convnet-bn": {"width": 2}, "fc": {"widths": (12,)}, "vit": {"dim": 8}}
+    settings: dict[str, dict[str, Any]] = {
+        "convnet-bn": {"width": 2}, "fc": {"widths": (12,)}, "vit": {"dim": 8},
+    }  # fmt: skip
     net = (
         Branching() if model == "branching" else models.build(model, size=8, **settings[model])
     ).double()
@@ -61,7 +64,7 @@ def test_logits_must_be_logits() -> None:
     with pytest.raises(InvalidInput, match="cannot read the batch of shape"):
         behaviour.logits_of(models.build("lenet"), torch.zeros(2, 1, 8, 8))
     broken = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
-    broken[1].weight.data.fill_(math.inf)
+    broken.get_parameter("1.weight").data.fill_(math.inf)
     with pytest.raises(InvalidInput, match="not finite"):
         behaviour.logits_of(broken, torch.ones(2, 3, 2, 2))
 

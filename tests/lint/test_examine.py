@@ -160,7 +160,7 @@ def test_shipped_checkpoints_raise_no_alarm(name: str) -> None:
 
 
 def test_lint_leaves_model_and_global_randomness_alone() -> None:
-    model = nn.Sequential(models.build("convnet-bn", width=4), nn.Dropout(0.1)).train()
+    model = nn.Sequential(models.build("convnet-bn", size=SIZE, width=4), nn.Dropout(0.1)).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     state = torch.get_rng_state()
     lint(model, batch=private().subset(range(4)))
@@ -180,35 +180,35 @@ def test_a_verdict_is_json() -> None:
 
 
 def test_a_state_dict_runs_on_the_reference_of_the_same_shape(tmp_path: Path) -> None:
-    model, batch = models.build("lenet", width=4), private().subset(range(8))
+    model, batch = models.build("lenet", size=SIZE, width=4), private().subset(range(8))
     file = tmp_path / "model.safetensors"
     save_file(model.state_dict(), file)
     state = models.load_state(file)
-    verdict = lint(state, reference=models.build("lenet", width=4, seed=1), batch=batch)
+    verdict = lint(state, reference=models.build("lenet", size=SIZE, width=4, seed=1), batch=batch)
     assert not verdict.alarm and "D11/loss" in verdict.scores and "D8/d_snr" in verdict.scores
     with pytest.raises(InvalidInput, match="a state dict alone cannot be run"):
         lint(state, batch=batch)
     with pytest.raises(InvalidInput, match="a state dict alone cannot be run"):
-        lint(state, reference=models.build("convnet"), batch=batch)
+        lint(state, reference=models.build("convnet", size=SIZE), batch=batch)
 
 
 def test_the_previous_state_may_be_a_state_dict() -> None:
-    model, batch = models.build("lenet", width=4), private().subset(range(8))
+    model, batch = models.build("lenet", size=SIZE, width=4), private().subset(range(8))
     same = lint(model, reference=model.state_dict(), batch=batch)
     assert same.scores["D11/loss"].value == 0 and same.scores["D1/reference"].value == 0
-    other = lint(model, reference=models.build("convnet").state_dict(), batch=batch)
+    other = lint(model, reference=models.build("convnet", size=SIZE).state_dict(), batch=batch)
     assert "D1" in other.checks and other.skipped["D11"] == "no previous model as a module"
 
 
 def test_facts_of_the_round_are_judged() -> None:
     facts = RoundFacts(clip_norm=1.0, noise_std=0.1, epsilon=1.0)
-    verdict = lint(models.build("lenet", width=4), facts=facts)
+    verdict = lint(models.build("lenet", size=SIZE, width=4), facts=facts)
     assert verdict.checks == ("D13",) and "own noise alone" in str(verdict)
 
 
 def test_fully_connected_models_are_told_of_their_honest_leak() -> None:
     batch = private().subset(range(4))
-    verdict = lint(models.build("fc", widths=(256,)), batch=batch)
+    verdict = lint(models.build("fc", size=SIZE, widths=(256,)), batch=batch)
     assert not verdict.alarm
     assert any("gives away" in note and "honest layers" in note for note in verdict.notes)
 
@@ -227,7 +227,7 @@ def bad_update(model: nn.Module, **tensors: torch.Tensor) -> Update:
 
 
 def test_bad_input_is_explained() -> None:
-    model, batch = models.build("lenet", width=4), private().subset(range(4))
+    model, batch = models.build("lenet", size=SIZE, width=4), private().subset(range(4))
     with pytest.raises(InvalidInput, match="no weight with two or more dimensions"):
         lint({"bias": torch.zeros(3)})
     with pytest.raises(InvalidInput, match="'w' holds 2 values that are not finite"):

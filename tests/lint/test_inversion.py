@@ -79,10 +79,9 @@ def test_class_decoupling_is_read_by_differences_of_two_rows() -> None:
     """Equal logits: only the row of an absent class, subtracted, shows an example."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(PIXELS, 12), nn.ReLU(), nn.Linear(12, 12))
     with torch.no_grad():
-        model[1].weight.fill_(1 / PIXELS)
-        model[1].bias.fill_(0.0)
-        model[3].weight.copy_(torch.eye(12))
-        model[3].bias.fill_(0.0)
+        for name, value in model.named_parameters():
+            value.fill_(1 / PIXELS if name == "1.weight" else 0.0)
+        model.get_parameter("3.weight").copy_(torch.eye(12))
     model.double()
     batch = Batch(BATCH.x[:8], torch.arange(8))
     leak = leak_of(model, "1", batch)
@@ -93,10 +92,11 @@ def test_a_lone_active_example_is_found_in_the_head() -> None:
     """Fishing isolates a feature, not an image: the head's own inputs are what is compared."""
     model = models.build("convnet", size=SIZE, width=4).double()
     with torch.no_grad():
-        model.fc.weight.zero_()
-        model.fc.weight[3] = 0.5
-        model.fc.bias.fill_(1000.0)
-        model.fc.bias[3] = 0.0
+        weight, bias = model.get_parameter("fc.weight"), model.get_parameter("fc.bias")
+        weight.zero_()
+        weight[3] = 0.5
+        bias.fill_(1000.0)
+        bias[3] = 0.0
     batch = Batch(BATCH.x, torch.where(torch.arange(16) == 5, 3, 7))
     leak = leak_of(model, "fc", batch)
     assert bool(leak.found[5]) and not leak.pixels
@@ -157,7 +157,7 @@ def test_inputs_of_layers_leave_the_model_alone() -> None:
     found = inversion.layer_inputs(model, BATCH.x.float())
     assert set(found) == {"fc"} and len(found["fc"]) == 16
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert model.training and not model.fc._forward_hooks
+    assert model.training and not model.get_submodule("fc")._forward_hooks
 
 
 def test_match_asks_for_the_length_and_match_directions_does_not() -> None:

@@ -35,8 +35,10 @@ changes (the class token) must come out as the model has them.
 Departures:
     - Names of layers play no part: the maps are those that read the tokens, fused or not; the
       ported version takes gradients by position in a list.
-    - Singular values of A below ``tolerance`` are cut, and a rank below T or below P^2 C ends as
-      ``failed`` with the minimum-norm tokens or patches and the ranks in the notes.
+    - Singular values of A below ``tolerance`` are cut (``token_rank`` counts the others): on a
+      float32 gradient that is better than solving for directions that drown in rounding. Where the
+      *model* leaves the rank below T or below P^2 C, the minimum-norm tokens or patches come as
+      ``failed``, with the ranks in the notes.
     - Optimizer, step size and alpha of the optimization form are not known to us; Adam at 0.1 and
       alpha = 1 are ours, as is the number of steps. On small untrained transformers the position
       term changes nothing that we can measure, for alpha from 0 to 100.
@@ -164,9 +166,9 @@ class APRIL(Attack):
             notes["known_token_error"] = float(known.norm() / scale)
         if max(solved.residual, notes.get("known_token_error", 0.0)) > self.largest_residual:
             reasons.append("the equations contradict each other")
-        if solved.rank < front.tokens:
+        if front.rank < front.tokens:
             reasons.append(
-                f"the position gradient determines {solved.rank} of {front.tokens} tokens"
+                f"the position gradient determines {front.rank} of {front.tokens} tokens"
             )
         if patches.rank < front.pixels:
             reasons.append(
