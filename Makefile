@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: audit test check types lint unit generate study-quality study-analytic study-defenses study-generative study-labels clean
+.PHONY: audit test check types lint unit generate study-quality study-analytic study-defenses study-generative study-labels study-measures study-lint clean
 
 audit: $(STAMP) ## Attack bundled photos in four set-ups; writes leak-report/report.html
 	$(BIN)/leakatlas audit --out leak-report
@@ -35,11 +35,17 @@ DATA ?= ../shared/data
 study-quality: $(STAMP)
 	$(BIN)/python benchmarks/quality.py --data $(DATA)/cifar10
 study-analytic: $(STAMP)
-	$(BIN)/python benchmarks/analytic.py --data $(DATA)/cifar10/test.parquet
+	$(BIN)/python benchmarks/analytic.py --data $(DATA)/cifar10
+	$(BIN)/python benchmarks/analytic_more.py --data $(DATA)/cifar10/test.parquet
+	$(BIN)/python benchmarks/analytic_active.py --data $(DATA)/cifar10
 study-defenses: $(STAMP)
 	$(BIN)/python benchmarks/defenses.py
 study-generative: $(STAMP)
-	$(BIN)/python benchmarks/generative.py --data $(DATA)/cifar10/test.parquet
+	$(BIN)/python benchmarks/generative.py --data $(DATA)/cifar10
+study-measures: $(STAMP)
+	$(BIN)/python benchmarks/measures.py --data $(DATA)/cifar10/test.parquet
+study-lint: $(STAMP)
+	$(BIN)/python benchmarks/lint.py --data $(DATA)/cifar10/train.parquet
 study-labels: $(STAMP)
 	$(BIN)/python benchmarks/labels.py
 

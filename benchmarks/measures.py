@@ -286,11 +286,11 @@ def within(rows: Sequence[tuple[str, float, float]]) -> tuple[list[float], list[
 
 
 def value_of(trial: Mapping[str, Any], key: str) -> float | None:
-    """A measure's value in one trial."""
+    """A measure's value in one trial, to six digits: what differs less is rounding, not rank."""
     for measure in trial["measures"]:
         if measure["name"] == key:
             value = measure["value"]
-            return None if value is None else float(value)
+            return None if value is None else float(f"{value:.6g}")
     return None
 
 
@@ -299,7 +299,7 @@ def examples_of(trial: Mapping[str, Any], key: str) -> list[float]:
     values: Mapping[str, float] = next(
         (m["values"] for m in trial["measures"] if m["name"] == key), {}
     )
-    return [v for name, v in values.items() if name.startswith("example ")]
+    return [float(f"{v:.6g}") for name, v in values.items() if name.startswith("example ")]
 
 
 def entry(

@@ -1,6 +1,7 @@
 """The whole examination: the rows at default strength, benign models, and what cannot be judged."""
 
 import functools
+import importlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -220,6 +221,11 @@ def test_other_names_and_shapes_are_read_too() -> None:
         "attn.in_proj_weight": torch.randn(48, 16), "attn.in_proj_bias": torch.zeros(48),
     }  # fmt: skip
     assert not lint(state).alarm
+
+
+def test_the_room_itself_can_be_called() -> None:
+    room: Any = importlib.import_module("leakatlas.lint")
+    assert not room(models.build("lenet", size=SIZE, width=4)).alarm
 
 
 def bad_update(model: nn.Module, **tensors: torch.Tensor) -> Update:

@@ -442,6 +442,7 @@ class View:
             "mode": "train" if self._architecture.training else "eval",
             "architecture_defenses": [defense_json(d) for d in self._architecture_defenses],
             "fields": facts,
+            "read_before": sorted(self._read_before),
         }
         # Copies: safetensors refuses tensors that share memory.
         save_file({n: t.detach().clone().contiguous() for n, t in tensors.items()},
@@ -501,7 +502,7 @@ class View:
             {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
         )
         architecture.train(description["mode"] == "train")
-        return cls(
+        view = cls(
             letter=description["letter"],
             vantage=Vantage.named(description["vantage"]),
             grants=frozenset(Grant.named(grant) for grant in description["grants"]),
@@ -510,6 +511,8 @@ class View:
             model_ref=reference,
             architecture_defenses=defenses,
         )
+        view.remember(frozenset(description["read_before"]))
+        return view
 
 
 def _absence(name: str) -> str:

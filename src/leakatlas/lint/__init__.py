@@ -6,6 +6,12 @@ is a client that refuses a round on an alarm. The thresholds were measured on be
 (``benchmarks/lint.py``; see :mod:`leakatlas.lint.thresholds`).
 """
 
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
 from leakatlas.lint.consistency import RoundFacts
 from leakatlas.lint.examine import lint, measure
 from leakatlas.lint.findings import STATISTICS, Finding, Score, Verdict
@@ -25,3 +31,13 @@ __all__ = [
     "lint",
     "measure",
 ]
+
+
+class _CallableRoom(types.ModuleType):
+    """Lets ``leakatlas.lint(model)`` work although this room has the same name."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Verdict:
+        return lint(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableRoom

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from leakatlas.attacks.analytic.isolation.scale_mia import (
     Decoder,
@@ -14,6 +15,7 @@ from leakatlas.attacks.analytic.isolation.scale_mia import (
     decode,
     encode,
     find_parts,
+    rounded_readout,
     thresholds,
 )
 from leakatlas.audit.harness import Trial, observe, run_trial
@@ -218,6 +220,24 @@ def test_a_single_local_step_is_a_gradient_and_many_drift() -> None:
         if len(exact) == 1:
             assert exact[0] == int(_alone(trial, UNIT).sum()) > 0
     assert exact[1] < exact[0]
+
+
+def test_a_rounded_weight_change_is_read_by_the_size_of_the_bin() -> None:
+    protocol = FedAVG(epochs=1, batch_size=12, lr=0.01)
+    trial = run_trial(_stage(protocol=protocol, dtype=torch.float32), FAST)
+    alone = _alone(trial, UNIT)
+    distance = _distance(_through_the_autoencoder(trial, UNIT), trial)
+    assert bool(alone.any()) and float(distance[alone].max()) < 0.01
+    edges = torch.linspace(0.1, 0.9, 41, dtype=torch.float64)
+    latents = torch.tensor([[0.2, 0.6, 0.4], [0.9, 0.7, 0.5]], dtype=torch.float64)
+    delta = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    fires = (latents.mean(dim=1) > edges[:, None]).double()
+    read = rounded_readout((fires * delta) @ latents, edges)
+    assert len(read.rows) == 2 and read.strength[0] == 1
+    found = read.x[read.x.mean(dim=1).argsort()]
+    assert torch.allclose(found, latents, rtol=0.05)
+    direction = F.normalize(found) - F.normalize(latents)
+    assert float(direction.abs().max()) < 1e-12
 
 
 def test_the_artefact_is_learned_once(cache: Path) -> None:

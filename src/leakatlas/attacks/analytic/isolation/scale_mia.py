@@ -34,6 +34,8 @@ Departures:
       The sizes of the released one belong to its own encoder.
     * The victim's encoder kernels are overwritten as they are; released code changes a kernel's
       size on the way.
+    * From a change of weights in float32, where rounding eats the biases, a latent's size is taken
+      from its bin (:func:`rounded_readout`).
     * Thresholds may be empirical quantiles (``quantiles``), and an autoencoder starts from the
       weights of the global model.
 """
@@ -211,10 +213,14 @@ class ScaleMIA(ActiveAttack):
         g_b = readout.sent_change(view.update, state, f"{parts.names[0]}.bias")
         if not bool(g_b.abs().max() > 0):
             return nothing_found(shape, "the binning layer has no bias gradient at all")
-        read = readout.cumulative_readout(g_w, g_b, edges, tolerance=self.tolerance)
-        n = g_w.shape[1]
-        bounds = torch.cat([edges, edges.new_tensor([torch.inf])])
-        chosen, confidence, floor = readout.rank_bins(read, g_w.new_full((n,), 1 / n), bounds)
+        if view.update.kind == "gradient" or g_b.dtype == torch.float64:
+            read = readout.cumulative_readout(g_w, g_b, edges, tolerance=self.tolerance)
+            w = g_w.new_full((g_w.shape[1],), 1 / g_w.shape[1])
+            bounds = torch.cat([edges, edges.new_tensor([torch.inf])])
+            chosen, confidence, floor = readout.rank_bins(read, w, bounds)
+        else:
+            read, floor = rounded_readout(g_w, edges), 0.0
+            chosen, confidence = torch.arange(len(read.rows)), read.strength
         chosen, confidence = chosen[: view.num_examples], confidence[: view.num_examples]
         notes = {"bins_hit": float(len(read.rows)), "noise_floor": floor}
         if len(chosen) == 0:
@@ -323,6 +329,35 @@ def thresholds(q: Tensor, bins: int, quantiles: Literal["normal", "empirical"]) 
         normal: Tensor = q.mean() + q.std() * torch.special.ndtri(level)
         return normal
     return readout.bin_edges("empirical", bins, values=q)[:-1]
+
+
+def rounded_readout(g_w: Tensor, edges: Tensor, *, share: float = 0.02) -> readout.Readout:
+    """Differences of neighbouring rows of a rounded change of weights, scaled by their bin.
+
+    A bias of 0.3 that moved by 1e-6 has lost two of its digits in float32, and the ratio with them.
+    The weights are a thousand times smaller and keep theirs; and since the bins are narrow, the bin
+    says how large the latent is.
+
+    Args:
+        g_w: ``(K, n)`` change of the binning layer.
+        edges: ``(K,)`` rising, one for each row.
+        share: A bin is occupied if its row is longer than this share of the longest.
+
+    Returns:
+        Bins by falling length of their rows.
+    """
+    step = g_w.clone()
+    step[:-1] -= g_w[1:]
+    rows = readout.energetic_rows(step, share)
+    size = step[rows].norm(dim=1)
+    order = size.argsort(descending=True, stable=True)
+    rows, size = rows[order], size[order]
+    upper = torch.cat([edges[1:], edges[-1:]])
+    middle = ((edges + upper) / 2)[rows]
+    x = readout.scaled_to_measurement(
+        step[rows], g_w.new_full((g_w.shape[1],), 1 / g_w.shape[1]), middle
+    )
+    return readout.Readout(x, rows, size / size.max() if len(size) else size)
 
 
 def write_bins(parts: Parts, edges: Tensor, generator: torch.Generator) -> None:
