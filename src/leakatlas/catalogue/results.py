@@ -92,6 +92,24 @@ class Result(Strict):
         return now is not None and now != self.code_version
 
 
+class Differential(Strict):
+    """One ``results/differential/*.json`` file: ours beside the official code, on equal inputs."""
+
+    schema_: Annotated[Literal["leakatlas/result/1"], Field(alias="schema")]
+    kind: Literal["differential"]
+    key: Annotated[Text, Field(description="The row.")]
+    code_version: Annotated[int, Field(ge=1, strict=True)]
+    repository: Annotated[Text, Field(description="Address of the official code.")]
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="Its commit.")]
+    files: Annotated[tuple[Text, ...], Field(min_length=1, description="What was compared.")]
+    inputs: Annotated[Text, Field(description="What both were given.")]
+    tolerance: Annotated[dict[str, Any], Field(min_length=1, description="What counts as equal.")]
+    note: str = ""
+    hardware: Text
+    measures: Annotated[tuple[Measure, ...], Field(min_length=1)]
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+
+
 def current_version(kind: str, key: str) -> int | None:
     """The ``version`` of the class behind a row, or None where there is none."""
     if kind not in ("attack", "defense"):
@@ -112,11 +130,16 @@ def read(path: Path) -> tuple[Result | None, list[Problem]]:
                 fix="let the run write the file again.",
             )
         ]
+    differential = isinstance(data, dict) and data.get("kind") == "differential"
+    row = str(data.get("key", "")) if isinstance(data, dict) else ""
     try:
+        if differential:
+            Differential.model_validate(data)
+            return None, []
         result = Result.model_validate(data)
     except ValidationError as failure:
-        row = str(data.get("key", "")) if isinstance(data, dict) else ""
-        return None, from_validation(failure, Result, file=path.name, row=row)
+        schema = Differential if differential else Result
+        return None, from_validation(failure, schema, file=path.name, row=row)
     return result, _check(result, path.name)
 
 
@@ -148,9 +171,14 @@ def _check(result: Result, file: str) -> list[Problem]:
     return problems
 
 
+def files(folder: Path) -> list[Path]:
+    """Every result file in a folder and below, sorted."""
+    return sorted(folder.rglob("*.json"))
+
+
 def load(folder: Path) -> tuple[Result, ...]:
-    """Every sound result in a folder, sorted by file name (a missing folder holds none)."""
-    found = (read(path)[0] for path in sorted(folder.glob("*.json")))
+    """Every sound result in a folder and below, by path (a missing folder holds none)."""
+    found = (read(path)[0] for path in files(folder))
     return tuple(result for result in found if result is not None)
 
 

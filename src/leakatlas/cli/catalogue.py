@@ -405,7 +405,7 @@ def validate(
     rows = [path for path in chosen if path.suffix == ".toml"]
     measured = [path for path in chosen if path.suffix == ".json"]
     if not chosen:
-        measured = sorted((results_folder or results.default_folder()).glob("*.json"))
+        measured = results.files(results_folder or results.default_folder())
     _, problems = loader.check_files(rows)
     stale = []
     for path in measured:

@@ -232,7 +232,13 @@ class Stage:
         if "distribution" in wanted and len(client.x) > 1:  # the mean of one image is the image
             offered["distribution"] = _distribution(client.x, client.y, self.classes)
         if "labels" in wanted:
-            offered["labels"] = client.y.clone()
+            summed = records and scenario.vantage is Vantage.AGGREGATE
+            members = (
+                [c for c in records[-1].cohort if c not in records[-1].sybils]
+                if summed
+                else [target]
+            )
+            offered["labels"] = torch.cat([federation.clients[c].y for c in members])
         if records and "batch_bn" in wanted:
             received = records[-1].received[target]
             received.train(scenario.protocol.mode == "train")
@@ -249,7 +255,14 @@ class Stage:
                 f"{defense.key}/{name}": tensor
                 for defense in federation.defenses
                 for name, tensor in defense.secrets(client.memories.get(defense.key, {})).items()
-            } | {f"private/{name}": tensor.clone() for name, tensor in client.private.items()}
+            }
+            if records:
+                # As they were when the client began to train, not after its step.
+                began = state.model_state(records[-1].received[target])
+                offered["secrets"] |= {
+                    f"private/{name}": began[name]
+                    for name in sorted(federation.private_names & began.keys())
+                }
         return View(
             letter=scenario.letter,
             vantage=scenario.vantage,

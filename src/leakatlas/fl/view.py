@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -494,8 +495,9 @@ class View:
         reference = ModelRef(**description["model"])
         architecture = model if model is not None else reference.build()
         defenses = [defense_from_json(d) for d in description["architecture_defenses"]]
-        for defense in defenses:
-            architecture = defense.model(architecture)
+        with torch.random.fork_rng(devices=[]):  # what is initialised here is overwritten below
+            for defense in defenses:
+                architecture = defense.model(architecture)
         prefix = "architecture/"
         architecture = state.load_into(
             architecture,

@@ -44,7 +44,7 @@ from leakatlas.fl import View
 from leakatlas.params import NonNegative, Positive, PositiveInt
 from leakatlas.threat import Knowledge
 
-UNIT = 1e-4
+UNIT = 1e-12
 """D is minimised in units of this times the squared norm of the update; see *Departures*."""
 
 Replay = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
