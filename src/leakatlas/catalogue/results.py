@@ -226,5 +226,9 @@ def test_file(kind: registry.Kind, key: str) -> Path | None:
     if root is None:
         return None
     parts = registry.module_path(kind, key).split(".")[1:-1]
-    path = root.joinpath("tests", *parts, f"test_{key}.py")
-    return path if path.is_file() else None
+    folder = root.joinpath("tests", *parts)
+    # A row that is a package has its tests in a folder of the same name.
+    for path in (folder / f"test_{key}.py", folder / key / f"test_{key}.py"):
+        if path.is_file():
+            return path
+    return None

@@ -18,7 +18,7 @@ remedy, one example moved per iteration while the others rest, is ``one_at_a_tim
 Departures:
     - PyTorch's L-BFGS ends a step at an absolute change of 1e-9 and skips curvature below 1e-10,
       both of which it meets long before the minimum. The stopping tolerances are set to 0, and D
-      is minimised in units of :math:`10^{-4} \lVert g \rVert^2`, which changes no minimum.
+      is minimised in units of :math:`10^{-12} \lVert g \rVert^2`, which changes no minimum.
     - The released code runs L-BFGS without a line search and often leaves for a saturated plateau.
       That is the default here too; ``line_search`` adds the strong Wolfe conditions.
     - The iterate of smallest D is returned, not the last one.
@@ -79,7 +79,7 @@ class DLG(Attack):
     @classmethod
     def exact(cls, *, restarts: int = 2) -> Self:
         """Our setting for machine precision on smooth networks in float64."""
-        return cls(steps=1_200, line_search=True, restarts=restarts, tolerance=1e-16)
+        return cls(steps=600, history=400, line_search=True, restarts=restarts, tolerance=1e-16)
 
     def outlook(self, view: View) -> Outlook:
         """Whether the landscape is smooth; ReLU has no second derivative to follow."""
