@@ -211,7 +211,9 @@ def test_an_attack_is_active_exactly_if_it_needs_manipulation() -> None:
             raise AssertionError("never run")
 
     class Active(ActiveAttack):
-        def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
+        def tamper(
+            self, view: View, *, generator: torch.Generator, watch: Watch
+        ) -> Tampering | None:
             return None
 
         def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:

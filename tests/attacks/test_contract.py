@@ -26,6 +26,7 @@ from torch import Tensor
 from leakatlas import catalogue
 from leakatlas.attacks.api import ActiveAttack, Attack, Recipe, Reconstruction
 from leakatlas.audit import harness
+from leakatlas.blocks.watch import Watch
 from leakatlas.catalogue import registry
 from leakatlas.errors import InvalidParameter, NotGranted
 from leakatlas.fl import View
@@ -134,8 +135,10 @@ def _play(key: str, dtype: torch.dtype = torch.float32) -> Played:
     if isinstance(attack, ActiveAttack):
         original = type(attack).tamper
 
-        def tamper(self: ActiveAttack, view: View, *, generator: torch.Generator) -> Any:
-            answer = original(self, view, generator=generator)
+        def tamper(
+            self: ActiveAttack, view: View, *, generator: torch.Generator, watch: Watch
+        ) -> Any:
+            answer = original(self, view, generator=generator, watch=watch)
             reads.update(view.reads)
             return answer
 

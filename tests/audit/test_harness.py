@@ -39,7 +39,7 @@ class Meddler(ActiveAttack):
     alone: bool = False
     heard: ClassVar[list[tuple[int, list[str]]]] = []
 
-    def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
+    def tamper(self, view: View, *, generator: torch.Generator, watch: Watch) -> Tampering | None:
         self.heard.append((len(view.rounds), sorted(view.key)))
         if len(view.rounds) >= self.rounds:
             return None
@@ -63,7 +63,7 @@ class Insatiable(ActiveAttack):
 
     steps: PositiveInt = 1
 
-    def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
+    def tamper(self, view: View, *, generator: torch.Generator, watch: Watch) -> Tampering | None:
         return Tampering(sent=view.model, key={})
 
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:

@@ -41,8 +41,12 @@ def test_the_weight_goes_to_the_first_executed_layer() -> None:
     statistics = {"near": (torch.ones(1), torch.zeros(1)), "far": (torch.ones(1), torch.zeros(1))}
     target = {"far": (torch.zeros(1),) * 2, "near": (torch.zeros(1),) * 2}
     far_off = {**statistics, "far": (3 * torch.ones(1), torch.zeros(1))}
-    assert float(batchnorm.distance(statistics, target, first_weight=10)) == pytest.approx(11, rel=1e-5)
-    assert float(batchnorm.distance(far_off, target, first_weight=10)) == pytest.approx(13, rel=1e-5)
+    assert float(batchnorm.distance(statistics, target, first_weight=10)) == pytest.approx(
+        11, rel=1e-5
+    )
+    assert float(batchnorm.distance(far_off, target, first_weight=10)) == pytest.approx(
+        13, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

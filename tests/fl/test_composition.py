@@ -191,3 +191,12 @@ def test_distributed_noise_under_masks_and_a_server_step_behind_them() -> None:
     assert hidden.num_examples == open_.num_examples == 6
     for name, tensor in open_.tensors.items():
         assert torch.allclose(hidden.tensors[name], tensor, atol=1e-12, rtol=0)
+
+
+def test_a_defense_that_reads_the_batch_after_example_noise_is_refused() -> None:
+    with pytest.raises(IncompatibleDefenses, match="soteria looks at the batch again"):
+        check_composition([registry.defense("client_dp"), registry.defense("soteria")], FedSGD())
+
+
+def test_a_client_that_may_refuse_does_not_change_the_batch() -> None:
+    check_composition([registry.defense("client_dp"), LintGuard()], FedSGD())

@@ -300,12 +300,13 @@ class ActiveAttack(Attack):
     """An attack that changes what clients receive before they train."""
 
     @abstractmethod
-    def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
+    def tamper(self, view: View, *, generator: torch.Generator, watch: Watch) -> Tampering | None:
         """Prepare the next round, knowing the earlier ones; None when enough was seen.
 
         Args:
             view: The adversary's side so far; ``view.rounds`` is empty at first.
             generator: The adversary's randomness.
+            watch: Budget for what is learned before the first round.
         """
 
 

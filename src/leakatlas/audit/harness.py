@@ -39,7 +39,12 @@ class Trial:
 
 
 def observe(
-    stage: Stage, attack: Attack, *, target: int = 0, seed: int = 0
+    stage: Stage,
+    attack: Attack,
+    *,
+    target: int = 0,
+    seed: int = 0,
+    watch: Watch | None = None,
 ) -> tuple[View, tuple[RoundRecord, ...]]:
     """Play the rounds that ``attack`` watches or tampers with.
 
@@ -47,6 +52,7 @@ def observe(
         NotGranted: If the scenario does not let this adversary tamper or select.
         ProtocolError: If a client refuses, or the attack never stops asking for rounds.
     """
+    watch = watch or Watch()
     records: list[RoundRecord] = []
     federation = stage.federation
     if not isinstance(attack, ActiveAttack):
@@ -62,7 +68,7 @@ def observe(
     while True:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator.initial_seed() + len(records))
-            tampering = attack.tamper(view, generator=generator)
+            tampering = attack.tamper(view, generator=generator, watch=watch)
         reads |= view.reads
         if tampering is None:
             view.remember(reads)
@@ -93,9 +99,14 @@ def run_trial(
     seed: int = 0,
     watch: Watch | None = None,
 ) -> Trial:
-    """Observe, attack, and map the candidates back to pixels."""
-    view, records = observe(stage, attack, target=target, seed=seed)
-    found = attack(view, seed=seed, watch=watch, scenario=stage.scenario.to_json())
+    """Observe, attack, and map the candidates back to pixels.
+
+    The budget of ``watch`` holds for preparing and tampering, and once more for the attack itself;
+    the rounds are the clients' time, not the adversary's.
+    """
+    watch = watch or Watch()
+    view, records = observe(stage, attack, target=target, seed=seed, watch=watch)
+    found = attack(view, seed=seed, watch=watch.again(), scenario=stage.scenario.to_json())
     last = records[-1] if records else None
     pooled = (
         last is not None

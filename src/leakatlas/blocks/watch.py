@@ -36,6 +36,7 @@ class Watch:
         *,
         parent: Watch | None = None,
     ) -> None:
+        self.seconds = seconds
         self.start = time.perf_counter()
         self.deadline = None if seconds is None else self.start + seconds
         self.listen = listen
@@ -57,6 +58,10 @@ class Watch:
     def remaining(self) -> float | None:
         """Seconds left, or None without a budget."""
         return None if self.deadline is None else self.deadline - time.perf_counter()
+
+    def again(self) -> Watch:
+        """A watch with the same budget, from now; stopping this one stops it too."""
+        return Watch(self.seconds, self.listen, parent=self)
 
     def steps(self, total: int) -> Iterator[Step]:
         """At most ``total`` iterations, at least one, within the budget."""

@@ -59,7 +59,11 @@ def check_composition(
             "noise is in every update already."
         )
     example_dp = by_trait[Trait.EXAMPLE_DP]
-    rebatching = [d for d in defenses if "batch" in acts_at(d) and not _neutral(d)]
+    rebatching = [
+        d
+        for d in defenses
+        if "batch" in acts_at(d) and not _neutral(d) and d not in by_trait[Trait.ONLY_REFUSES]
+    ]
     if example_dp and rebatching:
         raise IncompatibleDefenses(
             f"{example_dp[0].key} bounds what one example adds to a step, but {rebatching[0].key} "

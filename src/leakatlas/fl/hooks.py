@@ -137,6 +137,8 @@ class Trait(enum.Enum):
     """The server must read (clip, score, filter) each client's update."""
     READS_BATCH = enum.auto()
     """Its update hook looks at the private batch again."""
+    ONLY_REFUSES = enum.auto()
+    """Its batch hook passes the batch on unchanged, or refuses the round."""
 
 
 class ActsOn(enum.Enum):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from leakatlas.errors import ProtocolError
-from leakatlas.fl import ClientContext, Defense, model_state
+from leakatlas.fl import ClientContext, Defense, Trait, model_state
 from leakatlas.lint.examine import lint
 
 
@@ -29,6 +29,7 @@ class LintGuard(Defense):
     knob: ClassVar[str] = "enabled"
     neutral: ClassVar[bool] = False
     stage: ClassVar[int] = 1  # before any defense changes the batch
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.ONLY_REFUSES})
 
     enabled: bool = True
     use_batch: bool = True

@@ -19,6 +19,7 @@ from leakatlas.attacks.analytic.isolation.mandrake import (
     upload_bytes,
 )
 from leakatlas.audit.harness import Trial, observe, run_trial
+from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box
 from leakatlas.defenses.formal.crypto.secure_aggregation import SecureAggregation
 from leakatlas.errors import NotGranted
@@ -84,7 +85,7 @@ def test_the_dense_column_for_100_clients(shape: tuple[int, ...], published: flo
 def test_the_arithmetic_is_that_of_the_tensors_that_are_sent() -> None:
     stage = _stage(dtype=torch.float32)
     attack = MANDRAKE(bins=24)
-    tampering = attack.tamper(stage.view(), generator=torch.Generator())
+    tampering = attack.tamper(stage.view(), generator=torch.Generator(), watch=Watch())
     assert tampering is not None and isinstance(tampering.sent, dict)
     block = tampering.sent[1].block
     first = packed(block).coalesce()
@@ -188,7 +189,7 @@ def test_an_imprint_for_everybody_with_as_few_units_loses_to_columns_of_their_ow
 def test_an_active_kernel_elsewhere_is_cross_talk() -> None:
     stage = _stage()
     attack = MANDRAKE(bins=32, scale="anchor")
-    tampering = attack.tamper(stage.view(), generator=torch.Generator())
+    tampering = attack.tamper(stage.view(), generator=torch.Generator(), watch=Watch())
     assert tampering is not None and isinstance(tampering.sent, dict)
     with torch.no_grad():  # client 1 also feeds the columns of client 0
         conv = tampering.sent[1].block.conv

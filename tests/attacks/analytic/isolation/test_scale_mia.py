@@ -21,6 +21,7 @@ from leakatlas.attacks.analytic.isolation.scale_mia import (
 from leakatlas.audit.harness import Trial, observe, run_trial
 from leakatlas.blocks import readout
 from leakatlas.blocks.surgery import Normalise
+from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box
 from leakatlas.errors import NotGranted, UnsupportedModel
 from leakatlas.fl import FedAVG, Stage, View
@@ -160,7 +161,9 @@ def test_a_sum_over_clients_is_the_pooled_batch() -> None:
 def _with_tampered_head(stage: Stage, attack: ScaleMIA, change: Any) -> Trial:
     """A round in which ``change(parts)`` spoils what the attack wrote."""
     clean = run_trial(stage, attack)
-    tampering = attack.tamper(stage.view(), generator=torch.Generator().manual_seed(0))
+    tampering = attack.tamper(
+        stage.view(), generator=torch.Generator().manual_seed(0), watch=Watch()
+    )
     assert tampering is not None and isinstance(tampering.sent, nn.Module)
     with torch.no_grad():
         change(find_parts(tampering.sent, torch.zeros(1, 3, 16, 16).double()))

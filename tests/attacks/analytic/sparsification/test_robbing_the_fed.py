@@ -12,6 +12,7 @@ from leakatlas.attacks.analytic.sparsification.robbing_the_fed import WEIGHT, Ro
 from leakatlas.attacks.api import Tampering
 from leakatlas.audit.harness import Trial, observe, run_trial
 from leakatlas.blocks import readout, surgery
+from leakatlas.blocks.watch import Watch
 from leakatlas.errors import InvalidInput, NotGranted
 from leakatlas.fl import FedAVG, FedSGD, View
 from leakatlas.threat import Vantage
@@ -132,8 +133,10 @@ def _with_block(change: Any, **settings: Any) -> Trial:
     """The attack with something done to its block before the clients get it."""
 
     class Changed(RobbingTheFed):
-        def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
-            tampering = super().tamper(view, generator=generator)
+        def tamper(
+            self, view: View, *, generator: torch.Generator, watch: Watch
+        ) -> Tampering | None:
+            tampering = super().tamper(view, generator=generator, watch=watch)
             if tampering is None:
                 return None
             assert isinstance(tampering.sent, surgery.Imprinted)

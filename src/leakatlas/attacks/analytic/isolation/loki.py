@@ -102,7 +102,7 @@ class LOKI(ActiveAttack):
             "bins of their client's own block",
         )
 
-    def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
+    def tamper(self, view: View, *, generator: torch.Generator, watch: Watch) -> Tampering | None:
         """One model per client, with its own group of kernels and columns."""
         del generator
         if len(view.rounds) == self.rounds:

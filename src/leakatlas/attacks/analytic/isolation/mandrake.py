@@ -107,7 +107,7 @@ class MANDRAKE(ActiveAttack):
             return Outlook("unknown", f"{told}; {steps} local steps overwrite rows")
         return Outlook("applicable", told)
 
-    def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
+    def tamper(self, view: View, *, generator: torch.Generator, watch: Watch) -> Tampering | None:
         """One model per client, with its own group of kernels and columns; one round."""
         del generator
         if view.rounds:

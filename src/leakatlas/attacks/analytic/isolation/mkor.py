@@ -125,7 +125,7 @@ class MKOR(ActiveAttack):
         kind = "bounds on pixels" if found.bounded else "pixels"
         return Outlook("applicable", f"{kind} of every class that occurs once; others are averaged")
 
-    def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
+    def tamper(self, view: View, *, generator: torch.Generator, watch: Watch) -> Tampering | None:
         """The same architecture with copying convolutions and a decoupling head."""
         del generator
         if view.rounds:

@@ -174,12 +174,13 @@ class ScaleMIA(ActiveAttack):
 
     # -- before the clients train ----------------------------------------------------------------
 
-    def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
+    def tamper(self, view: View, *, generator: torch.Generator, watch: Watch) -> Tampering | None:
         """The trained encoder and the binning layers; one round is enough."""
         if view.rounds:
             return None
         model = view.model
-        learned = self.artefact(view.surrogate, nn.Sequential(surgery.Normalise(view.box), model))
+        front = surgery.Normalise(view.box)
+        learned = self.artefact(view.surrogate, nn.Sequential(front, model), watch=watch)
         parts = find_parts(model, _example(model, view.input_shape))
         with torch.no_grad():
             for name, parameter in encoder_weights(parts).items():

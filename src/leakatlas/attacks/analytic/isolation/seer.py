@@ -201,7 +201,7 @@ class SEER(ActiveAttack):
 
     # -- before and after the client trains ------------------------------------------------------
 
-    def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
+    def tamper(self, view: View, *, generator: torch.Generator, watch: Watch) -> Tampering | None:
         """The learned weights; one round is enough."""
         del generator
         if view.rounds:
@@ -209,7 +209,7 @@ class SEER(ActiveAttack):
         model = view.model
         trained = replace(self, batch_size=self.batch_size or view.num_examples)
         front = surgery.Normalise(view.box)
-        learned = trained.artefact(view.surrogate, nn.Sequential(front, model))
+        learned = trained.artefact(view.surrogate, nn.Sequential(front, model), watch=watch)
         key = {name: t for name, t in learned.items() if not name.startswith("model/")}
         with torch.no_grad():
             for name, parameter in model.named_parameters():

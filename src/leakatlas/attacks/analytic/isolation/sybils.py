@@ -93,7 +93,7 @@ class Sybils(ActiveAttack):
         size = "x".join(str(side) for side in path.carried[1:])
         return Outlook("applicable", f"the first linear layer can be trapped, at {size} pixels")
 
-    def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
+    def tamper(self, view: View, *, generator: torch.Generator, watch: Watch) -> Tampering | None:
         """Trap weights for the target, silence from everyone else."""
         if view.rounds:
             return None

@@ -105,7 +105,7 @@ class Fishing(ActiveAttack):
             "one example can be isolated exactly; inverting its gradient is the hard part",
         )
 
-    def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
+    def tamper(self, view: View, *, generator: torch.Generator, watch: Watch) -> Tampering | None:
         """The next head, from what the earlier ones showed; None once one example is alone."""
         del generator
         if len(view.rounds) >= self.rounds:

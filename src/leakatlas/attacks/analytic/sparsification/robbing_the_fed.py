@@ -102,7 +102,7 @@ class RobbingTheFed(ActiveAttack):
             return Outlook("unknown", f"{words} at the first local step; later ones disturb them")
         return Outlook("applicable", words)
 
-    def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
+    def tamper(self, view: View, *, generator: torch.Generator, watch: Watch) -> Tampering | None:
         """Put the imprint block in front of the global model; one round is enough."""
         if view.rounds:
             return None

@@ -113,7 +113,7 @@ class TrapWeights(ActiveAttack):
             + (f"; the rows of {len(view.clients)} clients mix in the sum" if several else ""),
         )
 
-    def tamper(self, view: View, *, generator: torch.Generator) -> Tampering | None:
+    def tamper(self, view: View, *, generator: torch.Generator, watch: Watch) -> Tampering | None:
         """Trap weights in the global model, or in a block before it; one round is enough."""
         if view.rounds:
             return None

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from leakatlas.errors import UnknownName, UnsupportedModel
-from leakatlas.fl import ActsOn, ClientContext, Defense, Update, model_state
+from leakatlas.fl import ActsOn, ClientContext, Defense, Trait, Update, model_state
 from leakatlas.models.structure import last_linear, linear_layers
 from leakatlas.params import Fraction, Positive
 
@@ -57,6 +57,7 @@ class Soteria(Defense):
     neutral: ClassVar[float] = 0.0
     stage: ClassVar[int] = 50
     modes: ClassVar[frozenset[ActsOn]] = frozenset({ActsOn.SINGLE_BATCH})
+    traits: ClassVar[frozenset[Trait]] = frozenset({Trait.READS_BATCH})
 
     prune: Fraction = 0.4
     layer: str = ""
