@@ -27,6 +27,7 @@ from leakatlas.fl import (
 )
 from leakatlas.fl.composition import ordered
 from leakatlas.fl.rounds import Client
+from leakatlas.lint.guard import LintGuard
 from leakatlas.models import build
 from leakatlas.params import NonNegative
 
@@ -195,8 +196,8 @@ def test_distributed_noise_under_masks_and_a_server_step_behind_them() -> None:
 
 def test_a_defense_that_reads_the_batch_after_example_noise_is_refused() -> None:
     with pytest.raises(IncompatibleDefenses, match="soteria looks at the batch again"):
-        check_composition([registry.defense("client_dp"), registry.defense("soteria")], FedSGD())
+        check_composition([load_defense("client_dp")(), load_defense("soteria")()], FedSGD())
 
 
 def test_a_client_that_may_refuse_does_not_change_the_batch() -> None:
-    check_composition([registry.defense("client_dp"), LintGuard()], FedSGD())
+    check_composition([load_defense("client_dp")(), LintGuard()], FedSGD())
