@@ -186,3 +186,12 @@ def test_the_report_is_a_value(small_plan: Plan) -> None:
     for run in plain["runs"]:
         restored = Run.from_json(run)
         assert restored.to_json() == run
+
+
+def test_a_defense_is_judged_against_whoever_knows_it(small_plan: Plan) -> None:
+    defenses = {"clipping": (registry.defense("clipping", max_norm=0.01),)}
+    report = carry_out(replace(small_plan, letters=("B", "C", "G"), alternatives=defenses))
+    letters = {run.attack: run.letter for run in report.comparisons[1].runs}
+    assert letters == {"inverting_gradients": "C", "robbing_the_fed": "G"}
+    passive = next(r for r in report.comparisons[1].runs if r.attack == "inverting_gradients")
+    assert "defenses" in passive.reads

@@ -37,6 +37,7 @@ from leakatlas.errors import LeakAtlasError
 from leakatlas.fl import FedSGD, model_state, state_hash
 from leakatlas.fl.view import defense_json
 from leakatlas.metrics.score import Scores, score
+from leakatlas.threat import LETTERS
 
 COMPARISON_SHARE = 0.35
 """Part of the budget that goes to comparing defenses, if any are compared."""
@@ -168,7 +169,10 @@ def _compare(
     if not plan.alternatives:
         return []
     first = plan.settings[0]
-    battery = _battery([run for run in runs if run.setting == first.name])
+    battery = [
+        (key, _informed(letter, plan.letters))
+        for key, letter in _battery([run for run in runs if run.setting == first.name])
+    ]
     attacks = {
         attack.key: attack
         for attack in presets(
@@ -225,6 +229,21 @@ def _battery(runs: Sequence[Run]) -> list[tuple[str, str]]:
         ):  # fmt: skip
             chosen[active] = run
     return [(run.attack, run.letter) for run in chosen.values()]
+
+
+def _informed(letter: str, letters: Sequence[str]) -> str:
+    """The chosen letter that knows most among those that know at least as much as ``letter``.
+
+    A defense is judged against the adversary that knows its mechanism, if one was chosen; a weaker
+    one's failure may only mean that it was not told.
+    """
+    least = LETTERS[letter]
+    stronger = [
+        other
+        for other in letters
+        if LETTERS[other].active == least.active and not least.knowledge & ~LETTERS[other].knowledge
+    ]
+    return max(stronger, key=lambda other: len(LETTERS[other].knowledge.names()), default=letter)
 
 
 def _run(
