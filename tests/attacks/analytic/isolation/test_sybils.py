@@ -74,6 +74,21 @@ def test_a_secure_sum_with_silent_devices_is_the_targets_update() -> None:
     assert bool(alone.any()) and float(errors(trial)[alone].max()) < 1e-6
 
 
+def test_secure_aggregation_and_dp_noise_together_do_not_help_a_lone_client() -> None:
+    """Ten silent devices in a masked, noisy round: the same quality as without the masks."""
+    settings = {"widths": (200,), "act": "relu"}
+    noise = _noise(3e-4, 10)
+    masked = _stage(defenses=(*noise, SecureAggregation(ring_bits=64)), settings=settings)
+    plain = _stage(defenses=noise, settings=settings)
+    hidden = run_trial(masked, Sybils(cohort_size=10))
+    assert hidden.records[0].messages[0].update is None  # nobody sees the target's own message
+    through = float(psnr(hidden).median())
+    assert through > 15
+    assert through == pytest.approx(
+        float(psnr(run_trial(plain, Sybils(cohort_size=10))).median()), abs=0.1
+    )
+
+
 def test_quality_rises_by_ten_decibels_for_ten_times_the_sybils() -> None:
     """The noise left is the target's share: its variance falls as 1/M."""
     at = {}
