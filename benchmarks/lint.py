@@ -608,7 +608,9 @@ def page(result: dict[str, Any], calibration: dict[str, Any], study: Study) -> s
         "The held-out half set no threshold, but it is not untouched: the rule for *context only*, "
         "the detour of D1 and the layers that D3 judges were settled after a pilot on 98 benign "
         "models that are among these. Checkpoints of one run are not independent either. Take the "
-        "false alarm rates as somewhat too low, and their intervals as too narrow.",
+        "false alarm rates as somewhat too low, and their intervals as too narrow. The matching of "
+        "D14 was settled after its scores on attacked models had been seen: its hit rates are "
+        "partly in-sample.",
         "",
         "D1's comparison and D12 are exact by construction: benign models were compared with equal "
         "copies, and where the server asked the target alone, D12 compared with the model that was "
