@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from leakatlas import data, models
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.blocks import descent, init, matching, priors
-from leakatlas.blocks.watch import Step, Watch
+from leakatlas.blocks.watch import Watch
 from leakatlas.catalogue import registry
 from leakatlas.data import Box, ImageSet
 from leakatlas.defenses.heuristic.model.fedkl import merged
@@ -265,8 +265,8 @@ def joint_attack(
     g = dict(view.update.tensors)
     like = next(iter(g.values()))
 
-    def objective(variables: Mapping[str, Tensor], step: Step) -> descent.Value:
-        del step
+    def objective(variables: Mapping[str, Tensor], t: Tensor) -> descent.Value:
+        del t
         x = variables["x"]
         secret = {name: t for name, t in variables.items() if name != "x"}
         match = matching.relative_l2(replay(x, secret), g)

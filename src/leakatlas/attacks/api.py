@@ -82,6 +82,7 @@ class Reconstruction:
         reason: Why, for ``failed`` and ``cut_short``.
         notes: Figures that the attack computed (final objective, rank, ...), all adversary-side.
         seconds: Wall time of ``run``.
+        execution: How slopes were computed, in words; empty where nothing was minimised.
         reads: View fields that were read.
         recipe: Stamped by the runner.
     """
@@ -94,6 +95,7 @@ class Reconstruction:
     reason: str = ""
     notes: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    execution: str = ""
     reads: frozenset[str] = frozenset()
     recipe: Recipe | None = None
 
@@ -263,6 +265,7 @@ class Attack(Configured, ABC):
             status=status,
             reason=reason,
             seconds=time.perf_counter() - begun,
+            execution=" | ".join(dict.fromkeys(watch.conduct.executions)),
             reads=view.reads,
             recipe=self.recipe(seed, scenario or {}),
         )

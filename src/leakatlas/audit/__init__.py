@@ -15,10 +15,10 @@ from leakatlas.audit.config import AuditConfig, captured_update, make_plan, read
 from leakatlas.audit.diagnosis import Diagnosis, ReplayCheck, check_replay, examine
 from leakatlas.audit.gate import Gate, parse_gate
 from leakatlas.audit.harness import Trial, run_trial
-from leakatlas.audit.plan import VERDICTS, Plan, Setting, parse_budget, presets
+from leakatlas.audit.plan import VERDICTS, Plan, Setting, parse_budget, parse_execution, presets
 from leakatlas.audit.report_data import Comparison, LetterVerdict, Report, Run
 from leakatlas.audit.run import Listener, Silent, carry_out
-from leakatlas.blocks.watch import Watch
+from leakatlas.blocks.watch import Execution, Watch
 from leakatlas.data import Box, ImageSet
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import Defense, FedSGD, ModelRef, Protocol, Update
@@ -48,6 +48,7 @@ __all__ = [
     "examine",
     "make_plan",
     "parse_budget",
+    "parse_execution",
     "parse_gate",
     "presets",
     "read_config",
@@ -72,6 +73,7 @@ def audit(
     attack_parameters: Mapping[str, Mapping[str, Any]] | None = None,
     budget: str | float | None = "5m",
     seed: int = 0,
+    execution: Execution = "auto",
     out: Path | str | None = None,
     listener: Listener | None = None,
     stop: Watch | None = None,
@@ -96,7 +98,10 @@ def audit(
         budget: ``"30s"``, ``"10m"``, seconds, or ``"paper"`` for the published presets without a
             limit.
         seed: Of everything random.
-        out: Folder that keeps finished runs, so that a killed audit resumes.
+        execution: How optimisation attacks compute slopes: ``"auto"`` tries faster ways where
+            the rest of a run repays it, ``"eager"`` repeats a long run bit for bit.
+        out: Folder that keeps finished runs and checkpoints of the present one, so that a killed
+            audit resumes.
         listener: Shown progress.
         stop: Its ``stop()`` ends the audit early and keeps what was computed.
 
@@ -115,6 +120,7 @@ def audit(
         attack_parameters=attack_parameters or {},
         seconds=parse_budget(budget),
         seed=seed,
+        execution=execution,
         command="leakatlas.audit(model, batch, ...)",
     )
     return carry_out(plan, out=None if out is None else Path(out), listener=listener, stop=stop)

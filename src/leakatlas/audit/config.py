@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from leakatlas import data, models
 from leakatlas.audit.plan import Plan, Setting, parse_budget
+from leakatlas.blocks.watch import Execution
 from leakatlas.data import Box
 from leakatlas.errors import InvalidInput, UnknownName
 from leakatlas.fl import ModelRef, Update
@@ -73,6 +74,8 @@ class AuditConfig(_Strict):
     attack_parameters: dict[str, dict[str, Any]] = Field(default_factory=dict)
     budget: str = "5m"
     seed: int = 0
+    execution: Execution = "auto"
+    """How optimisation attacks compute slopes; ``eager`` repeats long runs bit for bit."""
     captured: str | None = None
     """An update captured from a real client, for ``doctor``."""
     fail_on: tuple[str, ...] = ()
@@ -151,6 +154,7 @@ def make_plan(config: AuditConfig, *, base: Path, command: str) -> Plan:
         attack_parameters=config.attack_parameters,
         seconds=parse_budget(config.budget),
         seed=config.seed,
+        execution=config.execution,
         source=config.model_dump(mode="json"),
         command=command,
     )

@@ -10,9 +10,11 @@ from typing import Any
 from torch import nn
 
 from leakatlas.attacks.api import Attack
+from leakatlas.blocks.descent import EXECUTIONS
+from leakatlas.blocks.watch import Execution
 from leakatlas.catalogue import registry
 from leakatlas.data import Box, ImageSet
-from leakatlas.errors import InvalidInput, InvalidParameter
+from leakatlas.errors import InvalidInput, InvalidParameter, UnknownName
 from leakatlas.fl import Defense, ModelRef, Protocol, Scenario, Stage, Trait, stage
 from leakatlas.threat import Grant, Vantage
 
@@ -114,6 +116,8 @@ class Plan:
         attack_parameters: Changes to the presets, by attack key.
         seconds: Time budget; None runs the published presets to their end.
         seed: Of everything.
+        execution: How optimisation attacks compute slopes; see
+            :mod:`leakatlas.blocks.descent.execution`.
         source: The configuration as JSON, for the report.
         command: The command that repeats this audit.
     """
@@ -124,6 +128,7 @@ class Plan:
     attack_parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seconds: float | None = 300.0
     seed: int = 0
+    execution: Execution = "auto"
     source: Mapping[str, Any] = field(default_factory=dict)
     command: str = "leakatlas audit"
 
@@ -160,6 +165,17 @@ def cost_weight(attack: Attack) -> float:
 
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|seconds?|m|min|minutes?|h|hours?)?")
+
+
+def parse_execution(text: str) -> Execution:
+    """An execution by name.
+
+    Raises:
+        UnknownName: If there is none of that name.
+    """
+    if text not in EXECUTIONS:
+        raise UnknownName("execution", text, EXECUTIONS)
+    return text
 
 
 def parse_budget(text: str | float | None) -> float | None:

@@ -40,6 +40,7 @@ class Run:
         scores: Against the truth, or None if not run.
         recipe: What to run again.
         notes: Figures that the attack reported.
+        execution: How slopes were computed, in words.
         pictures: Original and candidate beside each other, in [0, 1]: ``(n, 2, C, H, W)``.
     """
 
@@ -58,6 +59,7 @@ class Run:
     scores: Scores | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, float] = field(default_factory=dict)
+    execution: str = ""
     pictures: Tensor | None = None
 
     @property

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from leakatlas.audit.plan import (
 )
 from leakatlas.audit.report_data import Comparison, Report, Run, check_writable, pictures_of
 from leakatlas.audit.utility import accuracy_under
-from leakatlas.blocks.watch import Watch
+from leakatlas.blocks.watch import Conduct, Watch
 from leakatlas.data import patches
 from leakatlas.errors import LeakAtlasError
 from leakatlas.fl import FedSGD, model_state, state_hash
@@ -49,8 +50,8 @@ class Listener(Protocol):
     def begin(self, total: int) -> None:
         """The number of planned runs is known."""
 
-    def run(self, name: str, fraction: float) -> None:
-        """A run is this far."""
+    def run(self, name: str, fraction: float, note: str = "") -> None:
+        """A run is this far; ``note`` says criterion, speed and time to come."""
 
     def done(self, run: Run) -> None:
         """A run has ended."""
@@ -62,7 +63,7 @@ class Silent:
     def begin(self, total: int) -> None:
         """Ignore."""
 
-    def run(self, name: str, fraction: float) -> None:
+    def run(self, name: str, fraction: float, note: str = "") -> None:
         """Ignore."""
 
     def done(self, run: Run) -> None:
@@ -261,7 +262,13 @@ def _run(
     if cache is not None and (kept := _kept(cache)) is not None:
         return kept
     name = f"{job.setting.name}: {job.attack.key}"
-    watch = Watch(allowance, lambda fraction, _: listener.run(name, fraction), parent=stop)
+    progress = None if cache is None else cache.with_name(f"{cache.name}.progress")
+    watch = Watch(
+        allowance,
+        lambda fraction, note: listener.run(name, fraction, note),
+        parent=stop,
+        conduct=Conduct(execution=plan.execution, checkpoints=progress),
+    )
     listener.run(name, 0.0)
     blank = Run(
         setting=job.setting.name,
@@ -303,10 +310,12 @@ def _run(
         reads=tuple(sorted(trial.found.reads)),
         scores=scores,
         notes=dict(trial.found.notes),
+        execution=trial.found.execution,
         pictures=pictures_of(scores, trial.images, trial.truth.images),
     )
-    if cache is not None and not stop.stopped:
+    if cache is not None and progress is not None and not stop.stopped:
         _keep(cache, run)
+        shutil.rmtree(progress, ignore_errors=True)
     return run
 
 

@@ -1,10 +1,17 @@
-"""Time budgets and progress: how a loop learns that it should end, and says how far it is."""
+"""What surrounds a loop without being part of the method: budget, progress, checkpoints."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+Execution = Literal["auto", "eager", "channels_last", "vmap", "traced", "compiled", "finite"]
+"""How slopes are computed; see :mod:`leakatlas.blocks.descent.execution`."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +28,40 @@ class Step:
     progress: float
 
 
+@dataclass
+class Conduct:
+    """How the descents of one run are carried out; shared by all its watches.
+
+    Args:
+        execution: How slopes are computed.
+        checkpoints: Folder for checkpoints; a run started again with the same folder goes on
+            where it was. Nothing is kept if None.
+        save_every: Seconds between two checkpoints.
+        keep: Given the best iterate (by variable name) at every report: the result so far.
+        executions: What each descent used, in words; filled while running.
+    """
+
+    execution: Execution = "auto"
+    checkpoints: Path | None = None
+    save_every: float = 30.0
+    keep: Callable[[Mapping[str, Tensor]], None] | None = None
+    executions: list[str] = field(default_factory=list)
+    _descents: int = 0
+
+    def next_file(self) -> Path | None:
+        """The checkpoint of the next descent: a run makes its descents in a fixed order."""
+        self._descents += 1
+        return None if self.checkpoints is None else self.checkpoints / f"{self._descents:04d}.pt"
+
+
 class Watch:
     """A deadline, a stop switch and a listener.
 
     Args:
         seconds: Time budget from now; None for no limit.
         listen: Called with ``(fraction done, note)`` a few times a second.
+        parent: Stopping it stops this one too.
+        conduct: How descents are carried out; the parent's if None.
     """
 
     def __init__(
@@ -35,12 +70,15 @@ class Watch:
         listen: Callable[[float, str], None] | None = None,
         *,
         parent: Watch | None = None,
+        conduct: Conduct | None = None,
     ) -> None:
         self.seconds = seconds
         self.start = time.perf_counter()
         self.deadline = None if seconds is None else self.start + seconds
         self.listen = listen
         self.parent = parent
+        inherited = Conduct() if parent is None else parent.conduct
+        self.conduct: Conduct = inherited if conduct is None else conduct
         self.note = ""
         self._stopped = False
         self.cut_short = False
@@ -49,6 +87,14 @@ class Watch:
     def stop(self) -> None:
         """End every loop at its next step; what was computed is kept."""
         self._stopped = True
+
+    def interrupt(self) -> None:
+        """Ctrl-C reached a loop: stop the whole run, at the top."""
+        top = self
+        while top.parent is not None:
+            top = top.parent
+        top.stop()
+        self._cut()
 
     @property
     def stopped(self) -> bool:
@@ -63,17 +109,17 @@ class Watch:
         """A watch with the same budget, from now; stopping this one stops it too."""
         return Watch(self.seconds, self.listen, parent=self)
 
-    def steps(self, total: int) -> Iterator[Step]:
-        """At most ``total`` iterations, at least one, within the budget."""
+    def steps(self, total: int, *, first: int = 0) -> Iterator[Step]:
+        """Iterations ``first`` to ``total``, at least one if there is any, within the budget."""
         begun = time.perf_counter()
         allowance = self.remaining()
         heard = begun
-        for index in range(total):
+        for index in range(first, total):
             now = time.perf_counter()
             progress = index / total
             if allowance is not None:
                 progress = max(progress, (now - begun) / max(allowance, 1e-9))
-            if index > 0 and (progress >= 1 or self.stopped):
+            if index > first and (progress >= 1 or self.stopped):
                 self._cut()
                 return
             if self.listen is not None and now - heard > 0.25:
@@ -81,17 +127,24 @@ class Watch:
                 self.listen(min(progress, 1.0), self.note)
             yield Step(index, min(progress, 1.0))
 
-    def share(self, parts: int) -> Iterator[Watch]:
-        """One watch for each of ``parts`` equal pieces of work, each with its fair part."""
-        for part in range(parts):
+    def share(self, parts: int | Sequence[float]) -> Iterator[Watch]:
+        """One watch for each piece of work, each with its fair part of what is left.
+
+        Args:
+            parts: How many equal pieces, or the weight of each.
+        """
+        weights = [1.0] * parts if isinstance(parts, int) else list(parts)
+        total = sum(weights)
+        for part, weight in enumerate(weights):
             if part > 0 and (self.stopped or (self.remaining() or 1.0) <= 0):
                 self._cut()
                 return
             left = self.remaining()
             listen = None
             if self.listen is not None:
-                listen = _scaled(self.listen, part / parts, 1 / parts)
-            yield Watch(None if left is None else left / (parts - part), listen, parent=self)
+                listen = _scaled(self.listen, sum(weights[:part]) / total, weight / total)
+            allowance = None if left is None else left * weight / sum(weights[part:])
+            yield Watch(allowance, listen, parent=self)
 
     def _cut(self) -> None:
         self.cut_short = True

@@ -37,6 +37,10 @@ def audit(
         typer.Option(help="Condition that fails the build, e.g. 'P(psnr > 20) > 0.05'."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    execution: Annotated[
+        str | None,
+        typer.Option(help="How slopes are computed: auto, eager, vmap, traced, compiled, finite."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
 ) -> None:
     """Attack a set-up and report what leaks, to whom, and what would stop it.
@@ -53,6 +57,7 @@ def audit(
         carry_out,
         make_plan,
         parse_budget,
+        parse_execution,
         parse_gate,
         read_config,
     )
@@ -79,6 +84,9 @@ def audit(
     if seed is not None:
         plan = replace(plan, seed=seed)
         command += ["--seed", str(seed)]
+    if execution is not None:
+        plan = replace(plan, execution=parse_execution(execution))
+        command += ["--execution", execution]
     plan = replace(plan, command=shlex.join([*command, "--out", str(out)]))
     console = Console(stderr=True)
     stop = Watch()

@@ -44,9 +44,10 @@ class Bars:
         """Show how many runs are planned."""
         self.progress.update(self._all, total=total)
 
-    def run(self, name: str, fraction: float) -> None:
+    def run(self, name: str, fraction: float, note: str = "") -> None:
         """Move the bar of the present attack."""
-        self.progress.update(self._one, description=name, completed=round(100 * fraction))
+        said = f"{name} [dim]{note}[/]" if note else name
+        self.progress.update(self._one, description=said, completed=round(100 * fraction))
 
     def done(self, run: Run) -> None:
         """Print one line."""

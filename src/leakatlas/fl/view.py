@@ -358,7 +358,7 @@ class View:
             InvalidInput: If the update does not belong to the model.
         """
         update = self.update_at(round)
-        model = self.model_at(round)
+        model = replay.without_running_statistics(self.model_at(round))
         parameters = {n: p.detach() for n, p in model.named_parameters()}
         update.check_fits(parameters)
         held = {n: b.detach() for n, b in model.named_buffers()}

@@ -31,6 +31,7 @@ class RunPart(_Part):
     scores: Scores | None
     recipe: dict[str, Any]
     notes: dict[str, float]
+    execution: str = ""
 
 
 class ComparisonPart(_Part):

@@ -86,8 +86,8 @@ def test_from_near_the_truth_it_converges_to_it() -> None:
     g = view.update.tensors
     scale = dlg.squared_norm(g)
 
-    def objective(variables: Mapping[str, Tensor], step: object) -> Tensor:
-        del step
+    def objective(variables: Mapping[str, Tensor], t: object) -> Tensor:
+        del t
         return distance(view, variables["x"], logits) / scale / dlg.UNIT
 
     end = descent.descend(
@@ -115,8 +115,8 @@ def test_a_wrong_frozen_label_keeps_the_distance_away_from_zero() -> None:
     wrong = logits.roll(1, dims=1)
     scale = dlg.squared_norm(view.update.tensors)
 
-    def objective(variables: Mapping[str, Tensor], step: object) -> Tensor:
-        del step
+    def objective(variables: Mapping[str, Tensor], t: object) -> Tensor:
+        del t
         return distance(view, variables["x"], wrong) / scale
 
     start = torch.zeros_like(stage.federation.clients[0].x)

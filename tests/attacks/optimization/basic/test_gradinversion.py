@@ -108,8 +108,8 @@ def test_the_consensus_is_refreshed_on_time() -> None:
 def test_noise_enters_the_pixels_after_the_step() -> None:
     """With a flat objective all that moves a pixel is noise of deviation lr * alpha_n."""
 
-    def flat(variables: descent.Variables, step: Step) -> Tensor:
-        del step
+    def flat(variables: descent.Variables, t: Tensor) -> Tensor:
+        del t
         return 0.0 * variables["x"].sum()
 
     generator = torch.Generator().manual_seed(0)

@@ -60,7 +60,7 @@ from torch.nn import functional as F
 from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
 from leakatlas.blocks import descent, init, labels, matching, readout
 from leakatlas.blocks.observed import mean_gradient
-from leakatlas.blocks.watch import Step, Watch
+from leakatlas.blocks.watch import Watch
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import View, task_loss
 from leakatlas.params import NonNegative, Positive, PositiveInt
@@ -192,8 +192,8 @@ class APRIL(Attack):
         replay = view.replayer()
         on_positions = matching.subset(matching.cosine, [front.positions])
 
-        def objective(variables: descent.Variables, step: Step) -> descent.Value:
-            del step
+        def objective(variables: descent.Variables, t: Tensor) -> descent.Value:
+            del t
             mine = replay(variables["x"], y)
             total = matching.squared_l2(mine, g) + self.alpha * on_positions(mine, g)
             return descent.Value(total, total)

@@ -52,7 +52,7 @@ from leakatlas.attacks.api import (
     nothing_found,
 )
 from leakatlas.blocks import descent, init, labels, matching, readout, surgery
-from leakatlas.blocks.watch import Step, Watch
+from leakatlas.blocks.watch import Watch
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import FedAVG, View, replay
 from leakatlas.models.structure import has_batchnorm
@@ -237,8 +237,8 @@ class Fishing(ActiveAttack):
         target["row"] = -alone.features
         like = next(iter(target.values()))
 
-        def objective(variables: Mapping[str, Tensor], step: Step) -> descent.Value:
-            del step
+        def objective(variables: Mapping[str, Tensor], t: Tensor) -> descent.Value:
+            del t
             x = variables["x"]
             g = replay.gradient(model, parameters, buffers, x, y)
             mine = {n: g[n] for n in target if n != "row"}

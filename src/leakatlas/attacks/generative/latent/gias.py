@@ -54,7 +54,7 @@ from torch.nn import functional as F
 from leakatlas import models
 from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
 from leakatlas.blocks import descent, init, matching, observed, priors
-from leakatlas.blocks.watch import Step, Watch
+from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box, ImageSet
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import View
@@ -224,16 +224,16 @@ def search_latent(
         watch: Budget and progress.
     """
 
-    def objective(variables: descent.Variables, step: Step) -> descent.Value:
-        del step
-        found = [value(G(z)) for z in variables["z"]]
-        total = torch.stack([one.total for one in found]).sum()
-        total = total + weight * variables["z"].square().mean((1, 2)).sum()
-        return descent.Value(total, torch.stack([one.criterion for one in found]))
+    def objective(variables: descent.Variables, t: Tensor) -> descent.Value:
+        del t
+        z = variables["z"]
+        total, criterion = value(G(z))
+        return descent.Value(total + weight * z.square().mean(), criterion)
 
     return descent.descend(
         objective,
         {"z": start},
+        candidates=len(start),
         optimizer=descent.adam(lr),
         steps=steps,
         watch=watch,
@@ -261,8 +261,8 @@ def search_generators(
         watch: Budget and progress.
     """
 
-    def objective(variables: descent.Variables, step: Step) -> descent.Value:
-        del step
+    def objective(variables: descent.Variables, t: Tensor) -> descent.Value:
+        del t
         return value(draw(G, variables, z))
 
     return descent.descend(

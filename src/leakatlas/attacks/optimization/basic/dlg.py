@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
 from leakatlas.blocks import descent, init, labels, matching
-from leakatlas.blocks.watch import Step, Watch
+from leakatlas.blocks.watch import Watch
 from leakatlas.fl import View
 from leakatlas.params import NonNegative, Positive, PositiveInt
 from leakatlas.threat import Knowledge
@@ -101,8 +101,8 @@ class DLG(Attack):
             return nothing_found(view.input_shape, "the update is zero; every image fits it")
         replay = view.replayer()
 
-        def objective(variables: descent.Variables, step: Step) -> descent.Value:
-            del step
+        def objective(variables: descent.Variables, t: Tensor) -> descent.Value:
+            del t
             x_hat, logits = gather(variables, N)
             D = matching.squared_l2(replay(x_hat, labels.soft_labels(logits)), g) / scale
             return descent.Value(D / UNIT, D)
@@ -112,26 +112,23 @@ class DLG(Attack):
         )
         if self.one_at_a_time:
             optimizer = descent.in_turn(optimizer, [(f"x{i}", f"y{i}") for i in range(N)])
-        found: list[descent.Descended] = []
-        for share in watch.share(self.restarts):
+        starts = []
+        for _ in range(self.restarts):
             x = init.normal(view.batch_shape, generator=generator, like=like)
             y = labels.joint_logits(N, K, generator=generator, like=like)
-            found.append(
-                descent.descend(
-                    objective,
-                    scatter(x, y),
-                    optimizer=optimizer,
-                    steps=self.steps,
-                    watch=share,
-                    done=lambda D: float(D) < self.tolerance,
-                    report_every=max(N, 10),
-                )
-            )
-            if float(found[-1].criterion) < self.tolerance:
-                break
-        best = min(found, key=lambda one: float(one.criterion))
-        x_hat, logits = gather(best.best, N)
-        D = float(best.criterion)
+            starts.append(scatter(x, y))
+        found = descent.descend(
+            objective,
+            {name: torch.stack([start[name] for start in starts]) for name in starts[0]},
+            candidates=self.restarts,
+            optimizer=optimizer,
+            steps=self.steps,
+            watch=watch,
+            done=lambda D: float(D.min()) < self.tolerance,
+            report_every=max(N, 10),
+        )
+        x_hat, logits = gather(found.chosen(), N)
+        D = float(found.criterion.min())
         failed = D == float("inf")
         return Reconstruction(
             images=x_hat,
@@ -141,9 +138,9 @@ class DLG(Attack):
             reason="the gradient distance was never finite" if failed else "",
             notes={
                 "relative_distance": D,
-                "iterations": float(best.steps),
-                "restarts": float(len(found)),
-                "diverged_restarts": float(sum(not bool(one.alive) for one in found)),
+                "iterations": float(found.steps),
+                "restarts": float(torch.isfinite(found.criterion).sum()),
+                "diverged_restarts": float((~found.alive).sum()),
             },
         )
 

@@ -139,30 +139,29 @@ class GradInversion(Attack):
         bn_prior = self._bn_prior(view)
         agreed = Consensus(self)
 
-        def objective(variables: descent.Variables, step: Step) -> descent.Value:
-            x = variables["x"]  # (G, N, C, H, W)
-            x_bar = agreed(x.detach(), step)
-            each = torch.stack(
-                [
-                    self.match_weight * matching.layerwise_l2(replay(x_g, y), g)
-                    + self.tv_weight * priors.tv_four(x_g)
-                    + self.l2_weight * priors.l2_norm(x_g)
-                    + self.bn_weight * bn_prior(x_g)
-                    + self.group_weight * matching.norm(x_g - x_bar)
-                    for x_g in x
-                ]
+        def objective(variables: descent.Variables, t: Tensor) -> Tensor:
+            del t
+            x, x_bar = variables["x"], variables["x_bar"]
+            return (
+                self.match_weight * matching.layerwise_l2(replay(x, y), g)
+                + self.tv_weight * priors.tv_four(x)
+                + self.l2_weight * priors.l2_norm(x)
+                + self.bn_weight * bn_prior(x)
+                + self.group_weight * matching.norm(x - x_bar)
             )
-            return descent.Value(each.sum(), each)
 
         start = init.normal((G, *view.batch_shape), generator=generator, like=like)
         end = descent.descend(
             objective,
             {"x": start},
+            candidates=G,
+            shared=lambda searches, step: {"x_bar": agreed(searches["x"], step)},
             optimizer=descent.adam(self.lr),
             steps=self.steps,
             watch=watch,
             schedule=descent.cosine_decay(warmup=min(self.warmup / self.steps, 0.5)),
             after=(descent.langevin(self.noise, "x", generator=generator),),
+            generators=(generator,),
         )
         chosen = int(end.criterion.argmin())
         loss = float(end.criterion[chosen])

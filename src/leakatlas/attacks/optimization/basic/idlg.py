@@ -34,11 +34,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
 from leakatlas.blocks import descent, init, labels, matching
 from leakatlas.blocks.observed import mean_gradient
-from leakatlas.blocks.watch import Step, Watch
+from leakatlas.blocks.watch import Watch
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import View
 from leakatlas.params import NonNegative, Positive, PositiveInt
@@ -105,44 +106,39 @@ class IDLG(Attack):
         c = labels.idlg(mean_gradient(view), head, rule=self.rule)
         replay = view.replayer()
 
-        def objective(variables: descent.Variables, step: Step) -> descent.Value:
-            del step
+        def objective(variables: descent.Variables, t: Tensor) -> descent.Value:
+            del t
             D = matching.squared_l2(replay(variables["x"], c), g) / scale
             return descent.Value(D / UNIT, D)
 
-        found: list[descent.Descended] = []
-        for share in watch.share(self.restarts):
-            found.append(
-                descent.descend(
-                    objective,
-                    {"x": init.normal(view.batch_shape, generator=generator, like=like)},
-                    optimizer=descent.lbfgs(
-                        self.lr,
-                        history=self.history,
-                        inner=self.inner,
-                        line_search=self.line_search,
-                    ),
-                    steps=self.steps,
-                    watch=share,
-                    done=lambda D: float(D) < self.tolerance,
-                    report_every=10,
-                )
-            )
-            if float(found[-1].criterion) < self.tolerance:
-                break
-        best = min(found, key=lambda one: float(one.criterion))
-        D = float(best.criterion)
+        start = [
+            init.normal(view.batch_shape, generator=generator, like=like)
+            for _ in range(self.restarts)
+        ]
+        found = descent.descend(
+            objective,
+            {"x": torch.stack(start)},
+            candidates=self.restarts,
+            optimizer=descent.lbfgs(
+                self.lr, history=self.history, inner=self.inner, line_search=self.line_search
+            ),
+            steps=self.steps,
+            watch=watch,
+            done=lambda D: float(D.min()) < self.tolerance,
+            report_every=10,
+        )
+        D = float(found.criterion.min())
         failed = D == float("inf")
         return Reconstruction(
-            images=best.best["x"],
+            images=found.chosen()["x"],
             labels=c,
             confidence=torch.tensor([-D], dtype=torch.float64),
             status="failed" if failed else "complete",
             reason="the gradient distance was never finite" if failed else "",
             notes={
                 "relative_distance": D,
-                "iterations": float(best.steps),
-                "restarts": float(len(found)),
-                "diverged_restarts": float(sum(not bool(one.alive) for one in found)),
+                "iterations": float(found.steps),
+                "restarts": float(torch.isfinite(found.criterion).sum()),
+                "diverged_restarts": float((~found.alive).sum()),
             },
         )

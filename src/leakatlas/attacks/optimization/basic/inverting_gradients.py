@@ -41,10 +41,11 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
+from torch import Tensor
 
 from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
 from leakatlas.blocks import descent, init, matching, observed, priors
-from leakatlas.blocks.watch import Step, Watch
+from leakatlas.blocks.watch import Watch
 from leakatlas.fl import View
 from leakatlas.params import NonNegative, Positive, PositiveInt
 from leakatlas.threat import Knowledge
@@ -121,33 +122,31 @@ class InvertingGradients(Attack):
         if self.top is not None:
             distance = matching.subset(distance, matching.largest(g, self.top))
 
-        def objective(variables: descent.Variables, step: Step) -> descent.Value:
-            del step
+        def objective(variables: descent.Variables, t: Tensor) -> descent.Value:
+            del t
             x = variables["x"]
             match = distance(replay(x, y), g)
             return descent.Value(match + self.tv_weight * priors.tv_mean(x), match)
 
-        found: list[descent.Descended] = []
-        for share in watch.share(self.restarts):
-            found.append(
-                descent.descend(
-                    objective,
-                    {"x": init.normal(view.batch_shape, generator=generator, like=like)},
-                    optimizer=descent.adam(self.lr)
-                    if self.optimizer == "adam"
-                    else descent.sgd(self.lr),
-                    steps=self.steps,
-                    watch=share,
-                    schedule=descent.step_decay((3 / 8, 5 / 8, 7 / 8))
-                    if self.schedule == "steps"
-                    else descent.cosine_decay(),
-                    transform=descent.signed,
-                    after=(descent.inside(view.box, "x"),),
-                )
-            )
-        best = min(found, key=lambda one: float(one.criterion))
-        loss = float(best.criterion)
-        x_hat = best.best["x"]
+        start = [
+            init.normal(view.batch_shape, generator=generator, like=like)
+            for _ in range(self.restarts)
+        ]
+        found = descent.descend(
+            objective,
+            {"x": torch.stack(start)},
+            candidates=self.restarts,
+            optimizer=descent.adam(self.lr) if self.optimizer == "adam" else descent.sgd(self.lr),
+            steps=self.steps,
+            watch=watch,
+            schedule=descent.step_decay((3 / 8, 5 / 8, 7 / 8))
+            if self.schedule == "steps"
+            else descent.cosine_decay(),
+            transform=descent.signed,
+            after=(descent.inside(view.box, "x"),),
+        )
+        loss = float(found.criterion.min())
+        x_hat = found.chosen()["x"]
         failed = loss == float("inf")
         return Reconstruction(
             images=x_hat,
@@ -157,8 +156,9 @@ class InvertingGradients(Attack):
             reason="the matching loss was never finite" if failed else "",
             notes={
                 "matching_loss": loss,
-                "iterations": float(best.steps),
-                "restarts": float(len(found)),
+                "iterations": float(found.steps),
+                "restarts": float(self.restarts),
+                "halted_restarts": float((~found.alive).sum()),
                 "labels_granted": float(view.has("labels")),
             },
         )

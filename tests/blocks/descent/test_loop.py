@@ -8,15 +8,15 @@ from torch import Tensor
 
 from leakatlas.blocks import descent
 from leakatlas.blocks.descent import Value, Variables
-from leakatlas.blocks.watch import Step, Watch
+from leakatlas.blocks.watch import Conduct, Watch
 from leakatlas.data import Box
 
 TARGET = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
 START = {"x": torch.zeros(3, dtype=torch.float64)}
 
 
-def bowl(variables: Variables, step: Step) -> Tensor:
-    del step
+def bowl(variables: Variables, t: Tensor) -> Tensor:
+    del t
     return (variables["x"] - TARGET).square().sum()
 
 
@@ -40,8 +40,8 @@ def test_gradient_descent_is_the_closed_form() -> None:
 def test_lbfgs_solves_an_ill_conditioned_quadratic_to_machine_precision() -> None:
     scales = torch.logspace(0, -4, 8, dtype=torch.float64)
 
-    def valley(variables: Variables, step: Step) -> Tensor:
-        del step
+    def valley(variables: Variables, t: Tensor) -> Tensor:
+        del t
         return (scales * (variables["x"] - 1).square()).sum()
 
     start = {"x": torch.zeros(8, dtype=torch.float64)}
@@ -61,8 +61,8 @@ def test_the_start_is_not_changed() -> None:
 def test_the_best_iterate_is_kept_by_the_criterion_not_the_total() -> None:
     """The total drives x upwards; the criterion is smallest when x passes 1."""
 
-    def objective(variables: Variables, step: Step) -> Value:
-        del step
+    def objective(variables: Variables, t: Tensor) -> Value:
+        del t
         x = variables["x"]
         return Value(-x.sum(), (x.detach().sum() - 1).abs())
 
@@ -85,18 +85,21 @@ def test_the_last_iterate_is_offered_too() -> None:
 def test_each_candidate_keeps_its_own_best_and_a_broken_one_leaves_the_others_alone() -> None:
     """Eight candidates; the fourth turns NaN at step 5."""
 
-    def objective(variables: Variables, step: Step) -> Value:
-        each = (variables["x"] - TARGET).square().sum(1)
-        if step.index >= 5:
-            poison = torch.zeros(len(each), dtype=each.dtype)
-            poison[3] = math.nan
-            each = each + poison * variables["x"].sum(1)
-        return Value(each.sum(), each)
+    def poisoned(variables: Variables, t: Tensor) -> Tensor:
+        value = (variables["x"] - TARGET).square().sum()
+        sick = (variables["marked"].sum() > 0) & (t >= 5 / 40)
+        return value * torch.where(sick, math.nan, 1.0)
 
     generator = torch.Generator().manual_seed(0)
-    start = {"x": torch.randn(8, 3, dtype=torch.float64, generator=generator)}
+    start = {
+        "x": torch.randn(8, 3, dtype=torch.float64, generator=generator),
+        "marked": torch.zeros(8, 1, dtype=torch.float64),
+    }
+    start["marked"][3] = 1
     lr, steps = 0.05, 40
-    end = descent.descend(objective, start, optimizer=descent.sgd(lr), steps=steps, watch=Watch())
+    end = descent.descend(
+        poisoned, start, candidates=8, optimizer=descent.sgd(lr), steps=steps, watch=Watch()
+    )
     assert end.alive.tolist() == [True, True, True, False, True, True, True, True]
     expected = TARGET + (start["x"] - TARGET) * (1 - 2 * lr) ** steps
     others = [0, 1, 2, 4, 5, 6, 7]
@@ -107,20 +110,22 @@ def test_each_candidate_keeps_its_own_best_and_a_broken_one_leaves_the_others_al
 
 
 def test_a_candidate_thrown_to_infinity_by_its_step_is_halted_at_its_best() -> None:
-    def cliff(variables: Variables, step: Step) -> Value:
-        x = variables["x"]
-        each = x.sum(1) * 1e308 if step.index == 3 else (x - 1).square().sum(1) * 1e-12
-        return Value(each.sum(), (x.detach() - 1).square().sum(1))
+    def cliff(variables: Variables, t: Tensor) -> Value:
+        x = variables["x"].sum()
+        total = torch.where(t >= 3 / 4, x * 1e308, (x - 1).square() * 1e-12)
+        return Value(total, (x.detach() - 1).square())
 
     start = {"x": torch.tensor([[0.0], [0.5]], dtype=torch.float64)}
-    end = descent.descend(cliff, start, optimizer=descent.sgd(1e10), steps=4, watch=Watch())
+    end = descent.descend(
+        cliff, start, candidates=2, optimizer=descent.sgd(1e10), steps=4, watch=Watch()
+    )
     assert bool(torch.isfinite(end.best["x"]).all())
     assert bool(torch.isfinite(end.last["x"]).all())
 
 
 def test_nothing_finite_returns_the_start_and_ends_early() -> None:
-    def hopeless(variables: Variables, step: Step) -> Tensor:
-        del step
+    def hopeless(variables: Variables, t: Tensor) -> Tensor:
+        del t
         return variables["x"].sum() * math.nan
 
     end = descent.descend(
@@ -174,8 +179,8 @@ def test_the_first_signed_adam_step_moves_every_pixel_by_lr() -> None:
 
 
 def test_in_turn_moves_one_group_at_a_time() -> None:
-    def objective(variables: Variables, step: Step) -> Tensor:
-        del step
+    def objective(variables: Variables, t: Tensor) -> Tensor:
+        del t
         return sum((v - 1).square().sum() for v in variables.values()) + torch.zeros(())
 
     start = {"a": torch.zeros(2), "b": torch.zeros(2)}
@@ -199,8 +204,8 @@ def test_projection_holds_after_every_step() -> None:
     box = Box((0.5,), (0.25,))
     outside: list[bool] = []
 
-    def objective(variables: Variables, step: Step) -> Tensor:
-        outside.append(step.index > 0 and not box.contains(variables["x"].detach()))
+    def objective(variables: Variables, t: Tensor) -> Tensor:
+        outside.append(float(t) > 0 and not box.contains(variables["x"].detach()))
         return (variables["x"] - 100).square().sum()
 
     end = descent.descend(
@@ -214,8 +219,8 @@ def test_projection_holds_after_every_step() -> None:
 def test_langevin_noise_has_deviation_lr_times_scale() -> None:
     lr, scale = 0.1, 0.2
 
-    def flat(variables: Variables, step: Step) -> Tensor:
-        del step
+    def flat(variables: Variables, t: Tensor) -> Tensor:
+        del t
         return 0.0 * variables["x"].sum()
 
     end = descent.descend(
@@ -224,3 +229,115 @@ def test_langevin_noise_has_deviation_lr_times_scale() -> None:
     )  # fmt: skip
     assert float(end.last["x"].std()) == pytest.approx(lr * scale, rel=0.02)
     assert abs(float(end.last["x"].mean())) < 5 * lr * scale / 100_000**0.5
+
+
+def test_candidates_are_what_each_would_be_alone() -> None:
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(4, 3, dtype=torch.float64, generator=generator)
+    together = descent.descend(
+        bowl, {"x": start}, candidates=4, optimizer=descent.adam(0.1), steps=30, watch=Watch()
+    )
+    for index in range(4):
+        alone = descent.descend(
+            bowl, {"x": start[index]}, optimizer=descent.adam(0.1), steps=30, watch=Watch()
+        )
+        assert torch.equal(together.last["x"][index], alone.last["x"])
+        assert torch.equal(together.criterion[index], alone.criterion)
+    best = int(together.criterion.argmin())
+    assert torch.equal(together.chosen()["x"], together.best["x"][best])
+
+
+def test_a_weight_may_be_a_function_of_t() -> None:
+    """The pull towards 10 fades out along the run, so the end is that of the bowl."""
+
+    def fading(variables: Variables, t: Tensor) -> Tensor:
+        pull = (variables["x"] - 10).square().sum()
+        return (variables["x"] - TARGET).square().sum() + 10 * torch.clamp(1 - 2 * t, min=0) * pull
+
+    end = descent.descend(
+        fading, START, optimizer=descent.sgd(0.02), steps=400, watch=Watch(), report_every=50
+    )
+    torch.testing.assert_close(end.last["x"], TARGET, rtol=0, atol=1e-2)
+
+
+def test_candidates_may_share_what_they_agree_on() -> None:
+    """Each is drawn to the mean of all, which is constant within a step."""
+
+    def drawn(variables: Variables, t: Tensor) -> Tensor:
+        del t
+        return (variables["x"] - variables["mean"]).square().sum()
+
+    start = torch.tensor([[0.0], [4.0]], dtype=torch.float64)
+    end = descent.descend(
+        drawn, {"x": start}, candidates=2, optimizer=descent.sgd(0.25), steps=1, watch=Watch(),
+        shared=lambda variables, step: {"mean": variables["x"].mean(0)},
+    )  # fmt: skip
+    assert end.last["x"].tolist() == [[1.0], [3.0]]
+
+
+def test_stages_share_a_budget_by_weight_and_the_second_starts_from_the_first() -> None:
+    shares = list(Watch(8.0).share([1, 3]))
+    assert shares[0].seconds == pytest.approx(2.0, rel=1e-2)
+    parts = Watch().share([1, 3])
+    first = descent.descend(bowl, START, optimizer=descent.sgd(0.1), steps=5, watch=next(parts))
+    second = descent.descend(
+        bowl, first.best, optimizer=descent.sgd(0.1), steps=5, watch=next(parts)
+    )
+    whole = descent.descend(bowl, START, optimizer=descent.sgd(0.1), steps=10, watch=Watch())
+    assert torch.equal(second.last["x"], whole.last["x"])
+
+
+def test_a_line_search_takes_candidates_one_by_one_and_spares_those_after_success() -> None:
+    start = {"x": torch.zeros(3, 3, dtype=torch.float64)}
+    factory = descent.lbfgs(line_search=True)
+    end = descent.descend(
+        bowl, start, candidates=3, optimizer=factory, steps=5, watch=Watch(), report_every=1,
+        done=lambda D: float(D.min()) < 1e-20,
+    )  # fmt: skip
+    assert float(end.criterion[0]) < 1e-20
+    assert end.criterion[1:].tolist() == [math.inf, math.inf]
+    torch.testing.assert_close(end.chosen()["x"], TARGET)
+
+
+def test_ctrl_c_returns_the_best_so_far() -> None:
+    calls = 0
+
+    def interrupted(variables: Variables, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 11:
+            raise KeyboardInterrupt
+        return bowl(variables, t)
+
+    top = Watch()
+    watch = Watch(parent=top)
+    end = descent.descend(interrupted, START, optimizer=descent.sgd(0.1), steps=1_000, watch=watch)
+    assert end.steps == 11
+    assert top.stopped and watch.cut_short
+    expected = TARGET * (1 - 0.8**10)
+    torch.testing.assert_close(end.best["x"], expected, rtol=1e-12, atol=0)
+
+
+def test_a_budget_of_a_second_returns_something_valid() -> None:
+    watch = Watch(0.05)
+    end = descent.descend(bowl, START, optimizer=descent.adam(0.1), steps=10**7, watch=watch)
+    assert bool(torch.isfinite(end.best["x"]).all())
+    assert float(end.criterion) <= float(TARGET.square().sum())
+    assert watch.cut_short
+
+
+def test_the_result_so_far_is_shown_at_every_report() -> None:
+    shown: list[Tensor] = []
+    watch = Watch(conduct=Conduct(keep=lambda best: shown.append(best["x"])))
+    end = descent.descend(
+        bowl, START, optimizer=descent.sgd(0.1), steps=30, watch=watch, report_every=10
+    )
+    assert len(shown) == 3
+    errors = [float((x - TARGET).norm()) for x in [*shown, end.best["x"]]]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_progress_says_criterion_rate_and_wait() -> None:
+    watch = Watch(listen=lambda fraction, note: None)
+    descent.descend(bowl, START, optimizer=descent.sgd(0.1), steps=50, watch=watch)
+    assert "criterion" in watch.note and "it/s" in watch.note and "s left" in watch.note

@@ -1,0 +1,38 @@
+"""The engine under every method that minimises: it takes functions, never the name of a method.
+
+``loop`` holds the loop itself, ``optimizers`` what moves the variables, ``steps`` schedules and
+hooks around a step, ``execution`` how a slope is computed and the choice among ways, ``saved``
+checkpoints. An attack needs only the names below.
+"""
+
+from leakatlas.blocks.descent.execution import EXECUTIONS, slopes
+from leakatlas.blocks.descent.loop import Descended, descend
+from leakatlas.blocks.descent.objective import Objective, Value, Variables
+from leakatlas.blocks.descent.optimizers import Factory, adam, in_turn, lbfgs, sgd
+from leakatlas.blocks.descent.steps import (
+    cosine_decay,
+    inside,
+    langevin,
+    signed,
+    step_decay,
+)
+
+__all__ = [
+    "EXECUTIONS",
+    "Descended",
+    "Factory",
+    "Objective",
+    "Value",
+    "Variables",
+    "adam",
+    "cosine_decay",
+    "descend",
+    "in_turn",
+    "inside",
+    "langevin",
+    "lbfgs",
+    "sgd",
+    "signed",
+    "slopes",
+    "step_decay",
+]

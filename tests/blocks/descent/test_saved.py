@@ -1,0 +1,143 @@
+"""A run that was killed goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from leakatlas.blocks import descent
+from leakatlas.blocks.descent import Descended, Factory, Variables
+from leakatlas.blocks.watch import Conduct, Watch
+from leakatlas.errors import InvalidInput
+
+START = {"x": torch.linspace(-1, 1, 12).reshape(2, 6)}
+
+
+def wave(variables: Variables, t: Tensor) -> Tensor:
+    x = variables["x"]
+    return (x.square() + 0.3 * torch.sin(9 * x + t)).sum()
+
+
+def search(
+    folder: Path | None, *, optimizer: Factory, steps: int = 60, stop_at: int | None = None
+) -> Descended:
+    generator = torch.Generator().manual_seed(3)
+    watch = Watch(conduct=Conduct(checkpoints=folder, save_every=0.0))
+
+    def objective(variables: Variables, t: Tensor) -> Tensor:
+        if stop_at is not None and float(t) * steps >= stop_at:
+            watch.stop()
+        return wave(variables, t)
+
+    return descent.descend(
+        objective, START, candidates=2, optimizer=optimizer, steps=steps, watch=watch,
+        schedule=descent.cosine_decay(), generators=(generator,), report_every=10,
+        after=(descent.langevin(0.5, "x", generator=generator),),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        descent.adam(0.05),
+        descent.sgd(0.02, momentum=0.9),
+        descent.lbfgs(0.1, inner=2),
+        descent.lbfgs(0.1, inner=2, line_search=True),
+    ],
+    ids=["adam", "sgd", "batched lbfgs", "line search"],
+)
+@pytest.mark.parametrize("stop_at", [20, 37])
+def test_a_stopped_run_ends_bit_for_bit_like_an_uninterrupted_one(
+    tmp_path: Path, optimizer: Factory, stop_at: int
+) -> None:
+    whole = search(None, optimizer=optimizer)
+    search(tmp_path, optimizer=optimizer, stop_at=stop_at)
+    resumed = search(tmp_path, optimizer=optimizer)
+    for name in START:
+        assert torch.equal(resumed.best[name], whole.best[name])
+        assert torch.equal(resumed.last[name], whole.last[name])
+    assert torch.equal(resumed.criterion, whole.criterion)
+    assert resumed.steps == whole.steps
+
+
+def test_a_finished_descent_is_not_run_again(tmp_path: Path) -> None:
+    first = search(tmp_path, optimizer=descent.adam(0.05))
+    again = search(tmp_path, optimizer=descent.adam(0.05), stop_at=0)
+    assert torch.equal(first.best["x"], again.best["x"])
+    assert torch.equal(first.trace, again.trace)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    search(tmp_path, optimizer=descent.adam(0.05))
+    with pytest.raises(InvalidInput, match="belongs to another run"):
+        search(tmp_path, optimizer=descent.adam(0.05), steps=61)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"cos\nsystem\n(S'true'\ntR."])
+def test_a_damaged_or_evil_checkpoint_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "0001.pt").write_bytes(content)
+    with pytest.raises(InvalidInput, match=r"0001\.pt is damaged .* delete it"):
+        search(tmp_path, optimizer=descent.adam(0.05))
+
+
+def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "0001.pt")
+    with pytest.raises(InvalidInput, match="not a checkpoint of a descent"):
+        search(tmp_path, optimizer=descent.adam(0.05))
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
+from leakatlas.blocks.watch import Conduct, Watch
+from leakatlas.fl import View
+
+folder, out, pause = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "slowly"
+if pause:  # so that a signal surely comes in the middle
+    import time
+    real = torch.Tensor.sign
+    torch.Tensor.sign = lambda self: (time.sleep(0.02), real(self))[1]
+torch.set_num_threads(1)
+attack = InvertingGradients(steps=75, restarts=2)
+conduct = Conduct(checkpoints=folder / "progress", save_every=0.0)
+found = attack(View.load(folder), seed=1, watch=Watch(conduct=conduct))
+torch.save(found.images, out)
+"""
+
+
+def test_kill_9_in_the_middle_loses_nothing(tmp_path: Path) -> None:
+    from leakatlas.threat import Grant
+    from tests.conftest import build_stage
+
+    stage = build_stage(
+        model="lenet", settings={"width": 4}, letter="B", grants=frozenset({Grant.LABELS})
+    )
+    view = stage.view([stage.federation.play_round()])
+    view.save(tmp_path)
+    (tmp_path / "whole").mkdir()
+    view.save(tmp_path / "whole")
+
+    def command(folder: Path, out: str, how: str) -> list[str]:
+        return [sys.executable, "-c", PROGRAM, str(folder), str(tmp_path / out), how]
+
+    subprocess.run(command(tmp_path / "whole", "whole.pt", "fast"), check=True, timeout=120)
+    victim = subprocess.Popen(command(tmp_path, "killed.pt", "slowly"))
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "progress" / "0001.pt").is_file():
+        assert victim.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (tmp_path / "killed.pt").exists()
+    subprocess.run(command(tmp_path, "resumed.pt", "fast"), check=True, timeout=120)
+    whole = torch.load(tmp_path / "whole.pt", weights_only=True)
+    assert torch.equal(torch.load(tmp_path / "resumed.pt", weights_only=True), whole)
