@@ -25,6 +25,7 @@ import argparse
 import importlib
 import importlib.metadata
 import json
+import math
 import resource
 import statistics
 import sys
@@ -275,13 +276,15 @@ def run(breaching: ModuleType, job: Job) -> dict[str, Any]:
         "peak_bytes_before": idle_bytes,
         "psnr": mean_psnr(best, problem, box),
         "psnr_of_restarts": [mean_psnr(x, problem, box) for _, x in found],
-        "final_objective": score,
+        "final_objective": finite(score),
         "objectives": [
+            # a restart whose objective was never finite has none
             {"first": values[0], "last": values[-1], "iterations": len(values)}
-            for values in objectives
             if values
+            else {"first": None, "last": None, "iterations": 0}
+            for values in objectives
         ],
-        "distance_at_truth": distance_at_truth(attacker, problem),
+        "distance_at_truth": finite(distance_at_truth(attacker, problem)),
         "settings": settings(config, job, problem),
     }
 
@@ -298,6 +301,11 @@ def peak_bytes() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for what JSON cannot hold."""
+    return value if math.isfinite(value) else None
 
 
 def mean_psnr(x_hat: Tensor, problem: Problem, box: Box) -> float | None:
