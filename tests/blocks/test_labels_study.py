@@ -59,3 +59,16 @@ def test_no_rule_beats_the_even_spread_on_large_batches_of_a_trained_network(
         setting = f"digits/{activation}/trained/B=32/random"
         found = {k: v for k, v in irec.items() if k.endswith(setting)}
         assert max(found.values()) < irec[f"even-spread/{setting}"] + 0.05
+
+
+def test_withholding_the_head_does_not_hide_the_labels_of_an_untrained_network(
+    irec: dict[str, float],
+) -> None:
+    found = {k.removeprefix("gdbr/"): v for k, v in irec.items() if k.startswith("gdbr/")}
+    assert len(found) == 36 and all(k.endswith("/head withheld") for k in found)
+    for setting, value in found.items():
+        even = irec[f"even-spread/{setting}"]
+        if "/untrained/" in setting:
+            assert value > even + 0.15 and value > 0.95
+        elif "/B=32/random/" in setting:  # like every other rule on a trained network
+            assert value < even + 0.05
