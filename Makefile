@@ -43,7 +43,7 @@ study-defenses: $(STAMP)
 study-generative: $(STAMP)
 	$(BIN)/python benchmarks/generative.py --data $(DATA)/cifar10
 study-measures: $(STAMP)
-	$(BIN)/python benchmarks/measures.py --data $(DATA)/cifar10/test.parquet
+	$(BIN)/python benchmarks/measures.py --data $(DATA)/cifar10/test.parquet --tuning $(DATA)/cifar10/train.parquet
 study-lint: $(STAMP)
 	$(BIN)/python benchmarks/lint.py --data $(DATA)/cifar10/train.parquet
 study-labels: $(STAMP)

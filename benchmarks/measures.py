@@ -25,6 +25,8 @@ import argparse
 import datetime
 import hashlib
 import json
+import os
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -485,7 +487,7 @@ def result(
             "trials": len(trials),
             "minutes on one thread": round(sum(t["seconds"] for t in (*trials, *tuning)) / 60, 1),
         },
-        "hardware": "2 CPU cores, no GPU",
+        "hardware": f"{os.cpu_count()} CPU cores {platform.machine()}, no GPU, one thread a trial",
         "seeds": sorted({SEED + int(t["index"]) for t in trials}),
         "measures": [*summarise(trials), *tuning_entries(tuning)],
         "command": COMMAND,
