@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leakatlas import models
 from leakatlas.blocks import labels
 from leakatlas.blocks.labels import METHODS, Bridge, Evidence
 from leakatlas.errors import InvalidInput, NotGranted, UnsupportedModel
@@ -159,9 +160,30 @@ def test_convolutions_sum_over_positions() -> None:
     bridge = bridge_of(model, x[:2], sent)
     torch.testing.assert_close(logit_gradient(sent, bridge), hidden, rtol=0, atol=1e-10)
     without = {n: g for n, g in sent.items() if n != "0.bias"}
-    blind = bridge_of(model, x[:2], without)
-    with pytest.raises(UnsupportedModel, match="not defined for a convolution"):
-        labels.output_gradient(without, blind)
+    with pytest.raises(UnsupportedModel, match="nothing to build a bridge on"):
+        bridge_of(model, x[:2], without)
+
+
+def test_a_normalisation_stands_in_for_a_convolution_without_bias() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.AvgPool2d(6), nn.Flatten(),
+            nn.Linear(6, 4),
+        ).double().eval()  # fmt: skip
+    x = torch.rand(7, 3, 8, 8, generator=seeded(), dtype=torch.float64)
+    sent, hidden = update(model, x, torch.tensor([0, 0, 0, 1, 2, 3, 3]))
+    bridge = bridge_of(model, x[:2], sent)
+    assert (bridge.layer, bridge.bias_name) == ("1", "1.bias")
+    torch.testing.assert_close(logit_gradient(sent, bridge), hidden, rtol=0, atol=1e-10)
+
+
+def test_a_transformers_last_normalisation_gives_the_head_away_exactly() -> None:
+    vit = models.build("vit", size=8, dim=16, depth=1, classes=4).double()
+    x = torch.rand(5, 3, 8, 8, generator=seeded(), dtype=torch.float64)
+    sent, hidden = update(vit, x, torch.tensor([0, 1, 1, 3, 3]))
+    bridge = bridge_of(vit, torch.zeros_like(x[:1]), sent)  # any auxiliary input does
+    torch.testing.assert_close(logit_gradient(sent, bridge), hidden, rtol=0, atol=1e-10)
 
 
 def test_the_model_is_left_as_it_was_and_nothing_below_the_head_is_refused() -> None:

@@ -8,6 +8,7 @@ rule with its output and its requirements.
 """
 
 from leakatlas.blocks.labels.bridge import Bridge as Bridge
+from leakatlas.blocks.labels.bridge import bridge_layer as bridge_layer
 from leakatlas.blocks.labels.bridge import build_bridge as build_bridge
 from leakatlas.blocks.labels.bridge import gdbr as gdbr
 from leakatlas.blocks.labels.bridge import logit_gradient as logit_gradient

@@ -1,7 +1,7 @@
 r"""Label counts although the head's own gradient is withheld: a bridge from the layer below.
 
-Let v be the output of the highest layer whose gradient is still sent. What that layer's bias
-receives is, exactly,
+Let v be the output of the highest layer whose bias gradient is still sent: linear, convolution or
+normalisation. What that bias receives is, exactly,
 
 .. math:: g = \frac1B \sum_i J_i^\top \delta_i, \qquad
           J_i = \partial z_i / \partial v, \quad \delta_i = p_i - y_i,
@@ -17,7 +17,8 @@ squares; then the count identity ends the matter: :math:`n = B(\bar p - \bar\del
 :math:`\bar p` from auxiliary inputs too. For one activation between v and the head,
 :math:`\bar J = W\,\mathrm{diag}(\overline{\sigma'})`: weights times mean derivatives.
 
-Exact: :math:`\bar\delta`, if everything above v is affine, or for B = 1 if the derivative at the
+Exact: :math:`\bar\delta`, if everything above v is affine, as between a last normalisation and the
+head of a transformer, or for B = 1 if the derivative at the
 example itself is known. Fails: if the map from :math:`\bar\delta` to g has rank below K - 1, as
 with fewer live outputs than K - 1 (refused); where derivatives follow the class, as on trained
 networks; and as far as :math:`\bar p` is wrong.
@@ -47,7 +48,10 @@ from leakatlas.blocks.labels.counts import counts_from_bias, mean_probability
 from leakatlas.blocks.labels.head import Head
 from leakatlas.errors import InvalidInput, UnsupportedModel
 
-_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CHANNELS_FIRST = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.batchnorm._BatchNorm, nn.GroupNorm,
+)  # fmt: skip
+_KINDS = (nn.Linear, nn.LayerNorm, *_CHANNELS_FIRST)
 
 RANK = 1e-9
 """Singular values below this share of the largest say nothing in float64."""
@@ -63,7 +67,8 @@ class Bridge:
         bias_name: Parameter name of its bias; None if it has none or does not send it.
         jacobian: Mean derivative of the logits by the layer's output, ``(K, D)`` float64.
         mean_probability: Mean softmax output ``(K,)`` float64.
-        mean_input: Mean input of a linear layer ``(F,)`` float64; None for a convolution.
+        mean_input: Mean input of a linear layer ``(F,)`` float64; None for other layers, which
+            are chosen for their bias alone.
     """
 
     layer: str
@@ -86,23 +91,24 @@ def build_bridge(
         shared: Names of the parameters whose gradients are sent.
 
     Raises:
-        UnsupportedModel: If no convolution or linear layer below the head sends its gradient.
+        UnsupportedModel: If no layer below the head sends a bias gradient, and no linear layer
+            its weight's.
         InvalidInput: If there is no auxiliary input.
     """
     if len(auxiliary) == 0:
         raise InvalidInput("build_bridge: needs at least one auxiliary input, got none.")
-    layer, name = _highest_shared(model, head, auxiliary[:1], frozenset(shared))
+    layer, name = bridge_layer(model, head, auxiliary[:1], frozenset(shared))
     listed = {id(p): n for n, p in model.named_parameters()}
-    assert isinstance(layer.weight, Tensor)
+    assert isinstance(layer.weight, Tensor)  # normalisations are chosen by their bias
     outputs = layer.weight.shape[0]
     probe = torch.zeros(outputs, dtype=auxiliary.dtype, device=auxiliary.device).requires_grad_()
     seen: list[Tensor] = []
 
     def add_probe(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
         seen.append(arguments[0].detach())
-        if isinstance(layer, nn.Linear):
-            return output + probe
-        return output + probe.reshape(-1, *[1] * (output.dim() - 2))
+        if isinstance(layer, _CHANNELS_FIRST):
+            return output + probe.reshape(-1, *[1] * (output.dim() - 2))
+        return output + probe
 
     logits = _run(model, layer, add_probe, auxiliary)
     mean = logits.mean(dim=0)
@@ -131,7 +137,7 @@ def output_gradient(gradients: Mapping[str, Tensor], bridge: Bridge) -> Tensor:
     :math:`\bar h / |\bar h|^2`.
 
     Raises:
-        UnsupportedModel: If the layer has no bias and its mean input vanishes or is not defined.
+        UnsupportedModel: If the layer has no bias and its mean input vanishes or is not known.
         InvalidInput: If the update lacks the gradient.
     """
     name = bridge.weight_name if bridge.bias_name is None else bridge.bias_name
@@ -143,8 +149,8 @@ def output_gradient(gradients: Mapping[str, Tensor], bridge: Bridge) -> Tensor:
     h = bridge.mean_input
     if h is None or float(h @ h) == 0:
         raise UnsupportedModel(
-            f"gdbr: layer {bridge.layer!r} sends no bias gradient, and its mean input "
-            + ("is not defined for a convolution." if h is None else "is zero.")
+            f"gdbr: layer {bridge.layer!r} sends no bias gradient, and its mean input is "
+            + ("not known." if h is None else "zero.")
         )
     return g @ h / (h @ h)
 
@@ -193,10 +199,23 @@ def gdbr(gradients: Mapping[str, Tensor], bridge: Bridge, batch_size: int) -> Te
     return counts_from_bias(delta, bridge.mean_probability, batch_size)
 
 
-def _highest_shared(
+def bridge_layer(
     model: nn.Module, head: Head, example: Tensor, shared: frozenset[str]
 ) -> tuple[nn.Module, str]:
-    """The last layer executed before the head whose weight gradient is sent."""
+    """The last layer executed below the head with a bias gradient, or a linear one without.
+
+    Args:
+        model: Left as it was.
+        head: Its head.
+        example: One input ``(1, ...)``.
+        shared: Names of the parameters whose gradients are sent.
+
+    Returns:
+        The layer and its name.
+
+    Raises:
+        UnsupportedModel: If there is none.
+    """
     listed = {id(p): n for n, p in model.named_parameters()}
     names = {id(m): n for n, m in model.named_modules()}
     order: list[nn.Module] = []
@@ -216,12 +235,16 @@ def _highest_shared(
         for module, training in modes.items():
             module.training = training
     for layer in reversed(order):
-        weight = listed.get(id(layer.weight))
-        if weight in shared and weight != head.weight_name:
+        weight, bias = listed.get(id(layer.weight)), listed.get(id(layer.bias))
+        if weight == head.weight_name:
+            continue
+        if isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) > 1:
+            continue  # a bias for every place: its gradient is no sum over places
+        if bias in shared or (isinstance(layer, nn.Linear) and weight in shared):
             return layer, names[id(layer)]
     raise UnsupportedModel(
-        f"gdbr: no convolution or linear layer of {type(model).__name__} below the head sends its "
-        "gradient; there is nothing to build a bridge on."
+        f"gdbr: no layer of {type(model).__name__} below the head sends a bias gradient, and no "
+        "linear layer its weight's; there is nothing to build a bridge on."
     )
 
 

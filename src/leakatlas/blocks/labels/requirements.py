@@ -28,7 +28,8 @@ class Requirement(enum.Enum):
     AUX_DATA = "aux_data"
     """Public data from the client's population."""
     BRIDGE = "bridge"
-    """A layer below the head sends its gradient; the head's own is not read."""
+    """A layer below the head sends a bias gradient, or is linear and sends its weight's; the
+    head's own is not read."""
     TRAINING = "training"
     """Learning rate, epochs and local batch size."""
 
