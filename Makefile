@@ -48,6 +48,7 @@ study-lint: $(STAMP)
 	$(BIN)/python benchmarks/lint.py --data $(DATA)/cifar10/train.parquet
 study-labels: $(STAMP)
 	$(BIN)/python benchmarks/labels.py
+	$(BIN)/python benchmarks/labels_withheld.py --data $(DATA)/cifar10/test.parquet
 
 clean:
 	rm -rf $(VENV) leak-report .mypy_cache .ruff_cache .pytest_cache

@@ -11,6 +11,7 @@ from leakatlas.blocks.labels import METHODS
 from leakatlas.catalogue.results import Result
 
 STUDY = Path(__file__).parents[2] / "results" / "labels.json"
+WITHHELD = STUDY.with_name("labels-withheld.json")
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +73,14 @@ def test_withholding_the_head_does_not_hide_the_labels_of_an_untrained_network(
             assert value > even + 0.15 and value > 0.95
         elif "/B=32/random/" in setting:  # like every other rule on a trained network
             assert value < even + 0.05
+
+
+def test_networks_with_wide_layers_below_a_withheld_head_give_their_labels_away() -> None:
+    result = Result.model_validate(json.loads(WITHHELD.read_text(encoding="utf-8")))
+    found = {m.name.removeprefix("irec/"): m.value for m in result.measures}
+    for network in ("lenet5", "convnet", "convnet-bn", "vgg11", "resnet18", "vit"):
+        assert found[f"gdbr/{network}/untrained/B=32"] > 0.95
+    # 12 channels for 9 unknowns are barely enough, and training ends what the counts rest on
+    for place in ("lenet/untrained", "convnet/trained", "convnet-bn/trained"):
+        even = found[f"even-spread/{place}/B=32"]
+        assert even - 0.1 < found[f"gdbr/{place}/B=32"] < even + 0.15
