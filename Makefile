@@ -43,11 +43,12 @@ study-defenses: $(STAMP)
 study-generative: $(STAMP)
 	$(BIN)/python benchmarks/generative.py --data $(DATA)/cifar10
 study-measures: $(STAMP)
-	$(BIN)/python benchmarks/measures.py --data $(DATA)/cifar10/test.parquet
+	$(BIN)/python benchmarks/measures.py --data $(DATA)/cifar10/test.parquet --tuning $(DATA)/cifar10/train.parquet
 study-lint: $(STAMP)
 	$(BIN)/python benchmarks/lint.py --data $(DATA)/cifar10/train.parquet
 study-labels: $(STAMP)
 	$(BIN)/python benchmarks/labels.py
+	$(BIN)/python benchmarks/labels_withheld.py --data $(DATA)/cifar10/test.parquet
 
 clean:
 	rm -rf $(VENV) leak-report .mypy_cache .ruff_cache .pytest_cache

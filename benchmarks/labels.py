@@ -11,6 +11,10 @@ the whole batch was right, and how many labels were padded.
 
 Victims are held out from training. Dummy inputs are N(0, 1); public data are digits that are
 neither victims nor training data.
+
+Where the head's gradient is withheld, the one rule that reads the layers below it stands alone
+beside the null baseline; every other rule would refuse. ``--only gdbr`` runs these cells again and
+keeps the others of the result file: no cell's batches depend on another's.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +47,9 @@ SEEDS = (0, 1, 2)
 SINGLE = ("idlg", "idlg-sum", "idlg-paper", "fc-ratio")
 """Rules for one sample."""
 FEDAVG = ("dimitrov", "dimitrov-bias")
-BATCH = tuple(key for key in METHODS if key not in (*SINGLE, *FEDAVG, "rgap"))
+WITHHELD = tuple(key for key, method in METHODS.items() if not method.reads_head)
+"""Rules for updates without the head's gradient."""
+BATCH = tuple(key for key in METHODS if key not in (*SINGLE, *FEDAVG, *WITHHELD, "rgap"))
 NULL = "even-spread"
 """The null baseline: every class equally often. No rule below it has recovered anything."""
 CLASSES, WIDTH, LR, LOCAL = 10, 64, 0.1, 4
@@ -112,7 +118,8 @@ def draw(kind: str, y: Tensor, batch: int, classes: int, generator: torch.Genera
 class Tally:
     """Collects one score a trial and turns them into measures."""
 
-    def __init__(self) -> None:
+    def __init__(self, only: Iterable[str] = ()) -> None:
+        self.only = set(only)
         self.scores: dict[str, list[float]] = {}
         self.exact: dict[str, int] = {}
         self.refused: dict[str, int] = {}
@@ -120,6 +127,9 @@ class Tally:
 
     def add_all(self, keys: Iterable[str], setting: str, evidence: Evidence, true: Tensor) -> None:
         """Score every rule on one batch, beside the even spread that reads no update."""
+        keys = [key for key in keys if not self.only or key in self.only]
+        if not keys:
+            return
         even = labels.round_counts(torch.zeros(len(true)), int(true.sum()))
         self._keep(f"irec/{NULL}/{setting}", irec(even, true), int(torch.equal(even, true)), 0, 0)
         for key in keys:
@@ -176,6 +186,10 @@ def fedsgd(tally: Tally, data: Digits, trials: int) -> None:
                 weight, bias = head_weights(model)
                 dummy = labels.head_pass(model, head, torch.randn(400, 64, generator=seeded(seed)))
                 public = labels.head_pass(model, head, *data.public)
+                below = {n for n, _ in model.named_parameters()} - {
+                    head.weight_name, head.bias_name
+                }  # fmt: skip
+                bridge = labels.build_bridge(model, head, data.public[0], shared=below)
                 x, y = data.victims
                 for batch, draws in {8: DRAWS, 32: DRAWS[1:], 1: ("random",)}.items():
                     for kind in draws:
@@ -194,6 +208,11 @@ def fedsgd(tally: Tally, data: Digits, trials: int) -> None:
                             )  # fmt: skip
                             true = counts_of(y[pick], CLASSES)
                             tally.add_all(SINGLE if batch == 1 else BATCH, setting, evidence, true)
+                            restricted = replace(
+                                evidence, bridge=bridge,
+                                gradients={n: evidence.gradients[n] for n in below},
+                            )  # fmt: skip
+                            tally.add_all(WITHHELD, f"{setting}/head withheld", restricted, true)
 
 
 def fedavg(tally: Tally, data: Digits, trials: int) -> None:
@@ -271,13 +290,36 @@ def synthetic(tally: Tally, trials: int) -> None:
                         tally.add_all(BATCH, setting, evidence, counts_of(y, classes))
 
 
+def merged(
+    old: dict[str, Any], new: dict[str, Any], measures: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The old file's measures with the new ones in their place, or after them.
+
+    Raises:
+        InvalidInput: If the old file rests on another recipe.
+    """
+    if old["recipe"] != json.loads(json.dumps(new["recipe"])) or old["seeds"] != new["seeds"]:
+        raise InvalidInput("The result file rests on another recipe; run the whole study.")
+    fresh = {measure["name"]: measure for measure in measures}
+    kept = [fresh.pop(measure["name"], measure) for measure in old["measures"]]
+    return [*kept, *fresh.values()]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=10, help="batches a seed and setting")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=[],
+        choices=list(METHODS),
+        metavar="RULE",
+        help="run these rules again, and keep the other measures of --out",
+    )
     parser.add_argument("--out", type=Path, default=Path("results/labels.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    tally, data = Tally(), digits()
+    tally, data = Tally(options.only), digits()
     fedsgd(tally, data, options.trials)
     fedavg(tally, data, options.trials)
     synthetic(tally, options.trials)
@@ -307,6 +349,8 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     measures = result.pop("measures")
     assert isinstance(measures, list)
+    if options.only:
+        measures = merged(json.loads(options.out.read_text(encoding="utf-8")), result, measures)
     text = json.dumps(result, indent=1)[:-2]  # one measure a line, or a change cannot be read
     lines = ",\n".join("  " + json.dumps(measure) for measure in measures)
     options.out.write_text(f'{text},\n "measures": [\n{lines}\n ]\n}}\n', encoding="utf-8")

@@ -1,13 +1,17 @@
 """How every vulnerability measure relates to what attacks reach.
 
-``python benchmarks/measures.py --data cifar10/test.parquet`` runs every cell (network, trained or
-not, batch size, defense) on test images that no shipped network has seen, takes all measures of
-:mod:`leakatlas.vulnerability` before the attacks, runs the attacks, scores them, and writes
-``results/measures.json`` and ``docs/measures.md``. ``--tables`` rebuilds the page from the results.
+``python benchmarks/measures.py --data cifar10/test.parquet --tuning cifar10/train.parquet`` first
+settles the attacks' total-variation weight on training images that no shipped network has seen.
+Then it runs every cell (network, trained or not, batch size, protocol, defense) on test images that
+no shipped network has seen either: it takes all measures of :mod:`leakatlas.vulnerability` before
+the attacks, runs the attacks and scores them. It writes ``results/measures.json`` and
+``docs/measures.md``; ``--tables`` rebuilds the page from the results. With ``--journal`` every
+finished run is kept, and the same command goes on after a stop.
 
-Rank correlations (Spearman) come in three scopes:
+Rank correlations (Spearman) come in four scopes:
 
 - *pooled*: over all trials. Mostly differences between networks, batch sizes and defenses.
+- *fedavg*: the same over the trials in which clients take several local steps.
 - *within*: ranks taken within each cell, then correlated together. Whether the measure tells one
   batch from another under the same set-up.
 - *image*: ranks within each batch, for measures that have a value for every example.
@@ -19,25 +23,29 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
+import os
+import platform
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
-from leakatlas.attacks.api import Attack
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.audit import harness
-from leakatlas.data import CIFAR10, parquet
+from leakatlas.data import CIFAR10, ImageSet, parquet
 from leakatlas.defenses.formal.dp.client_dp import ClientDP
 from leakatlas.defenses.heuristic.perturbation.gradient_pruning import GradientPruning
-from leakatlas.fl import Defense, ModelRef, Scenario, stage, stream
+from leakatlas.fl import Defense, FedAVG, FedSGD, ModelRef, Protocol, Scenario, stage, stream
 from leakatlas.metrics import bootstrap, score
 from leakatlas.threat import Grant
 from leakatlas.vulnerability import Case, assess
@@ -45,7 +53,7 @@ from leakatlas.vulnerability import Case, assess
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "results" / "measures.json"
 PAGE = ROOT / "docs" / "measures.md"
-COMMAND = "python benchmarks/measures.py --data cifar10/test.parquet"
+COMMAND = "python benchmarks/measures.py --data cifar10/test.parquet --tuning cifar10/train.parquet"
 
 SEED = 0
 STEPS = 200
@@ -74,12 +82,27 @@ DEFENSES: dict[str, tuple[Defense, ...]] = {
     ),
 }
 
-ATTACKS: dict[str, Attack] = {
-    "l2": replace(InvertingGradients.tuned(steps=STEPS), tv_weight=0.1),
+PROTOCOLS: dict[str, Protocol] = {
+    "FedSGD": FedSGD(),
+    "FedAVG 1x4": FedAVG(epochs=1, batch_size=1, lr=0.01, mode="eval"),
+    "FedAVG 2x1": FedAVG(epochs=2, batch_size=4, lr=0.01, mode="eval"),
+}
+"""Epochs x local steps an epoch, for clients of four examples."""
+
+ATTACKS: dict[str, InvertingGradients] = {
+    "l2": InvertingGradients.tuned(steps=STEPS),
     "cosine": InvertingGradients(steps=STEPS),
 }
-"""Labels are granted: the measures are about images. Both have the published prior weight; at so
-few iterations weaker priors leave noise that is worse than the mean image."""
+"""Labels are granted: the measures are about images. The weight of the prior is tuned."""
+
+TV_WEIGHTS = (0.003, 0.01, 0.03, 0.1, 0.3)
+"""Candidates for every attack's total-variation weight, around the published 0.1."""
+HELD_OUT = 5_000
+"""Last images of CIFAR-10's training file, on which no shipped network was trained."""
+TUNING_IMAGES = 2
+"""Images for each network, other ones for every network."""
+TUNING_SEED = 1_000
+"""Seeds of the tuning's networks and starts; the study's own are below it."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +112,13 @@ class Cell:
     network: str
     batch: int
     defense: str
+    protocol: str = "FedSGD"
 
     @property
     def name(self) -> str:
         """For tables."""
-        return f"{self.network}, B={self.batch}, {self.defense}"
+        shown = "" if self.protocol == "FedSGD" else f", {self.protocol}"
+        return f"{self.network}, B={self.batch}{shown}, {self.defense}"
 
 
 def cells() -> dict[Cell, int]:
@@ -101,36 +126,119 @@ def cells() -> dict[Cell, int]:
     fresh = {name: weights is None for name, (_, weights) in NETWORKS.items()}
     singles = {Cell(n, 1, d): 5 if fresh[n] else 4 for n in NETWORKS for d in DEFENSES}
     batches = {Cell(n, 4, "none"): 3 if fresh[n] else 2 for n in NETWORKS}
-    return singles | batches
+    # The same batches under several local steps: what differs is the protocol alone.
+    local = {
+        Cell(n, 4, "none", p): 5 if fresh[n] else 3
+        for n in NETWORKS
+        for p in PROTOCOLS
+        if p != "FedSGD"
+    }
+    return singles | batches | local
 
 
-def run_trial(job: tuple[Cell, int, str]) -> dict[str, Any]:
+def scenario_of(cell: Cell, seed: int, data: str) -> Scenario:
+    """A cell with the weights and the seed of one trial."""
+    reference, weights = NETWORKS[cell.network]
+    if weights is None:
+        reference = replace(reference, kwargs={**reference.kwargs, "seed": seed})
+    return Scenario(
+        model=reference,
+        weights=weights,
+        data=data,
+        examples=cell.batch,
+        protocol=PROTOCOLS[cell.protocol],
+        defenses=DEFENSES[cell.defense],
+        letter="C",
+        grants=frozenset({Grant.LABELS}),
+        seed=SEED + seed,
+    )
+
+
+# -- tuning ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attack with one weight on one training image."""
+
+    attack: str
+    weight: float
+    network: str
+    place: int
+
+    @property
+    def key(self) -> str:
+        """For the journal."""
+        return f"tuning {self.attack}, {self.weight}, {self.network}, {self.place}"
+
+
+def attempts() -> list[Attempt]:
+    """Every weight of every attack on the same images: TUNING_IMAGES of its own for a network."""
+    return [
+        Attempt(attack, weight, network, TUNING_IMAGES * place + image)
+        for place, network in enumerate(NETWORKS)
+        for image in range(TUNING_IMAGES)
+        for attack in ATTACKS
+        for weight in TV_WEIGHTS
+    ]
+
+
+def held_out(path: Path, count: int) -> ImageSet:
+    """The first ``count`` of the last :data:`HELD_OUT` images of a Parquet file."""
+    table = pq.read_table(path)
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / path.name
+        pq.write_table(table.slice(len(table) - HELD_OUT, count), part)
+        return parquet(part)
+
+
+def run_attempt(job: tuple[Attempt, ImageSet]) -> dict[str, Any]:
+    """The PSNR of one attack on one undefended image of the tuning set."""
+    attempt, images = job
+    torch.set_num_threads(1)
+    seed = TUNING_SEED + attempt.place
+    scenario = scenario_of(Cell(attempt.network, 1, "none"), seed, "cifar10/train")
+    victims = images.subset([attempt.place])
+    live = stage(scenario, victims=victims, box=CIFAR10)
+    attack = replace(ATTACKS[attempt.attack], tv_weight=attempt.weight)
+    begun = time.perf_counter()
+    trial = harness.run_trial(live, attack, seed=seed)
+    public = images.subset([i for i in range(len(images)) if i != attempt.place])
+    scores = score(trial.images, trial.truth.images, public=public.images, resamples=1)
+    return {**vars(attempt), "psnr": scores.psnr.mean, "seconds": time.perf_counter() - begun}
+
+
+def tuned_weights(tuning: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """By attack, the weight of the highest mean PSNR over all networks' tuning images."""
+    return {
+        attack: max(TV_WEIGHTS, key=lambda w: sum(reached_by(tuning, attack, w)))
+        for attack in ATTACKS
+    }
+
+
+def reached_by(tuning: Sequence[Mapping[str, Any]], attack: str, weight: float) -> list[float]:
+    """The PSNR of every attempt of one attack with one weight."""
+    return [t["psnr"] for t in tuning if (t["attack"], t["weight"]) == (attack, weight)]
+
+
+# -- trials ----------------------------------------------------------------------------------------
+
+
+def run_trial(job: tuple[Cell, int, str, Mapping[str, float]]) -> dict[str, Any]:
     """Measure, attack and score one batch."""
-    cell, index, data = job
+    cell, index, data, weights = job
     torch.set_num_threads(1)
     images = parquet(Path(data), limit=400)
     begin = 4 * index + (200 if cell.batch > 1 else 0)
     victims = images.subset(range(begin, begin + cell.batch))
     public = images.subset(range(300, 300 + PUBLIC))
-    reference, weights = NETWORKS[cell.network]
-    if weights is None:
-        reference = replace(reference, kwargs={**reference.kwargs, "seed": index})
-    scenario = Scenario(
-        model=reference,
-        weights=weights,
-        data="cifar10/test",
-        examples=cell.batch,
-        defenses=DEFENSES[cell.defense],
-        letter="C",
-        grants=frozenset({Grant.LABELS}),
-        seed=SEED + index,
-    )
+    scenario = scenario_of(cell, index, "cifar10/test")
     begun = time.perf_counter()
     measured = None
     reached: dict[str, Any] = {}
     for name, attack in ATTACKS.items():
         live = stage(scenario, victims=victims, surrogate=public, box=CIFAR10)
-        trial = harness.run_trial(live, attack, seed=index)
+        trial = harness.run_trial(live, replace(attack, tv_weight=weights[name]), seed=index)
         scores = score(
             trial.images, trial.truth.images, public=public.images, resamples=1,
             labels=trial.truth.labels,
@@ -243,8 +351,12 @@ def summarise(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 for t in trials
                 if (value := value_of(t, key)) is not None
             ]
-            pooled = correlate(
-                [r[1] for r in rows], [r[2] for r in rows], ranked=False, seed=(attack, key)
+            several = [row for row in rows if "FedAVG" in row[0]]
+            pooled, local = (
+                correlate(
+                    [r[1] for r in some], [r[2] for r in some], ranked=False, seed=(attack, key)
+                )
+                for some in (rows, several)
             )
             x, y = within(rows)
             inside = correlate(x, y, ranked=True, seed=(attack, key, "within"))
@@ -258,7 +370,9 @@ def summarise(trials: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             ]
             x, y = within(images)
             each = correlate(x, y, ranked=True, seed=(attack, key, "image"))
-            for scope, result in (("pooled", pooled), ("within", inside), ("image", each)):
+            for scope, result in (
+                ("pooled", pooled), ("fedavg", local), ("within", inside), ("image", each)
+            ):  # fmt: skip
                 if result is not None:
                     found.append(
                         entry(f"spearman {scope}/{attack}/{key}", result.rho,
@@ -320,13 +434,30 @@ def entry(
 # -- files -----------------------------------------------------------------------------------------
 
 
-def result(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def tuning_entries(tuning: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What every weight reached on the tuning images."""
+    found = []
+    for attack in ATTACKS:
+        for weight in TV_WEIGHTS:
+            values = torch.tensor(reached_by(tuning, attack, weight), dtype=torch.float64)
+            interval = bootstrap(values, generator=stream("measures", attack, weight))
+            found.append(
+                entry(f"tuning/{attack}/{weight}", float(values.mean()), interval, len(values),
+                      "mean PSNR over held-out training images", unit="dB")
+            )  # fmt: skip
+    return found
+
+
+def result(
+    trials: Sequence[Mapping[str, Any]], tuning: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """The content of ``results/measures.json``."""
+    weights = tuned_weights(tuning)
     return {
         "schema": "leakatlas/result/1",
         "kind": "measure",
         "key": "measures",
-        "code_version": 1,
+        "code_version": 2,
         "recipe": {
             "networks": {
                 name: {"model": vars(reference), "weights": weights}
@@ -336,16 +467,29 @@ def result(trials: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 name: [{"key": d.key, **d.to_json()} for d in defenses]
                 for name, defenses in DEFENSES.items()
             },
-            "attacks": {name: {"key": a.key, **a.to_json()} for name, a in ATTACKS.items()},
+            "protocols": {name: p.to_json() for name, p in PROTOCOLS.items()},
+            "attacks": {
+                name: {"key": a.key, **replace(a, tv_weight=weights[name]).to_json()}
+                for name, a in ATTACKS.items()
+            },
+            "tuning": {
+                "parameter": "tv_weight",
+                "candidates": TV_WEIGHTS,
+                "chosen": weights,
+                "by": "highest mean PSNR, one weight an attack for all networks",
+                "data": f"{TUNING_IMAGES} images a network, {TUNING_IMAGES * len(NETWORKS)} in "
+                f"all, from the last {HELD_OUT:,} of CIFAR-10's training file (held out from the "
+                "shipped networks), B=1, FedSGD, no defense",
+            },
             "cells": {cell.name: count for cell, count in cells().items()},
-            "protocol": "FedSGD, eval mode, labels granted",
+            "protocol": "FedSGD and FedAVG, eval mode, labels granted",
             "data": "CIFAR-10 test images; measures at Lanczos steps 20, probes 2",
             "trials": len(trials),
-            "minutes on one thread": round(sum(t["seconds"] for t in trials) / 60, 1),
+            "minutes on one thread": round(sum(t["seconds"] for t in (*trials, *tuning)) / 60, 1),
         },
-        "hardware": "2 CPU cores, no GPU",
+        "hardware": f"{os.cpu_count()} CPU cores {platform.machine()}, no GPU, one thread a trial",
         "seeds": sorted({SEED + int(t["index"]) for t in trials}),
-        "measures": summarise(trials),
+        "measures": [*summarise(trials), *tuning_entries(tuning)],
         "command": COMMAND,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
@@ -369,11 +513,11 @@ def page(content: Mapping[str, Any]) -> str:
         "samples. A measure that is constant in a scope, or has fewer than "
         f"{FEWEST} samples there, has no entry.",
         "",
-        "The attacks' total-variation weight was settled on the first and the fifth image of the "
-        "same test file, which are also in the study: the PSNR of those two is in-sample.",
+        _tuning_sentence(content),
     ]
     scopes = (
         ("pooled", "Pooled over all set-ups"),
+        ("fedavg", "Pooled over the set-ups with several local steps"),
         ("within", "Within one set-up: which batch fares worse"),
         ("image", "Within one batch: which image fares worse"),
     )
@@ -407,6 +551,22 @@ def page(content: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _tuning_sentence(content: Mapping[str, Any]) -> str:
+    """How the attacks' weight was chosen, and what the candidates reached there."""
+    tuning = content["recipe"]["tuning"]
+    figures = {m["name"]: m for m in content["measures"]}
+    parts = []
+    for attack, chosen in tuning["chosen"].items():
+        reached = ", ".join(
+            f"{w:g}: {figures[f'tuning/{attack}/{w}']['value']:.1f}" for w in tuning["candidates"]
+        )
+        parts.append(f"{chosen:g} for {attack} matching (dB by candidate: {reached})")
+    return (
+        f"The attacks' total-variation weight was chosen by {tuning['by']}, on {tuning['data']}; "
+        f"no image of the study was used. It is {'; '.join(parts)}."
+    )
+
+
 def _figure(entry: Mapping[str, Any], digits: int = 2) -> str:
     low, high = entry["interval"]
     return f"{entry['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
@@ -415,41 +575,95 @@ def _figure(entry: Mapping[str, Any], digits: int = 2) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="Parquet file of CIFAR-10's test images")
-    parser.add_argument("--journal", type=Path, help="finished trials, to go on after a stop")
+    parser.add_argument("--tuning", type=Path, help="Parquet file of CIFAR-10's training images")
+    parser.add_argument("--journal", type=Path, help="finished runs, to go on after a stop")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--tables", action="store_true", help="rebuild the page only")
     options = parser.parse_args()
     if not options.tables:
-        if options.data is None:
-            parser.error("--data is needed to run the study")
-        trials = run_all(options.data, options.journal, options.workers)
+        if options.data is None or options.tuning is None:
+            parser.error("--data and --tuning are needed to run the study")
+        journal = Journal.of(options.journal)
+        with ProcessPoolExecutor(max_workers=options.workers) as pool:
+            tuning = tune(options.tuning, journal, pool)
+            trials = run_all(options.data, tuned_weights(tuning), journal, pool)
         RESULT.parent.mkdir(exist_ok=True)
-        text = json.dumps(result(trials), indent=1, allow_nan=False)
+        text = json.dumps(result(trials, tuning), indent=1, allow_nan=False)
         RESULT.write_text(text + "\n", encoding="utf-8")
     PAGE.write_text(page(json.loads(RESULT.read_text(encoding="utf-8"))), encoding="utf-8")
 
 
-def run_all(data: Path, journal: Path | None, workers: int) -> list[dict[str, Any]]:
-    """Every trial, those of the journal not again."""
-    done: dict[str, dict[str, Any]] = {}
-    if journal is not None and journal.is_file():
-        for line in journal.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            done[entry["key"]] = entry["trial"]
+@dataclass
+class Journal:
+    """Finished runs by key, one JSON line each; kept in memory alone without a file."""
+
+    file: Path | None
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, file: Path | None) -> Journal:
+        """What a file holds; a last line that a kill cut short is dropped and its run repeated."""
+        journal = cls(file)
+        if file is not None and file.is_file():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            for number, line in enumerate(lines, start=1):
+                try:
+                    kept = json.loads(line)
+                except json.JSONDecodeError:
+                    if number < len(lines):
+                        raise
+                    file.write_text("".join(f"{one}\n" for one in lines[:-1]), encoding="utf-8")
+                else:
+                    journal.done[kept["key"]] = kept["trial"]
+        return journal
+
+    def finish(
+        self,
+        jobs: Mapping[str, Any],
+        run: Callable[[Any], dict[str, Any]],
+        pool: ProcessPoolExecutor,
+    ) -> list[dict[str, Any]]:
+        """The result of every job, in order; those of the journal are not run again."""
+        missing = {key: job for key, job in jobs.items() if key not in self.done}
+        for key, found in zip(missing, pool.map(run, missing.values()), strict=True):
+            self.done[key] = found
+            if self.file is not None:
+                with self.file.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"key": key, "trial": found}) + "\n")
+        return [self.done[key] for key in jobs]
+
+
+def settings_mark() -> str:
+    """A short hash of what trials rest on, so that a journal of other settings is not read."""
+    content = {
+        "attacks": {name: a.to_json() for name, a in ATTACKS.items()},
+        "networks": {n: [vars(m), w] for n, (m, w) in NETWORKS.items()},
+        "protocols": {n: p.to_json() for n, p in PROTOCOLS.items()},
+        "defenses": {n: [d.to_json() for d in ds] for n, ds in DEFENSES.items()},
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def tune(path: Path, journal: Journal, pool: ProcessPoolExecutor) -> list[dict[str, Any]]:
+    """Every attempt on the tuning images."""
+    images = held_out(path, TUNING_IMAGES * len(NETWORKS))
+    mark = settings_mark()
+    jobs = {f"{attempt.key} [{mark}]": (attempt, images) for attempt in attempts()}
+    return journal.finish(jobs, run_attempt, pool)
+
+
+def run_all(
+    data: Path, weights: Mapping[str, float], journal: Journal, pool: ProcessPoolExecutor
+) -> list[dict[str, Any]]:
+    """Every trial, the first of every cell before the second of any."""
+    mark = f"{settings_mark()}, {weights}"
     jobs = {
-        f"{cell.name}, {index}": (cell, index, str(data))
+        f"{cell.name}, {index} [{mark}]": (cell, index, str(data), weights)
         for index in range(max(cells().values()))
         for cell, count in cells().items()
         if index < count
     }
-    missing = {key: job for key, job in jobs.items() if key not in done}
-    with ProcessPoolExecutor(max_workers=workers) as pool:
-        for key, trial in zip(missing, pool.map(run_trial, missing.values()), strict=True):
-            done[key] = trial
-            if journal is not None:
-                with journal.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "trial": trial}) + "\n")
-    return [done[key] for key in jobs]
+    return journal.finish(jobs, run_trial, pool)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,15 @@ import pytest
 import torch
 
 from leakatlas import data, models
-from leakatlas.audit.diagnosis import check_replay, examine, relative_residual
-from leakatlas.errors import InvalidInput
+from leakatlas.audit import diagnosis
+from leakatlas.audit.diagnosis import (
+    SPECTRAL_LEFT_OUT,
+    best_informed,
+    check_replay,
+    examine,
+    relative_residual,
+)
+from leakatlas.errors import InvalidInput, UnsupportedModel
 from leakatlas.fl import Client, FedAVG, Federation, FedSGD, ModelRef, Protocol, Scenario, Update
 from leakatlas.fl.scenario import Stage
 
@@ -149,3 +156,58 @@ def test_a_captured_update_with_nan_is_refused() -> None:
     broken[name] = torch.full_like(broken[name], float("nan"))
     with pytest.raises(InvalidInput, match="non-finite"):
         examine(live, captured=update.with_tensors(broken))
+
+
+# -- measures before any attack --------------------------------------------------------------------
+
+
+def test_measures_of_the_quick_tiers_come_with_direction_assumption_and_words() -> None:
+    found = examine(stage(FedSGD(), [0, 1, 2]), letters=("A", "E"))
+    by_name = {m.name: m for m in found.measures}
+    assert {m.tier for m in found.measures} == {"static", "forward"}
+    assert by_name["label_exposure"].value == 1.0  # an untrained network with a bias
+    assert by_name["linear_recall"].value == 0.0  # one ReLU-free head, all rows shared
+    assert "threat model E" in by_name["label_rules"].note  # the better informed of the two
+    assert found.left_out == SPECTRAL_LEFT_OUT and "minutes" in found.left_out
+    for entry in found.to_json()["measures"]:
+        assert entry["meaning"] and entry["title"] and entry["assumption"]
+        assert entry["direction"] in ("higher", "lower", "neither")
+
+
+def test_measures_read_the_captured_update_not_the_simulated_one() -> None:
+    live = stage(FedSGD(), [0, 1])
+    update = live.federation.play_round().updates[0]
+    kept = {n: t for n, t in update.tensors.items() if n not in ("fc.weight", "fc.bias")}
+    found = examine(live, captured=replace(update, tensors=kept))
+    rules = next(m for m in found.measures if m.name == "label_rules")
+    full = next(m for m in examine(live).measures if m.name == "label_rules")
+    assert rules.value is not None and full.value is not None
+    assert rules.value < full.value  # the head's gradient was not in it
+
+
+def test_gradients_too_large_for_seconds_are_left_out_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(diagnosis, "ENTRIES", 1_000)
+    found = {m.name: m for m in examine(stage(FedSGD(), [0, 1])).measures}
+    assert found["gradient_norm"].value is None
+    assert "more than the 1,000" in found["gradient_norm"].note
+    assert found["label_exposure"].value == 1.0  # needs no gradient of a single example
+
+
+def test_a_model_that_no_measure_understands_keeps_its_other_findings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise UnsupportedModel("weights of another kind")
+
+    monkeypatch.setattr(diagnosis, "assess", refuse)
+    found = examine(stage(FedSGD(), [0, 0]))
+    assert found.measures == () and "weights of another kind" in found.left_out
+    assert found.replay.consistent and "1 of 2 labels repeat" in " ".join(found.findings)
+
+
+def test_the_best_informed_letter_is_a_set_not_an_order() -> None:
+    assert best_informed("ABCD") == "D"
+    assert best_informed("EF") == "E"  # F tampers, but lacks surrogate data and distribution
+    assert best_informed("A") == "A"

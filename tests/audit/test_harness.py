@@ -1,19 +1,24 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
 import torch
 
+from leakatlas.attacks.analytic.sparsification.robbing_the_fed import RobbingTheFed
 from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction, Tampering, attack
+from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.audit import harness
+from leakatlas.audit.plan import VERDICTS
+from leakatlas.audit.run import verdict
 from leakatlas.blocks.watch import Watch
-from leakatlas.errors import NotGranted, ProtocolError
+from leakatlas.errors import InvalidInput, NotGranted, ProtocolError
 from leakatlas.fl import FedAVG, View, load_into, model_state, state_hash
+from leakatlas.metrics import Scores, score
 from leakatlas.params import NonNegativeInt, PositiveInt
 from leakatlas.threat import Knowledge, Vantage
-from tests.conftest import build_stage, photos
+from tests.conftest import build_stage, photos, surrogate
 
 PASSIVE = Knowledge.UPDATES | Knowledge.BASIC
 ACTIVE = PASSIVE | Knowledge.MANIPULATION
@@ -181,3 +186,60 @@ def test_the_watch_reaches_the_attack() -> None:
 
     trial = harness.run_trial(build_stage(), Slow(), watch=Watch(0.01))
     assert trial.found.status == "cut_short" and trial.found.notes["steps"] < 10**9
+
+
+# -- the null baseline that reads another batch's update -------------------------------------------
+
+
+def scored(trial: harness.Trial, other: torch.Tensor | None = None) -> Scores:
+    return score(
+        trial.images,
+        trial.truth.images,
+        public=surrogate().images,
+        resamples=20,
+        baselines=None if other is None else {"other_batch": other},
+    )
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [RobbingTheFed(bins=16), InvertingGradients.tuned(steps=30)],
+    ids=lambda a: str(a.key),
+)
+def test_10_the_control_never_yields_an_exact_leak_of_the_victims_batch(attack: Attack) -> None:
+    pictures = photos(6)
+    real, decoy = (
+        build_stage(
+            letter="G",
+            victims=replace(pictures.subset(part), labels=torch.tensor([0, 1, 2])),
+            public=surrogate(),
+        )
+        for part in ((0, 1, 2), (3, 4, 5))
+    )
+    direct = harness.run_trial(real, attack, seed=3)
+    control = harness.control_trial(real, decoy, attack, seed=3)
+    assert torch.equal(control.truth.images, direct.truth.images)
+    if isinstance(attack, RobbingTheFed):  # so the control could have been exact
+        assert verdict(scored(direct)) == VERDICTS[3] == "exact leak"
+        own = replace(control, truth=decoy.truth())
+        assert verdict(scored(own)) == "exact leak"  # it did read its own batch
+    assert verdict(scored(control)) != "exact leak"
+    found = scored(direct, control.images)
+    assert found.baselines["other_batch"].psnr == pytest.approx(scored(control).psnr.mean)
+
+
+def test_a_control_must_be_another_batch_of_the_same_kind() -> None:
+    real = build_stage(examples=2)
+    pictures = photos(4)
+
+    def control(indices: list[int], labels: list[int]) -> None:
+        victims = replace(pictures.subset(indices), labels=torch.tensor(labels))
+        harness.control_trial(real, build_stage(victims=victims), Grey())
+
+    control([2, 3], [0, 1])
+    with pytest.raises(InvalidInput, match="holds an image of the real one"):
+        control([3, 0], [0, 1])
+    with pytest.raises(InvalidInput, match=r"must have the labels \[0, 1\], got \[1, 0\]"):
+        control([2, 3], [1, 0])
+    with pytest.raises(InvalidInput, match="decoy batch of shape"):
+        control([2], [0])

@@ -602,6 +602,10 @@ def test_a_rule_reads_no_more_than_it_declares(key: str) -> None:
         g["2.weight"] = g["2.weight"][2:3]
     if Requirement.BIAS not in needs:
         del g["2.bias"]
+    bridge = None
+    if Requirement.BRIDGE in needs:
+        del g["2.weight"]
+        bridge = labels.build_bridge(model, head, inputs(20), shared=g)
     weights, runs = Requirement.WEIGHTS in needs, Requirement.ARCHITECTURE in needs
     dummy = labels.head_pass(model, labels.find_head(model), inputs(20), torch.arange(20) % 6)
     training, public = Requirement.TRAINING in needs, Requirement.AUX_DATA in needs
@@ -616,6 +620,7 @@ def test_a_rule_reads_no_more_than_it_declares(key: str) -> None:
             dummy=dummy if runs else None,
             dummy_end=dummy if runs and training else None,
             public=dummy if public else None,
+            bridge=bridge,
             steps=1 if training else None,
             generator=seeded(),
         ),

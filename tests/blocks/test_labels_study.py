@@ -11,6 +11,7 @@ from leakatlas.blocks.labels import METHODS
 from leakatlas.catalogue.results import Result
 
 STUDY = Path(__file__).parents[2] / "results" / "labels.json"
+WITHHELD = STUDY.with_name("labels-withheld.json")
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +60,27 @@ def test_no_rule_beats_the_even_spread_on_large_batches_of_a_trained_network(
         setting = f"digits/{activation}/trained/B=32/random"
         found = {k: v for k, v in irec.items() if k.endswith(setting)}
         assert max(found.values()) < irec[f"even-spread/{setting}"] + 0.05
+
+
+def test_withholding_the_head_does_not_hide_the_labels_of_an_untrained_network(
+    irec: dict[str, float],
+) -> None:
+    found = {k.removeprefix("gdbr/"): v for k, v in irec.items() if k.startswith("gdbr/")}
+    assert len(found) == 36 and all(k.endswith("/head withheld") for k in found)
+    for setting, value in found.items():
+        even = irec[f"even-spread/{setting}"]
+        if "/untrained/" in setting:
+            assert value > even + 0.15 and value > 0.95
+        elif "/B=32/random/" in setting:  # like every other rule on a trained network
+            assert value < even + 0.05
+
+
+def test_networks_with_wide_layers_below_a_withheld_head_give_their_labels_away() -> None:
+    result = Result.model_validate(json.loads(WITHHELD.read_text(encoding="utf-8")))
+    found = {m.name.removeprefix("irec/"): m.value for m in result.measures}
+    for network in ("lenet5", "convnet", "convnet-bn", "vgg11", "resnet18", "vit"):
+        assert found[f"gdbr/{network}/untrained/B=32"] > 0.95
+    # 12 channels for 9 unknowns are barely enough, and training ends what the counts rest on
+    for place in ("lenet/untrained", "convnet/trained", "convnet-bn/trained"):
+        even = found[f"even-spread/{place}/B=32"]
+        assert even - 0.1 < found[f"gdbr/{place}/B=32"] < even + 0.15

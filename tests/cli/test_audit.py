@@ -101,6 +101,8 @@ def test_doctor_is_consistent_on_a_simulated_update(tmp_path: Path) -> None:
     done = leakatlas("doctor", write(tmp_path, QUICK), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "consistent" in done.stdout and "robbing_the_fed" in done.stdout
+    assert "Before any attack" in done.stdout and "label_exposure" in done.stdout
+    assert "if higher" in done.stdout and "spectrum are left out" in done.stdout
 
 
 def test_doctor_names_what_is_wrong_with_a_captured_update(tmp_path: Path) -> None:

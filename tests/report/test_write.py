@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from dataclasses import replace
@@ -105,3 +106,13 @@ def test_a_report_without_images_is_a_page(report: Report) -> None:
 def test_an_interrupted_audit_says_so(report: Report) -> None:
     assert "stopped early" in render_page(replace(report, complete=False))
     assert "stopped early" not in render_page(report)
+
+
+def test_the_page_shows_what_was_measured_before_any_attack(report: Report) -> None:
+    page = html.unescape(render_page(report))
+    measures = report.to_json()["diagnoses"][EVIL]["measures"]
+    assert {m["name"] for m in measures} >= {"label_exposure", "constraints_per_unknown"}
+    for measure in measures:
+        assert measure["title"] in page and f"<small>{measure['name']}</small>" in page
+    assert "measures taken before any attack" in page and "spectrum are left out" in page
+    assert "not defined" in page  # an imbalance of one image

@@ -21,6 +21,8 @@ from leakatlas.fl import FedAVG, FedSGD, Protocol, Stage, Update, state_hash
 from leakatlas.fl.replay import simulate_client
 from leakatlas.fl.state import buffers, parameters
 from leakatlas.models import structure
+from leakatlas.threat import LETTERS
+from leakatlas.vulnerability import Case, Measure, assess, words_of
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 """Largest relative residual that rounding explains, by dtype of the update."""
@@ -28,6 +30,17 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torc
 ADAM_TOLERANCE = 0.1
 """The same for Adam below float64: it divides by the gradient's size, so that units whose gradient
 is pure rounding error move by a full step."""
+
+ENTRIES = 100_000_000
+"""Numbers that the gradients of single examples may hold together: what seconds and a gigabyte
+allow."""
+
+SPECTRAL_LEFT_OUT = (
+    "Measures of the Jacobian's spectrum are left out: each takes many products with the Jacobian "
+    "of the update, which is minutes where this is seconds. "
+    'leakatlas.vulnerability.assess(stage, tier="spectral") takes them.'
+)
+"""Why the doctor stops at the forward tier."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +70,16 @@ class Diagnosis:
         facts: Figures about model and batch, by name.
         findings: What follows from them, in words.
         outlooks: Per attack key: the letter it would run under ("" if none) and its outlook.
+        measures: What the update could give away, before any attack: tiers static and forward.
+        left_out: Which measures were not taken, and why.
     """
 
     replay: ReplayCheck
     facts: Mapping[str, float]
     findings: tuple[str, ...]
     outlooks: Mapping[str, tuple[str, Outlook]] = field(default_factory=dict)
+    measures: tuple[Measure, ...] = ()
+    left_out: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -74,6 +91,8 @@ class Diagnosis:
                 key: {"letter": letter, "verdict": outlook.verdict, "reason": outlook.reason}
                 for key, (letter, outlook) in self.outlooks.items()
             },
+            "measures": [m.to_json() | words_of(m)._asdict() for m in self.measures],
+            "left_out": self.left_out,
         }
 
 
@@ -275,7 +294,28 @@ def examine(
     if not replay.consistent and replay.culprit != "defense":
         findings.insert(0, f"The update is not consistent with this set-up: {replay.explanation}.")
     outlooks = {attack.key: outlook(stage, attack, letters, record) for attack in attacks}
-    return Diagnosis(replay, facts, tuple(findings), outlooks)
+    case = Case.of_stage(stage, target=target, record=record)
+    informed = best_informed(letters) if letters else case.letter
+    measures, left_out = measured(replace(case, observed=update, letter=informed))
+    return Diagnosis(replay, facts, tuple(findings), outlooks, measures, left_out)
+
+
+def measured(case: Case) -> tuple[tuple[Measure, ...], str]:
+    """The measures that take seconds, and what was left out.
+
+    Args:
+        case: One client in one round.
+    """
+    try:
+        return assess(case, tier="forward", entries=ENTRIES), SPECTRAL_LEFT_OUT
+    except UnsupportedModel as problem:
+        # A model that one measure cannot look into still has its other findings.
+        return (), f"No vulnerability measure was taken: {problem}"
+
+
+def best_informed(letters: Sequence[str]) -> str:
+    """Of the chosen threat models one that knows most, the first of equals."""
+    return max(letters, key=lambda letter: len(LETTERS[letter].knowledge.names()))
 
 
 def outlook(

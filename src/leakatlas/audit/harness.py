@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction
 from leakatlas.blocks.watch import Watch
-from leakatlas.errors import NotGranted, ProtocolError
+from leakatlas.errors import InvalidInput, NotGranted, ProtocolError
 from leakatlas.fl import RoundRecord, Stage, Truth, View, stream
 from leakatlas.threat import Knowledge, Vantage
 
@@ -115,3 +115,55 @@ def run_trial(
     )
     truth = stage.pooled_truth() if pooled else stage.truth(target)
     return Trial(view, truth, records, found, stage.box.denormalize(found.images))
+
+
+def control_trial(
+    stage: Stage,
+    decoy: Stage,
+    attack: Attack,
+    *,
+    target: int = 0,
+    seed: int = 0,
+    watch: Watch | None = None,
+) -> Trial:
+    """The null baseline of an attack: run on the update of *another* batch, held against this one.
+
+    What it scores is owed to the attack's prior and to the matching of candidates, not to the
+    victim's update; :func:`~leakatlas.metrics.score` takes its images as ``other_batch``.
+
+    Args:
+        stage: The set-up under attack; its clients compute nothing here.
+        decoy: The same set-up, with other images under the same labels.
+        attack: With the budget of the real trial.
+        target: As in the real trial.
+        seed: As in the real trial.
+        watch: With the budget of the real trial.
+
+    Returns:
+        The decoy's trial, with the truth of ``stage``.
+
+    Raises:
+        InvalidInput: If the decoy's images have other shapes or labels, or one of them is the
+            victim's.
+    """
+    for client in stage.victims:
+        real, other = stage.victims[client], decoy.victims.get(client)
+        if other is None or other.images.shape != real.images.shape:
+            raise InvalidInput(
+                f"control_trial: client {client} needs a decoy batch of shape "
+                f"{tuple(real.images.shape)}, got "
+                f"{None if other is None else tuple(other.images.shape)}."
+            )
+        if not torch.equal(other.labels, real.labels):
+            raise InvalidInput(
+                f"control_trial: client {client}'s decoy batch must have the labels "
+                f"{real.labels.tolist()}, got {other.labels.tolist()}."
+            )
+        if any(torch.equal(a, b) for a in other.images for b in real.images):
+            raise InvalidInput(
+                f"control_trial: client {client}'s decoy batch holds an image of the real one, so "
+                "it is no null baseline."
+            )
+    trial = run_trial(decoy, attack, target=target, seed=seed, watch=watch)
+    pooled = len(trial.truth.images) != len(stage.truth(target).images)
+    return replace(trial, truth=stage.pooled_truth() if pooled else stage.truth(target))

@@ -7,11 +7,15 @@ import shlex
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:  # torch takes a second to load; --help should not wait for it
+    from leakatlas.audit import Diagnosis
 
 OUT = Path("leak-report")
 
@@ -174,6 +178,31 @@ def doctor(
                 outlook.reason,
             )
         console.print(table)
+        _print_measures(console, diagnosis)
     if as_json:
         typer.echo(json.dumps(found))
     raise typer.Exit(0 if consistent else 1)
+
+
+def _print_measures(console: Console, diagnosis: Diagnosis) -> None:
+    """What the update could give away, before any attack: value, direction, what it rests on."""
+    from leakatlas.vulnerability import WORSE, value_in_words, words_of
+
+    if diagnosis.measures:
+        table = Table(title="Before any attack", title_justify="left")
+        table.add_column("measure", ratio=3)
+        table.add_column("value", no_wrap=True)
+        table.add_column("worse", no_wrap=True)
+        table.add_column("what it says, and what to mind", ratio=6)
+        for measure in diagnosis.measures:
+            title, meaning = words_of(measure)
+            note = f" [dim]({escape(measure.note)})[/]" if measure.note else ""
+            table.add_row(
+                f"{title}\n[dim]{measure.name}[/]",
+                value_in_words(measure),
+                WORSE[measure.direction],
+                f"{meaning[:1].upper()}{meaning[1:]}.{note}\n[dim]Mind: "
+                f"{escape(measure.assumption)}.[/]",
+            )
+        console.print(table)
+    console.print(diagnosis.left_out, highlight=False)

@@ -9,9 +9,17 @@ from leakatlas.metrics.baselines import nearest_public as nearest_public
 from leakatlas.metrics.baselines import random_same_class as random_same_class
 from leakatlas.metrics.conversions import psnr_from_normalised as psnr_from_normalised
 from leakatlas.metrics.conversions import psnr_from_range as psnr_from_range
+from leakatlas.metrics.distribution import Frechet as Frechet
+from leakatlas.metrics.distribution import fid as fid
+from leakatlas.metrics.distribution import frechet_distance as frechet_distance
 from leakatlas.metrics.identification import Identified as Identified
 from leakatlas.metrics.identification import feature_mse as feature_mse
 from leakatlas.metrics.identification import iip as iip
+from leakatlas.metrics.identity import Verified as Verified
+from leakatlas.metrics.identity import face_embeddings as face_embeddings
+from leakatlas.metrics.identity import face_models as face_models
+from leakatlas.metrics.identity import impostor_threshold as impostor_threshold
+from leakatlas.metrics.identity import verify as verify
 from leakatlas.metrics.images import Registered as Registered
 from leakatlas.metrics.images import ms_ssim as ms_ssim
 from leakatlas.metrics.images import mse as mse

@@ -2,12 +2,17 @@
 
 One identity stands behind every counting rule (:mod:`~leakatlas.blocks.labels.counts`); sign rules
 (:mod:`~leakatlas.blocks.labels.signs`) and the rank rule (:mod:`~leakatlas.blocks.labels.rank`)
-need no estimate at all. :data:`METHODS` lists every rule with its output and its requirements.
-
-Not here: GDBR, which recovers labels when the head is withheld. Its abstract alone does not
-determine a method.
+need no estimate at all. Where the head's own gradient is withheld, a bridge from the layer below
+(:mod:`~leakatlas.blocks.labels.bridge`) still leads to the counts. :data:`METHODS` lists every
+rule with its output and its requirements.
 """
 
+from leakatlas.blocks.labels.bridge import Bridge as Bridge
+from leakatlas.blocks.labels.bridge import bridge_layer as bridge_layer
+from leakatlas.blocks.labels.bridge import build_bridge as build_bridge
+from leakatlas.blocks.labels.bridge import gdbr as gdbr
+from leakatlas.blocks.labels.bridge import logit_gradient as logit_gradient
+from leakatlas.blocks.labels.bridge import output_gradient as output_gradient
 from leakatlas.blocks.labels.counts import counts_from_bias as counts_from_bias
 from leakatlas.blocks.labels.counts import counts_from_weight as counts_from_weight
 from leakatlas.blocks.labels.counts import labels_from_counts as labels_from_counts

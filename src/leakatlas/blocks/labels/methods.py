@@ -17,7 +17,16 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from leakatlas.blocks.labels import equations, estimates, greedy, profiles, rank, signs, single
+from leakatlas.blocks.labels import (
+    bridge,
+    equations,
+    estimates,
+    greedy,
+    profiles,
+    rank,
+    signs,
+    single,
+)
 from leakatlas.blocks.labels.counts import (
     counts_from_bias,
     labels_from_counts,
@@ -47,6 +56,7 @@ class Evidence:
         dummy: A pass of dummy inputs at the global weights.
         dummy_end: The same inputs at the client's weights (FedAVG).
         public: A pass of labelled public data, or one a simulated local step.
+        bridge: What public data say of the layers above the highest shared one.
         steps: Local steps T.
         generator: Source of randomness for the rules that search.
     """
@@ -59,6 +69,7 @@ class Evidence:
     dummy: HeadPass | None = None
     dummy_end: HeadPass | None = None
     public: HeadPass | tuple[HeadPass, ...] | None = None
+    bridge: bridge.Bridge | None = None
     steps: int | None = None
     generator: torch.Generator | None = None
 
@@ -114,6 +125,11 @@ class Method:
     output: Kind
     requires: frozenset[Requirement]
     run: Callable[[Evidence], Recovered]
+
+    @property
+    def reads_head(self) -> bool:
+        """Whether it needs the head's own gradient in the update."""
+        return Requirement.BRIDGE not in self.requires
 
     @property
     def letters(self) -> tuple[str, ...]:
@@ -229,6 +245,10 @@ def _fixed_point(e: Evidence) -> Counts:
     return _rounded(found.counts, e.size)
 
 
+def _gdbr(e: Evidence) -> Counts:
+    return _rounded(bridge.gdbr(e.gradients, _held(e.bridge, "bridge"), e.size), e.size)
+
+
 def _hf_gradinv(e: Evidence) -> Multiset:
     profile = profiles.reference_profile(e.public_pass)
     generator = _held(e.generator, "generator")
@@ -314,6 +334,10 @@ METHODS: Mapping[str, Method] = {
         _method(
             "hf-gradinv", "multiset", _hf_gradinv,
             _R.NONNEG_FEATURES, _R.BATCH_SIZE, _R.WEIGHTS, _R.ARCHITECTURE, _R.AUX_DATA,
+        ),
+        _method(
+            "gdbr", "counts", _gdbr,
+            _R.BRIDGE, _R.BATCH_SIZE, _R.WEIGHTS, _R.ARCHITECTURE, _R.AUX_DATA,
         ),
         _method("fc-ratio", "soft", _fc_ratio, _R.BIAS, _R.WEIGHTS),
         _method("rgap", "order", _rgap, _R.NONNEG_FEATURES),

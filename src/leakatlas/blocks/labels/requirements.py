@@ -27,6 +27,9 @@ class Requirement(enum.Enum):
     """The number of samples behind the update."""
     AUX_DATA = "aux_data"
     """Public data from the client's population."""
+    BRIDGE = "bridge"
+    """A layer below the head sends a bias gradient, or is linear and sends its weight's; the
+    head's own is not read."""
     TRAINING = "training"
     """Learning rate, epochs and local batch size."""
 
@@ -35,6 +38,7 @@ GIVEN_BY = {
     # properties of the model: nobody gives them, the rule is inapplicable without them
     Requirement.BIAS: Knowledge(0),
     Requirement.NONNEG_FEATURES: Knowledge(0),
+    Requirement.BRIDGE: Knowledge(0),
     # the shared model and the example count travel with the updates
     Requirement.WEIGHTS: Knowledge.UPDATES,
     Requirement.ARCHITECTURE: Knowledge.UPDATES,
