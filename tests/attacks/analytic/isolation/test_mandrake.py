@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from leakatlas.attacks.analytic.isolation.mandrake import (
     upload_bytes,
 )
 from leakatlas.audit.harness import Trial, observe, run_trial
+from leakatlas.blocks.surgery import SplitImprint
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box
 from leakatlas.defenses.formal.crypto.secure_aggregation import SecureAggregation
@@ -86,8 +88,9 @@ def test_the_arithmetic_is_that_of_the_tensors_that_are_sent() -> None:
     stage = _stage(dtype=torch.float32)
     attack = MANDRAKE(bins=24)
     tampering = attack.tamper(stage.view(), generator=torch.Generator(), watch=Watch())
-    assert tampering is not None and isinstance(tampering.sent, dict)
+    assert tampering is not None and isinstance(tampering.sent, Mapping)
     block = tampering.sent[1].block
+    assert isinstance(block, SplitImprint)
     first = packed(block).coalesce()
     assert first.indices().element_size() == 8
     total = first.values().nbytes + first.indices().nbytes
@@ -190,11 +193,12 @@ def test_an_active_kernel_elsewhere_is_cross_talk() -> None:
     stage = _stage()
     attack = MANDRAKE(bins=32, scale="anchor")
     tampering = attack.tamper(stage.view(), generator=torch.Generator(), watch=Watch())
-    assert tampering is not None and isinstance(tampering.sent, dict)
+    assert tampering is not None and isinstance(tampering.sent, Mapping)
+    sent = dict(tampering.sent)
     with torch.no_grad():  # client 1 also feeds the columns of client 0
-        conv = tampering.sent[1].block.conv
+        conv = sent[1].block.conv
         conv.weight[:3] = conv.weight[4:7]
-    record = stage.federation.play_round(sent=tampering.sent)
+    record = stage.federation.play_round(sent=sent)
     view = stage.view([record], keys=[tampering.key])
     found = attack(view)
     clean = run_trial(_stage(), attack)

@@ -46,7 +46,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leakatlas.attacks.api import (
     ActiveAttack,
@@ -118,12 +118,13 @@ class MANDRAKE(ActiveAttack):
         h = view.surrogate.images.to(like).flatten(1).mean(dim=1)
         edges = readout.bin_edges("empirical", self.bins, values=h).to(like)
         clients = view.clients
-        sent = {
-            client: surgery.Imprinted(
-                self.block(view.box, edges, shape, len(clients), group, like), model
-            )
-            for group, client in enumerate(clients)
-        }
+        box, groups = view.box, {client: group for group, client in enumerate(clients)}
+
+        def copy_of(client: int) -> nn.Module:
+            block = self.block(box, edges, shape, len(clients), groups[client], like)
+            return surgery.Imprinted(block, model)
+
+        sent = surgery.OnDemand(clients, copy_of)
         return Tampering(sent=sent, key={"edges": edges, "clients": torch.tensor(clients)})
 
     def block(
@@ -195,16 +196,18 @@ class MANDRAKE(ActiveAttack):
         """
         n = shape[0] * shape[1] * shape[2]
         rows = readout.energetic_rows(block[:, :n], self.min_energy)
-        x = block[rows, :n]
-        energy = x.norm(dim=1)
         if self.scale == "anchor":
-            delta = block[rows, n:].mean(dim=1)
-            alive = delta != 0
-            x, energy = x[alive] / delta[alive][:, None], energy[alive]
-        elif self.scale == "midpoint":
+            delta = block[:, n:].mean(dim=1)[rows]
+            rows, delta = rows[delta != 0], delta[delta != 0]
+            x = readout.quotients(block[:, :n], rows, delta)
+            energy = x.norm(dim=1) * delta.abs()
+        else:
+            x = block[rows, :n]
+            energy = x.norm(dim=1)
+        if self.scale == "midpoint":
             middle = ((edges[:-1] + edges[1:]) / 2)[rows]
             x = readout.scaled_to_measurement(x, x.new_full((n,), 1 / n), middle)
-        else:
+        elif self.scale == "max":
             x = readout.scaled_to_box(x, Box.unit(shape[0]), shape, x.sum(dim=1).sign())
         images = x.reshape(-1, *shape)
         valid = readout.plausible(images, Box.unit(shape[0]))
