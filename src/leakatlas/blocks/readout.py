@@ -262,11 +262,12 @@ def difference_norms(g_w: Tensor) -> Tensor:
     """
     norms = g_w.new_empty(len(g_w))
     few = max(1, CACHED // max(g_w.shape[1], 1))
-    for start in range(0, len(g_w), few):
-        piece = g_w[start : start + few]
+    room = g_w.new_empty(min(few, len(g_w)), g_w.shape[1])
+    for start in range(0, len(g_w) - 1, few):
         following = g_w[start + 1 : start + 1 + few]
         inner = len(following)
-        norms[start : start + inner] = (piece[:inner] - following).norm(dim=1)
+        torch.sub(g_w[start : start + inner], following, out=room[:inner])
+        norms[start : start + inner] = room[:inner].norm(dim=1)
     norms[-1:] = g_w[-1:].norm(dim=1)
     return norms
 
