@@ -1,6 +1,6 @@
 """Measures APRIL, SPEAR and MKOR on CIFAR-10 test images, and writes ``results/<key>.json``.
 
-    python benchmarks/analytic_more.py [april april_positions spear mkor] --data CIFAR10_TEST_PARQUET
+    python benchmarks/analytic_more.py [april april_positions spear mkor] --data TEST_PARQUET
 
 Every trial has its own images and its own model seed. Candidates are assigned to originals one to
 one (least squared error); an original without a candidate counts as not recovered.

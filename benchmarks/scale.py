@@ -39,7 +39,7 @@ from analytic import alone, decibels
 from analytic_active import Victim
 from scipy.stats import binom
 from torch import Tensor, nn
-from torch.autograd import profiler_legacy
+from torch.profiler import ProfilerActivity, profile
 
 from leakatlas.attacks.analytic.closed_form.spear import SPEAR, expected_samples
 from leakatlas.attacks.analytic.isolation.loki import LOKI
@@ -149,11 +149,25 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def allocated(call: Callable[[], object]) -> int:
-    """Bytes that torch allocated during a call, all added up: more than ever lay there at once."""
-    with profiler_legacy.profile(profile_memory=True) as watched:
+def allocated(call: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that torch allocates during a call: all added up, and the most that lay there at once.
+
+    What the call returns counts; what was there before does not.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         call()
-    return sum(max(0, event.self_cpu_memory_usage) for event in watched.function_events)
+    assert watched.profiler is not None and watched.profiler.kineto_results is not None
+    steps = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in watched.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    )
+    total, alive, most = 0, 0, 0
+    for _, size in steps:
+        total += max(0, size)
+        alive += size
+        most = max(most, alive)
+    return total, most
 
 
 def cost(
@@ -169,9 +183,9 @@ def cost(
         weight: What it reads from, for its size.
     """
     whole = min(seconds(lambda: attack(view)) for _ in range(3))
-    all_of_it = allocated(lambda: attack(view))
+    whole_sum, whole_most = allocated(lambda: attack(view))
     block = min(seconds(read) for _ in range(3))
-    block_only = allocated(read)
+    block_sum, block_most = allocated(read)
     found = attack(view)
     x = read()
     images = len(found.images)
@@ -192,11 +206,15 @@ def cost(
         figure(f"{case}: bytes moved per second over a fresh copy's", moved / block / fresh, "x",
                size),
         figure(f"{case}: size of W", weight.nbytes / MIB, "MiB", str(tuple(weight.shape))),
-        figure(f"{case}: bytes the block allocates over the size of W", block_only / weight.nbytes,
+        figure(f"{case}: bytes the block allocates over the size of W", block_sum / weight.nbytes,
                "x", f"all allocations added up; {size}"),
+        figure(f"{case}: most memory of the block at once over the size of W",
+               block_most / weight.nbytes, "x", f"its candidates included; {size}"),
         figure(f"{case}: bytes the whole read-out allocates over the size of W",
-               all_of_it / weight.nbytes, "x",
+               whole_sum / weight.nbytes, "x",
                f"all allocations added up, candidates ranked and clipped included; {size}"),
+        figure(f"{case}: most memory of the whole read-out at once over the size of W",
+               whole_most / weight.nbytes, "x", f"its candidates included; {size}"),
     ]  # fmt: skip
 
 

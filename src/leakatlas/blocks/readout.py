@@ -338,7 +338,7 @@ def distinct(x: Tensor, confidence: Tensor, *, tolerance: float = 1e-2) -> Tenso
     flat = x.flatten(1)
     # Near-copies have near means, |mean a - mean b| <= |a - b| / sqrt(n): few pairs are compared.
     # The slack is for the rounding of the means themselves.
-    means = flat.mean(dim=1, dtype=torch.float64)
+    means = flat.mean(dim=1).double()
     limits = tolerance * flat.norm(dim=1).double()
     reach = limits / max(flat.shape[1], 1) ** 0.5 * (1 + 1e-3) + 1e-6 * means.abs()
     kept: list[int] = []
