@@ -99,7 +99,7 @@ class Imprint(nn.Module):
             torch.mul(weight, gain, out=self.first.weight)
             torch.mul(bias, gain, out=self.first.bias)
         # Equal columns: every active row then has the same delta, and differences of rows cancel.
-        self.second = _constant(*weight.T.shape, column, -column * gain * total, like=w)
+        self.second = _constant(len(w), len(edges) - 1, column, -column * gain * total, like=w)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` to ``(N, C, H, W)``."""

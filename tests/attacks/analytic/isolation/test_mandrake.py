@@ -217,7 +217,9 @@ def test_an_active_kernel_elsewhere_is_cross_talk() -> None:
     assert tampering is not None and isinstance(tampering.sent, Mapping)
     sent = dict(tampering.sent)
     with torch.no_grad():  # client 1 also feeds the columns of client 0
-        conv = sent[1].block.conv
+        block = sent[1].block
+        assert isinstance(block, SplitImprint)
+        conv = block.conv
         conv.weight[:3] = conv.weight[4:7]
     record = stage.federation.play_round(sent=sent)
     view = stage.view([record], keys=[tampering.key])

@@ -192,7 +192,7 @@ def test_the_sum_over_clients_is_decoded_and_beats_the_constant_where_one_image_
     trial = run_trial(stage, SUMMED)
     batches = [(stage.victims[c].images[None], stage.victims[c].labels[None]) for c in range(3)]
     summed = [_sum(model, *batch, torch.ones(1, 4)) for batch in batches]
-    total = {n: sum(part[n] for part in summed) for n in summed[0]}
+    total = {n: torch.stack([part[n] for part in summed]).sum(dim=0) for n in summed[0]}
     expected = decoded(total, key).clamp(0, 1).reshape(1, 3, 8, 8)
     assert torch.allclose(trial.images, expected, atol=1e-4)
     assert trial.found.notes["threshold"] == pytest.approx(float(key["threshold"]))

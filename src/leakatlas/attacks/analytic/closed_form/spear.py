@@ -119,7 +119,7 @@ class SPEAR(Attack):
     @classmethod
     def tuned(cls) -> Self:
         """A bound of about a minute on one core."""
-        return cls(samples=2_000_000)
+        return cls(samples=10_000_000)
 
     def outlook(self, view: View) -> Outlook:
         """Rank against width, activation, and the expected number of row sets."""
