@@ -105,7 +105,7 @@ def ratio_readout(g_w: Tensor, g_b: Tensor, *, tolerance: float | None = None) -
 
 
 def quotients(g_w: Tensor, rows: Tensor, divisor: Tensor, less: Tensor | None = None) -> Tensor:
-    """``(G_W[rows] - G_W[less]) / divisor``, with no memory but the result's.
+    """``(G_W[rows] - G_W[less]) / divisor``, with no memory but the result's and a cache's.
 
     A few rows at a time go through the cache, so that a large update is read once.
 
@@ -120,13 +120,15 @@ def quotients(g_w: Tensor, rows: Tensor, divisor: Tensor, less: Tensor | None = 
     """
     x = g_w.new_empty(len(rows), g_w.shape[1])
     few = max(1, CACHED // max(g_w.shape[1], 1))
+    room = g_w.new_empty(0 if less is None else min(few, len(less)), g_w.shape[1])
     for start in range(0, len(rows), few):
         part = slice(start, start + few)
         piece = x[part]
         torch.index_select(g_w, 0, rows[part], out=piece)
         if less is not None and start < len(less):
-            neighbours = g_w.index_select(0, less[part])
-            piece[: len(neighbours)] -= neighbours
+            inner = len(less[part])
+            torch.index_select(g_w, 0, less[part], out=room[:inner])
+            piece[:inner] -= room[:inner]
         piece /= divisor[part, None]
     return x
 
