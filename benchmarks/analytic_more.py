@@ -195,13 +195,13 @@ def april_positions(data: ImageSet) -> list[dict[str, Any]]:
     for term, values in aligned.items():
         name = f"cosine of the {term}'s slope with the way to the image"
         rows.append(mean(name, torch.tensor(values), "", note))
-    for alpha in (0.0, 1.0, 1e3, 1e4):
+    for alpha in (0.0, 1e3, 1e4):
         played = [
-            play(data.subset([i]), APRIL(variant="optimization", steps=400, alpha=alpha),
+            play(data.subset([i]), APRIL(variant="optimization", steps=200, alpha=alpha),
                  letter="B", model="vit", settings=settings, dtype=torch.float32, seed=i)
-            for i in range(5)
+            for i in range(4)
         ]  # fmt: skip
-        note = "pre-norm ViT, patch 8, d = 96, untrained, 400 steps, same starts for every alpha"
+        note = "pre-norm ViT, patch 8, d = 96, untrained, 200 steps, same starts for every alpha"
         psnr = torch.cat([p.psnr for p in played])
         rows.append(mean(f"psnr, alpha = {alpha:g}", psnr, "dB", note))
         if alpha == 0.0:
