@@ -63,6 +63,24 @@ def rates(fires: Tensor) -> tuple[float, float]:
     return float(recall), float(precision)
 
 
+def trap_spread(data: Data) -> Measures:
+    """Recall and precision over many batches, from the activations: three batches say little."""
+    spread = []
+    for batch in range(40):
+        x = data.victims(100, batch * 100).images.flatten(1)
+        rows = surgery.trap_rows(
+            1_000, x.shape[1], scaling=0.95, sigma=0.5, generator=stream("traps", batch), like=x
+        )
+        spread.append(rates(x @ rows.T > 0))
+    note = "share alone in some row, 40 batches with traps of their own, n=100, s 0.95"
+    deviation = float(torch.tensor([r for r, _ in spread]).std())
+    return [
+        mean("recall over 40 batches", [r for r, _ in spread], "share", note),
+        mean("precision over 40 batches", [p for _, p in spread], "share", note),
+        figure("standard deviation of the recall between batches", deviation, "share", note),
+    ]
+
+
 def trap_weights(data: Data) -> tuple[Measures, Sequence[int]]:
     """Recall and precision of the paper, its passive baseline, s, convolutions, FedAVG."""
     seeds = (0, 1, 2)
@@ -108,21 +126,7 @@ def trap_weights(data: Data) -> tuple[Measures, Sequence[int]]:
                     "share", f"{right} of {sure} candidates, decided without any truth",
                 )
             )  # fmt: skip
-    # Three batches say little: what the read-out can find, over many batches, from the activations.
-    spread = []
-    for batch in range(40):
-        x = data.victims(100, batch * 100).images.flatten(1)
-        rows = surgery.trap_rows(
-            1_000, x.shape[1], scaling=0.95, sigma=0.5, generator=stream("traps", batch), like=x
-        )
-        spread.append(rates(x @ rows.T > 0))
-    note = "share alone in some row, 40 batches with traps of their own, n=100, s 0.95"
-    measures.append(mean("recall over 40 batches", [r for r, _ in spread], "share", note))
-    measures.append(mean("precision over 40 batches", [p for _, p in spread], "share", note))
-    deviation = float(torch.tensor([r for r, _ in spread]).std())
-    measures.append(
-        figure("standard deviation of the recall between batches", deviation, "share", note)
-    )
+    measures += trap_spread(data)
     for n in (20, 100):
         passive = []
         for seed in seeds:
