@@ -617,7 +617,7 @@ CASES: dict[str, Callable[[Folder], Measures]] = {
     "spear-12": lambda folder: spear(folder, 12, 10),
     "spear-16": lambda folder: spear(folder, 16, 10),
     "spear-18": lambda folder: spear(folder, 18, 5),
-    "spear-20": lambda folder: spear(folder, 20, 2),
+    "spear-20": lambda folder: spear(folder, 20, 1),
 }
 
 
