@@ -29,9 +29,9 @@ from leakatlas.attacks.analytic.isolation.seer import SEER
 from leakatlas.attacks.analytic.sparsification.trap_weights import TrapWeights
 from leakatlas.attacks.api import Attack
 from leakatlas.audit.harness import Trial, run_trial
-from leakatlas.blocks import readout
+from leakatlas.blocks import readout, surgery
 from leakatlas.data import Box
-from leakatlas.fl import FedAVG, FedSGD, ModelRef, Protocol, Scenario, stage
+from leakatlas.fl import FedAVG, FedSGD, ModelRef, Protocol, Scenario, stage, stream
 from leakatlas.metrics.assignment import pairwise_mse
 from leakatlas.models import build
 from leakatlas.threat import Vantage
@@ -61,6 +61,24 @@ def rates(fires: Tensor) -> tuple[float, float]:
     recall = (fires & (count == 1)).any(dim=1).double().mean()
     precision = (count == 1).sum() / (count > 0).sum().clamp(min=1)
     return float(recall), float(precision)
+
+
+def trap_spread(data: Data) -> Measures:
+    """Recall and precision over many batches, from the activations: three batches say little."""
+    spread = []
+    for batch in range(40):
+        x = data.victims(100, batch * 100).images.flatten(1)
+        rows = surgery.trap_rows(
+            1_000, x.shape[1], scaling=0.95, sigma=0.5, generator=stream("traps", batch), like=x
+        )
+        spread.append(rates(x @ rows.T > 0))
+    note = "share alone in some row, 40 batches with traps of their own, n=100, s 0.95"
+    deviation = float(torch.tensor([r for r, _ in spread]).std())
+    return [
+        mean("recall over 40 batches", [r for r, _ in spread], "share", note),
+        mean("precision over 40 batches", [p for _, p in spread], "share", note),
+        figure("standard deviation of the recall between batches", deviation, "share", note),
+    ]
 
 
 def trap_weights(data: Data) -> tuple[Measures, Sequence[int]]:
@@ -108,6 +126,7 @@ def trap_weights(data: Data) -> tuple[Measures, Sequence[int]]:
                     "share", f"{right} of {sure} candidates, decided without any truth",
                 )
             )  # fmt: skip
+    measures += trap_spread(data)
     for n in (20, 100):
         passive = []
         for seed in seeds:

@@ -1,6 +1,6 @@
 """Measures APRIL, SPEAR and MKOR on CIFAR-10 test images, and writes ``results/<key>.json``.
 
-    python benchmarks/analytic_more.py [april spear mkor] --data CIFAR10_TEST_PARQUET
+    python benchmarks/analytic_more.py [april april_positions spear mkor] --data TEST_PARQUET
 
 Every trial has its own images and its own model seed. Candidates are assigned to originals one to
 one (least squared error); an original without a candidate counts as not recovered.
@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from leakatlas.attacks.analytic.closed_form.april import (
     APRIL,
     find_front,
+    label_of,
     solve_rows,
     token_system,
     tokens_of,
@@ -30,7 +32,8 @@ from leakatlas.attacks.analytic.closed_form.april import (
 from leakatlas.attacks.analytic.closed_form.spear import SPEAR, expected_samples
 from leakatlas.attacks.analytic.isolation.mkor import MKOR
 from leakatlas.attacks.api import Attack
-from leakatlas.audit.harness import Trial, run_trial
+from leakatlas.audit.harness import Trial, observe, run_trial
+from leakatlas.blocks import init, matching
 from leakatlas.data import CIFAR10, Box, ImageSet, parquet
 from leakatlas.fl import ModelRef, Scenario, stage, stream
 from leakatlas.metrics import images as image_metrics
@@ -158,6 +161,56 @@ def april(data: ImageSet) -> list[dict[str, Any]]:
     return rows
 
 
+def april_positions(data: ImageSet) -> list[dict[str, Any]]:
+    """Why the position term of the optimization form changes nothing, and what it does at weight.
+
+    The squared distance holds the positions' gradient too, so the term adds no equation: it only
+    weighs them more. How much, the two gradients towards the image say.
+    """
+    rows = []
+    settings = {"dim": 96, "patch": 8}
+    ratios, aligned = [], {"squared distance": [], "position term": []}  # type: ignore[var-annotated]
+    for i in range(10):
+        reference = ModelRef("builtin", "vit", {"size": 32, "classes": 10, "seed": i, **settings})
+        scenario = Scenario(model=reference, letter="B", examples=1, seed=i)
+        scene = stage(scenario, model=reference.build(), victims=data.subset([i]), box=CIFAR10)
+        view, _ = observe(scene, APRIL(variant="optimization"))
+        g, y, replay = dict(view.update.tensors), label_of(view), view.replayer()
+        name = find_front(view.model, view.input_shape).positions
+        x = init.normal(view.batch_shape, generator=stream("start", i), like=g[name])
+        mine = replay(x.requires_grad_(), y)
+        towards = (x - scene.box.normalize(scene.victims[0].images)).detach().flatten()
+        size = {}
+        for term, value in (
+            ("squared distance", matching.squared_l2(mine, g)),
+            ("position term", matching.subset(matching.cosine, [name])(mine, g)),
+        ):
+            (slope,) = torch.autograd.grad(value, x, retain_graph=True)
+            size[term] = float(slope.norm())
+            aligned[term].append(float(F.cosine_similarity(slope.flatten(), towards, dim=0)))
+        ratios.append(size["squared distance"] / size["position term"])
+    note = "pre-norm ViT, patch 8, d = 96, untrained, at the random start, 10 images"
+    slopes = torch.tensor(ratios)
+    rows.append(mean("slope of the squared distance over the position term's", slopes, "x", note))
+    for term, values in aligned.items():
+        name = f"cosine of the {term}'s slope with the way to the image"
+        rows.append(mean(name, torch.tensor(values), "", note))
+    for alpha in (0.0, 1e3, 1e4):
+        played = [
+            play(data.subset([i]), APRIL(variant="optimization", steps=200, alpha=alpha),
+                 letter="B", model="vit", settings=settings, dtype=torch.float32, seed=i)
+            for i in range(4)
+        ]  # fmt: skip
+        note = "pre-norm ViT, patch 8, d = 96, untrained, 200 steps, same starts for every alpha"
+        psnr = torch.cat([p.psnr for p in played])
+        rows.append(mean(f"psnr, alpha = {alpha:g}", psnr, "dB", note))
+        if alpha == 0.0:
+            without = psnr
+        else:
+            rows.append(mean(f"psnr gained, alpha = {alpha:g}", psnr - without, "dB", note))
+    return rows
+
+
 def token_error(trial: Trial) -> float:
     """Largest error of the tokens, over the largest token entry."""
     view = trial.view
@@ -280,6 +333,7 @@ def mkor(data: ImageSet) -> list[dict[str, Any]]:
 
 STUDIES: dict[str, tuple[Callable[[ImageSet], list[dict[str, Any]]], type[Attack]]] = {
     "april": (april, APRIL),
+    "april_positions": (april_positions, APRIL),
     "spear": (spear, SPEAR),
     "mkor": (mkor, MKOR),
 }
@@ -288,7 +342,7 @@ STUDIES: dict[str, tuple[Callable[[ImageSet], list[dict[str, Any]]], type[Attack
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the studies that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("keys", nargs="*", metavar="KEY", help="april, spear, mkor; all if none")
+    parser.add_argument("keys", nargs="*", metavar="KEY", help=f"{', '.join(STUDIES)}; all if none")
     parser.add_argument("--data", type=Path, required=True, help="test Parquet file of CIFAR-10")
     parser.add_argument("--results", type=Path, default=Path("results"))
     chosen = parser.parse_args(arguments)
@@ -303,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = {
             "schema": "leakatlas/result/1",
             "kind": "attack",
-            "key": key,
+            "key": cls.key,
             "code_version": cls.version,
             "recipe": {"defaults": cls().to_json(), "data": "CIFAR-10 test, first 1,000 images"},
             "hardware": "2 CPU cores, no GPU",

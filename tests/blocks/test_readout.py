@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from scipy import stats
+from torch.autograd import profiler_legacy
 
 from leakatlas.blocks import readout
 from leakatlas.data import Box
@@ -193,3 +195,69 @@ def test_weights_become_changes_and_missing_names_are_named() -> None:
 def test_shapes_are_checked() -> None:
     with pytest.raises(InvalidInput, match=r"G_W \(m, n\)"):
         readout.ratio_readout(torch.ones(3, 2), torch.ones(2))
+
+
+# -- what a read-out costs -------------------------------------------------------------------------
+
+
+def _allocated(call: Callable[[], object]) -> int:
+    """Bytes that torch allocated while ``call`` ran, all of them added up."""
+    # The newer profiler takes half a minute to find out that there is no GPU.
+    with profiler_legacy.profile(profile_memory=True) as watched:
+        call()
+    return sum(max(0, event.self_cpu_memory_usage) for event in watched.function_events)
+
+
+def test_the_meter_sees_a_copy() -> None:
+    w = torch.rand(512, 1_024)
+    assert _allocated(w.clone) == w.nbytes
+    assert _allocated(lambda: w.t()[:, 3]) == 0
+
+
+@pytest.mark.parametrize("kind", ["cumulative", "ratio", "energetic", "differences"])
+def test_a_read_out_copies_what_is_occupied_and_not_the_layer(kind: str) -> None:
+    """24 of 1,024 rows hold something: the candidates take 2.4 % of W, a copy would take 100 %."""
+    rows, n, few = 1_024, 3_072, 24
+    generator = torch.Generator().manual_seed(0)
+    occupied = torch.randperm(rows, generator=generator)[:few]
+    g_b = torch.zeros(rows)
+    g_b[occupied] = torch.rand(few, generator=generator) + 0.5
+    x = torch.rand(few, n, generator=generator)
+    g_w = torch.zeros(rows, n)
+    g_w[occupied] = g_b[occupied, None] * x
+    if kind in ("cumulative", "differences"):  # rows below a threshold fire too
+        g_w, g_b = (t.flip(0).cumsum(0).flip(0) for t in (g_w, g_b))
+    thresholds = torch.arange(rows, dtype=torch.float32)
+    calls: dict[str, Callable[[], object]] = {
+        "cumulative": lambda: readout.cumulative_readout(g_w, g_b, thresholds, tolerance=1e-4),
+        "ratio": lambda: readout.ratio_readout(g_w, g_b),
+        "energetic": lambda: readout.energetic_rows(g_w, 1e-3),
+        "differences": lambda: readout.difference_norms(g_w),
+    }
+    assert _allocated(calls[kind]) < 0.2 * g_w.nbytes
+
+
+@pytest.mark.parametrize("few", [1, 3, 7, 50])
+def test_quotients_do_not_depend_on_how_many_rows_pass_at_once(
+    few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    g_w = _rand(12, 9)[:, 1:8]  # columns of a larger layer
+    rows, less = torch.tensor([4, 0, 7, 11, 2]), torch.tensor([5, 1, 8])
+    divisor = torch.tensor([0.5, -2.0, 1.5, 3.0, 0.1], dtype=DOUBLE)
+    monkeypatch.setattr(readout, "CACHED", few * 7)
+    expected = g_w[rows]
+    expected[:3] -= g_w[less]
+    found = readout.quotients(g_w, rows, divisor, less)
+    assert torch.allclose(found, expected / divisor[:, None], rtol=1e-14)
+    following = torch.cat([g_w[1:], torch.zeros(1, 7, dtype=DOUBLE)])
+    assert torch.allclose(readout.difference_norms(g_w), (g_w - following).norm(dim=1))
+
+
+def test_copies_are_found_whatever_their_mean() -> None:
+    """The mean only rules pairs out: it may never hide a copy, nor make one of two images."""
+    x = _rand(6, 40)
+    x[1] = x[0] + 1e-4 * _rand(40, seed=1)
+    x[3] = x[2] - x[2].mean() + x[4].mean()  # same mean as image 4, another image
+    x[5] = 0
+    kept = readout.distinct(x, torch.arange(6.0).flip(0))
+    assert kept.tolist() == [0, 2, 3, 4, 5]

@@ -25,6 +25,9 @@ from leakatlas.data import Box
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import Update
 
+CACHED = 2**18
+"""Values that a read-out handles at once: about 1 MiB of float32, what a core's cache holds."""
+
 Measurement = Literal["mean", "dct", "random"]
 Quantiles = Literal["empirical", "normal", "laplace"]
 
@@ -98,7 +101,36 @@ def ratio_readout(g_w: Tensor, g_b: Tensor, *, tolerance: float | None = None) -
     _check_rows(g_w, g_b)
     rows = informative_rows(g_b, tolerance)
     divisor = g_b[rows]
-    return Readout(g_w[rows] / divisor[:, None], rows, divisor.abs() / g_b.abs().max())
+    return Readout(quotients(g_w, rows, divisor), rows, divisor.abs() / g_b.abs().max())
+
+
+def quotients(g_w: Tensor, rows: Tensor, divisor: Tensor, less: Tensor | None = None) -> Tensor:
+    """``(G_W[rows] - G_W[less]) / divisor``, with no memory but the result's and a cache's.
+
+    A few rows at a time go through the cache, so that a large update is read once.
+
+    Args:
+        g_w: ``(m, n)``, of any strides.
+        rows: ``(M,)``.
+        divisor: ``(M,)``.
+        less: The first rows of ``rows`` have one subtracted, ``(L,)`` with L <= M.
+
+    Returns:
+        ``(M, n)``.
+    """
+    x = g_w.new_empty(len(rows), g_w.shape[1])
+    few = max(1, CACHED // max(g_w.shape[1], 1))
+    room = g_w.new_empty(0 if less is None else min(few, len(less)), g_w.shape[1])
+    for start in range(0, len(rows), few):
+        part = slice(start, start + few)
+        piece = x[part]
+        torch.index_select(g_w, 0, rows[part], out=piece)
+        if less is not None and start < len(less):
+            inner = len(less[part])
+            torch.index_select(g_w, 0, less[part], out=room[:inner])
+            piece[:inner] -= room[:inner]
+        piece /= divisor[part, None]
+    return x
 
 
 def combined_ratio(g_w: Tensor, g_b: Tensor) -> Tensor:
@@ -151,12 +183,11 @@ def cumulative_readout(
     if tolerance is None:
         tolerance = relative_tolerance(g_b.dtype)
     bins = torch.nonzero(step.abs() > tolerance * g_b.abs().max()).flatten()
-    difference = g_w[order[bins]]
-    inner = bins < len(order) - 1
-    difference[inner] -= g_w[order[bins[inner] + 1]]
     divisor = step[bins]
-    largest = step.abs().max()
-    return Readout(difference / divisor[:, None], bins, divisor.abs() / largest)
+    # Bins rise, so the top one, which has no neighbour, is the last if it is among them.
+    inner = bins[bins < len(order) - 1]
+    x = quotients(g_w, order[bins], divisor, order[inner + 1])
+    return Readout(x, bins, divisor.abs() / step.abs().max())
 
 
 def in_own_bin(h: Tensor, rows: Tensor, edges: Tensor, *, slack: float = 1e-3) -> Tensor:
@@ -225,6 +256,24 @@ def energetic_rows(g_w: Tensor, share: float) -> Tensor:
     return torch.nonzero((norms > share * norms.max()) & (norms > 0)).flatten()
 
 
+def difference_norms(g_w: Tensor) -> Tensor:
+    """Norms ``(m,)`` of every row minus the next one, the last row as it is; nothing is copied.
+
+    Args:
+        g_w: ``(m, n)``, rows in rising order of their thresholds.
+    """
+    norms = g_w.new_empty(len(g_w))
+    few = max(1, CACHED // max(g_w.shape[1], 1))
+    room = g_w.new_empty(min(few, len(g_w)), g_w.shape[1])
+    for start in range(0, len(g_w) - 1, few):
+        following = g_w[start + 1 : start + 1 + few]
+        inner = len(following)
+        torch.sub(g_w[start : start + inner], following, out=room[:inner])
+        norms[start : start + inner] = room[:inner].norm(dim=1)
+    norms[-1:] = g_w[-1:].norm(dim=1)
+    return norms
+
+
 def scaled_to_measurement(rows: Tensor, w: Tensor, target: Tensor) -> Tensor:
     """Rows scaled so that ``<w, row>`` is the value that their bin stands for.
 
@@ -275,8 +324,9 @@ def plausible(x: Tensor, box: Box, *, slack: float = 0.1, share: float = 0.02) -
     """
     low, high = box.bounds(x)
     room = slack * (high - low)
-    outside = (x < low - room) | (x > high + room)
-    return outside.flatten(1).double().mean(dim=1) <= share
+    outside = (x < low - room).logical_or_(x > high + room)
+    outside = outside.flatten(1)
+    return outside.sum(dim=1).double() / outside.shape[1] <= share
 
 
 def distinct(x: Tensor, confidence: Tensor, *, tolerance: float = 1e-2) -> Tensor:
@@ -288,13 +338,20 @@ def distinct(x: Tensor, confidence: Tensor, *, tolerance: float = 1e-2) -> Tenso
         tolerance: Two candidates are copies if their distance is below this share of their norm.
     """
     flat = x.flatten(1)
+    # Near-copies have near means, |mean a - mean b| <= |a - b| / sqrt(n): few pairs are compared.
+    # The slack is for the rounding of the means themselves.
+    means = flat.mean(dim=1).double()
+    limits = tolerance * flat.norm(dim=1).double()
+    reach = limits / max(flat.shape[1], 1) ** 0.5 * (1 + 1e-3) + 1e-6 * means.abs()
     kept: list[int] = []
     for index in confidence.argsort(descending=True, stable=True).tolist():
-        candidate = flat[index]
-        limit = tolerance * float(candidate.norm())
-        if kept and float((flat[kept] - candidate).norm(dim=1).min()) <= limit:
-            continue
-        kept.append(index)
+        near = (means[kept] - means[index]).abs() <= reach[index]
+        copies = (
+            float((flat[kept[place]] - flat[index]).norm()) <= float(limits[index])
+            for place in torch.nonzero(near).flatten().tolist()
+        )
+        if not any(copies):
+            kept.append(index)
     return torch.tensor(kept, dtype=torch.int64, device=x.device)
 
 

@@ -7,7 +7,7 @@ server inserts; their parameters are addressed by name, and the read-out never n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,11 +40,14 @@ def binning_rows(w: Tensor, edges: Tensor, form: Form) -> tuple[Tensor, Tensor]:
         form: ``cumulative``: row i is ``h - c_i``, for a ReLU. ``sparse``: row i is
             ``(h - c_i) / (c_{i+1} - c_i)``, for a hard tanh on [0, 1], so that an input inside the
             outer edges has a gradient through the row of its own bin only.
+
+    Returns:
+        The cumulative rows are one row seen k times, and take no memory of their own.
     """
     edges = edges.to(w)
     low = edges[:-1]
     if form == "cumulative":
-        return w.expand(len(low), -1).clone(), -low
+        return w.expand(len(low), -1), -low
     width = edges.diff()
     return w / width[:, None], -low / width
 
@@ -85,16 +88,18 @@ class Imprint(nn.Module):
         spread: float | None = 1.0,
     ) -> None:
         super().__init__()
-        n, k = len(w), len(edges) - 1
         self.form: Form = form
         self.ceiling = gain  # the hard tanh saturates where 1 would be without gain
         self.connection: Connection = connection
         weight, bias = binning_rows(w, edges, form)
         total = mean_activation(edges, form)
         column = 1.0 / gain if spread is None else spread / (gain * total)
-        self.first = _linear(gain * weight, gain * bias)
+        self.first = _unset(*weight.shape, like=w)
+        with torch.no_grad():
+            torch.mul(weight, gain, out=self.first.weight)
+            torch.mul(bias, gain, out=self.first.bias)
         # Equal columns: every active row then has the same delta, and differences of rows cancel.
-        self.second = _linear(w.new_full((n, k), column), w.new_full((n,), -column * gain * total))
+        self.second = _constant(len(w), len(edges) - 1, column, -column * gain * total, like=w)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` to ``(N, C, H, W)``."""
@@ -159,12 +164,14 @@ class SplitImprint(nn.Module):
                 bias[start + channels] = kappa
         weight, threshold = binning_rows(w, edges.to(w) - offset, "sparse")
         area = height * width
-        full = w.new_zeros(k, own * clients * area)
-        full[:, start * area : start * area + n] = weight / kappa
-        self.first = _linear(full, threshold)
+        self.first = _unset(k, own * clients * area, like=w)
+        with torch.no_grad():
+            self.first.weight.zero_()
+            torch.div(weight, kappa, out=self.first.weight[:, start * area : start * area + n])
+            self.first.bias.copy_(threshold)
         total = mean_activation(edges, "sparse")
         column = spread / total
-        self.second = _linear(w.new_full((n, k), column), w.new_full((n,), -column * total))
+        self.second = _constant(n, k, column, -column * total, like=w)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, H, W)`` to ``(N, C, H, W)``."""
@@ -192,6 +199,37 @@ class Imprinted(nn.Module):
         return logits
 
 
+class OnDemand(Mapping[int, nn.Module]):
+    """One model for each client, built when it is sent: a hundred large copies never coexist.
+
+    Args:
+        clients: Their ids.
+        build: The same model every time it is asked for one client's.
+    """
+
+    def __init__(self, clients: Sequence[int], build: Callable[[int], nn.Module]) -> None:
+        self._clients = tuple(clients)
+        self._build = build
+
+    def __getitem__(self, client: int) -> nn.Module:
+        """A fresh copy of the client's model.
+
+        Raises:
+            KeyError: If the client gets none of its own.
+        """
+        if client not in self._clients:
+            raise KeyError(client)
+        return self._build(client)
+
+    def __iter__(self) -> Iterator[int]:
+        """Client ids."""
+        return iter(self._clients)
+
+    def __len__(self) -> int:
+        """How many clients get a model of their own."""
+        return len(self._clients)
+
+
 class Normalise(nn.Module):
     """Pixels in [0, 1] to the model's input space.
 
@@ -212,13 +250,19 @@ class Normalise(nn.Module):
         return (images - self.mean) / self.std
 
 
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+def _unset(rows: int, columns: int, *, like: Tensor) -> nn.Linear:
+    """A linear layer whose values are still to be written: the largest ones exist only once."""
     layer: nn.Linear = nn.utils.skip_init(
-        nn.Linear, weight.shape[1], weight.shape[0], dtype=weight.dtype, device=weight.device
+        nn.Linear, columns, rows, dtype=like.dtype, device=like.device
     )
+    return layer
+
+
+def _constant(rows: int, columns: int, weight: float, bias: float, *, like: Tensor) -> nn.Linear:
+    layer = _unset(rows, columns, like=like)
     with torch.no_grad():
-        layer.weight.copy_(weight)
-        layer.bias.copy_(bias)
+        layer.weight.fill_(weight)
+        layer.bias.fill_(bias)
     return layer
 
 

@@ -281,8 +281,16 @@ def test_row_sets_are_uniform() -> None:
     alive = torch.randn(20, 4, generator=generator, dtype=torch.float64)
     q = draw(alive, 4, 6_000, generator)
     hits = zeros_of(alive, q, 1e-9).double().sum(dim=0)
-    mean, std = 6_000 * 3 / 20, (6_000 * 0.15 * 0.85) ** 0.5
+    # 1,500 times 4 of the 20 rows are drawn, and each of them is a zero of 3 of the 4 kernels.
+    mean, std = 1_500 * 3 * 0.2, 3 * (1_500 * 0.2 * 0.8) ** 0.5
     assert float((hits - mean).abs().max()) < 5 * std
+
+
+def test_every_kernel_of_a_piece_vanishes_on_all_rows_but_its_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    alive = torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    zeros = zeros_of(alive, draw(alive, 5, 5, generator), 1e-9)
+    assert zeros.sum(dim=1).tolist() == [4] * 5 and zeros.sum(dim=0).tolist() == [4] * 5
 
 
 def test_row_sets_of_deficient_rank_are_left_out() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from leakatlas.attacks.analytic.isolation.mandrake import (
     MANDRAKE,
     MIB,
     WEIGHT,
+    SparseRows,
     dense_bytes,
     packed,
     size_ratio,
@@ -19,6 +21,7 @@ from leakatlas.attacks.analytic.isolation.mandrake import (
     upload_bytes,
 )
 from leakatlas.audit.harness import Trial, observe, run_trial
+from leakatlas.blocks.surgery import SplitImprint
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box
 from leakatlas.defenses.formal.crypto.secure_aggregation import SecureAggregation
@@ -86,8 +89,9 @@ def test_the_arithmetic_is_that_of_the_tensors_that_are_sent() -> None:
     stage = _stage(dtype=torch.float32)
     attack = MANDRAKE(bins=24)
     tampering = attack.tamper(stage.view(), generator=torch.Generator(), watch=Watch())
-    assert tampering is not None and isinstance(tampering.sent, dict)
+    assert tampering is not None and isinstance(tampering.sent, Mapping)
     block = tampering.sent[1].block
+    assert isinstance(block, SplitImprint)
     first = packed(block).coalesce()
     assert first.indices().element_size() == 8
     total = first.values().nbytes + first.indices().nbytes
@@ -98,6 +102,26 @@ def test_the_arithmetic_is_that_of_the_tensors_that_are_sent() -> None:
     assert first.values().numel() == 24 * 768  # whatever the number of clients
     dense = sum(p.nbytes for p in block.parameters())
     assert dense == upload_bytes((3, 16, 16), bins=24, clients=CLIENTS)
+
+
+def test_a_client_trains_on_the_coordinates_alone_and_gets_the_same_gradient() -> None:
+    stage = _stage()
+    attack = MANDRAKE(bins=24)
+    tampering = attack.tamper(stage.view(), generator=torch.Generator(), watch=Watch())
+    assert tampering is not None and isinstance(tampering.sent, Mapping)
+    x, y = stage.federation.clients[2].x, stage.federation.clients[2].y
+    dense, sparse = tampering.sent[2], tampering.sent[2]
+    block = sparse.block
+    assert isinstance(block, SplitImprint) and isinstance(dense.block, SplitImprint)
+    layer = SparseRows(packed(block), block.first.bias)
+    setattr(block, "first", layer)  # noqa: B010  # the attribute's declared type is a dense layer
+    assert sum(p.numel() for p in layer.parameters()) == 24 * (768 + 1)
+    assert torch.allclose(sparse(x), dense(x), rtol=1e-12, atol=1e-12)
+    for model in (sparse, dense):
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+    own, whole = layer.values.grad, dense.block.first.weight.grad
+    assert own is not None and own.shape == (24 * 768,) and whole is not None
+    assert torch.allclose(layer.coordinates(own).to_dense(), whole, rtol=1e-10, atol=1e-15)
 
 
 def test_memory_grows_with_the_clients_by_one_small_kernel_each() -> None:
@@ -190,11 +214,14 @@ def test_an_active_kernel_elsewhere_is_cross_talk() -> None:
     stage = _stage()
     attack = MANDRAKE(bins=32, scale="anchor")
     tampering = attack.tamper(stage.view(), generator=torch.Generator(), watch=Watch())
-    assert tampering is not None and isinstance(tampering.sent, dict)
+    assert tampering is not None and isinstance(tampering.sent, Mapping)
+    sent = dict(tampering.sent)
     with torch.no_grad():  # client 1 also feeds the columns of client 0
-        conv = tampering.sent[1].block.conv
+        block = sent[1].block
+        assert isinstance(block, SplitImprint)
+        conv = block.conv
         conv.weight[:3] = conv.weight[4:7]
-    record = stage.federation.play_round(sent=tampering.sent)
+    record = stage.federation.play_round(sent=sent)
     view = stage.view([record], keys=[tampering.key])
     found = attack(view)
     clean = run_trial(_stage(), attack)

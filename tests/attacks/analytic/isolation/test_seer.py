@@ -12,7 +12,9 @@ from torch.nn import functional as F
 
 from leakatlas.attacks.analytic.isolation.seer import (
     SEER,
+    best_threshold,
     decoded,
+    in_own_batch,
     kept_entries,
     of_picked,
     schedule,
@@ -124,6 +126,77 @@ def test_a_weight_change_of_one_step_reads_the_same() -> None:
     gradient = run_trial(_stage(), SHORT)
     change = run_trial(_stage(protocol=FedAVG(epochs=1, batch_size=4, lr=0.1)), SHORT)
     assert torch.allclose(gradient.images, change.images, atol=1e-2)
+
+
+# -- the form for a sum over clients ---------------------------------------------------------------
+
+SUMMED = replace(SHORT, form="thresh")
+
+
+def test_batches_normalise_their_own_measurements() -> None:
+    measured = torch.tensor([[1.0, 2.0, 3.0, 6.0], [5.0, 5.0, 5.0, 5.0]])
+    p = in_own_batch(measured)
+    assert torch.allclose(p[0], torch.tensor([-2.0, -1.0, 0.0, 3.0]) / 3.5**0.5, atol=1e-5)
+    assert torch.equal(p[1], torch.zeros(4))
+    assert torch.allclose(in_own_batch(7 * measured[:1] + 3), p[:1], atol=1e-5)
+
+
+@pytest.mark.parametrize("clients", [1, 4, 16])
+def test_the_threshold_maximises_the_chance_that_exactly_one_image_passes(clients: int) -> None:
+    """Uniform measurements: F1 = t^B, F2 = t^B + B t^(B-1) (1 - t), in closed form."""
+    size = 4
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(40_000, size, generator=generator, dtype=torch.float64)
+    t = torch.linspace(0.001, 0.999, 5_000, dtype=torch.float64)
+    f1 = t**size
+    f2 = f1 + size * t ** (size - 1) * (1 - t)
+    chance = (f2 - f1) * f1 ** (clients - 1)
+    found = best_threshold(p, clients)
+    at = chance[int((t - found).abs().argmin())]
+    assert float(at) == pytest.approx(float(chance.max()), rel=0.01)
+    # as the formula says, over a real cohort: one client passes with one image, the others pass not
+    top = p.topk(2, dim=1).values
+    rounds = top[: 40_000 // clients * clients].unflatten(0, (-1, clients))
+    exactly = ((rounds[..., 0] > found).sum(1) == 1) & ((rounds[..., 1] > found).sum(1) == 0)
+    assert float(exactly.double().mean()) == pytest.approx(clients * float(at), abs=0.02)
+
+
+def test_half_of_the_training_batches_hold_one_image_that_passes() -> None:
+    images = crops(8, 256, "surrogate")
+    attack = replace(SUMMED, clients=3)
+    generator = torch.Generator().manual_seed(0)
+    tau = attack.threshold(images, generator)
+    chosen = attack.batches_of(attack.measured(images), 9, tau, generator)
+    assert all(len(batch.unique()) == 4 for batch in chosen)
+    positive = attack.picked(images.images[chosen], tau)
+    assert positive.sum(dim=1).tolist() == [1.0] * 5 + [0.0] * 4
+    with pytest.raises(InvalidInput, match="too few have none or one"):
+        attack.batches_of(attack.measured(images), 4, 50.0, generator)
+
+
+def test_the_sum_over_clients_is_decoded_and_beats_the_constant_where_one_image_passes() -> None:
+    """Rounds of three clients: the sum of their gradients, as secure aggregation opens it."""
+    stage = _stage(clients=3, vantage=Vantage.AGGREGATE)
+    view, _ = observe(stage, SUMMED)
+    model, key = view.model, dict(view.key)
+    x, y = _batches(3 * 64, torch.Generator().manual_seed(5))
+    p = in_own_batch(x.flatten(2).mean(dim=2))
+    own = decoded(_sum(model, x, y, torch.ones(192, 4)), key) - key["b"]
+    rounds = own.unflatten(0, (64, 3)).sum(dim=1) + key["b"]
+    passing = (p > key["threshold"]).unflatten(0, (64, 3)).flatten(1)
+    one = passing.sum(dim=1) == 1
+    assert 5 < int(one.sum()) < 64
+    wanted = x.unflatten(0, (64, 3)).flatten(1, 2).flatten(2)[one, passing[one].int().argmax(dim=1)]
+    error = (rounds[one] - wanted).square().mean()
+    assert float(error) < 0.95 * float((key["b"] - wanted).square().mean())
+    trial = run_trial(stage, SUMMED)
+    batches = [(stage.victims[c].images[None], stage.victims[c].labels[None]) for c in range(3)]
+    summed = [_sum(model, *batch, torch.ones(1, 4)) for batch in batches]
+    total = {n: torch.stack([part[n] for part in summed]).sum(dim=0) for n in summed[0]}
+    expected = decoded(total, key).clamp(0, 1).reshape(1, 3, 8, 8)
+    assert torch.allclose(trial.images, expected, atol=1e-4)
+    assert trial.found.notes["threshold"] == pytest.approx(float(key["threshold"]))
+    assert SUMMED.outlook(view).verdict == "unknown"
 
 
 def _fidelity(attack: SEER) -> tuple[float, float, float]:

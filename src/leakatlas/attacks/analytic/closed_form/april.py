@@ -41,7 +41,9 @@ Departures:
       ``failed``, with the ranks in the notes.
     - Optimizer, step size and alpha of the optimization form are not known to us; Adam at 0.1 and
       alpha = 1 are ours, as is the number of steps. On small untrained transformers the position
-      term changes nothing that we can measure, for alpha from 0 to 100.
+      term changes nothing that we can measure, for alpha from 0 to 100. It adds no equation, as
+      the squared distance holds the positions' gradient too; it only weighs it more, and a bounded
+      cosine has a slope thousands of times smaller than a distance of gradients of that size.
 
 Independent port: ``JonasGeiping/breaching``, ``breaching/attacks/analytic_attack.py``. The
 authors' code is not published.

@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leakatlas.attacks.api import (
     ActiveAttack,
@@ -119,24 +119,24 @@ class LOKI(ActiveAttack):
             edges = readout.bin_edges("empirical", self.bins, values=h)
         edges = edges.to(like)
         clients = view.clients
-        sent = {
-            client: surgery.Imprinted(
-                surgery.SplitImprint(
-                    w,
-                    edges,
-                    shape=shape,
-                    clients=len(clients),
-                    group=group,
-                    kappa=self.kappa,
-                    anchor=self.scale == "anchor",
-                    spread=self.spread,
-                    connection=self.connection,
-                    offset=offset,
-                ),
-                model,
+        groups = {client: group for group, client in enumerate(clients)}
+
+        def copy_of(client: int) -> nn.Module:
+            block = surgery.SplitImprint(
+                w,
+                edges,
+                shape=shape,
+                clients=len(clients),
+                group=groups[client],
+                kappa=self.kappa,
+                anchor=self.scale == "anchor",
+                spread=self.spread,
+                connection=self.connection,
+                offset=offset,
             )
-            for group, client in enumerate(clients)
-        }
+            return surgery.Imprinted(block, model)
+
+        sent = surgery.OnDemand(clients, copy_of)
         return Tampering(sent=sent, key={"edges": edges, "clients": torch.tensor(clients)})
 
     def learned_edges(self, view: View, shape: tuple[int, ...]) -> Tensor:
@@ -193,22 +193,22 @@ class LOKI(ActiveAttack):
     ) -> tuple[Tensor, Tensor]:
         """Images ``(M, C, H, W)`` of one client, and the energy of each, over the largest."""
         rows = readout.energetic_rows(block.images, self.min_energy)
-        image_rows = block.images[rows]
-        w, offset = brightness(box, shape, image_rows)
-        middle = ((edges[:-1] + edges[1:]) / 2)[rows] - offset
         if self.scale == "anchor":
-            delta = block.anchor[rows].mean(dim=1)
-            alive = delta != 0
-            rows, image_rows, delta = rows[alive], image_rows[alive], delta[alive]
-            x = image_rows / delta[:, None]
-        elif self.scale == "midpoint":
-            x = readout.scaled_to_measurement(image_rows, w, middle)
+            delta = block.anchor.mean(dim=1)[rows]
+            rows, delta = rows[delta != 0], delta[delta != 0]
+            x = readout.quotients(block.images, rows, delta)
+            energy = x.norm(dim=1) * delta.abs()
         else:
-            sign = (image_rows @ w).sign() * middle.sign()
-            x = readout.scaled_to_box(image_rows, box, shape, sign)
+            x = block.images[rows]
+            energy = x.norm(dim=1)
+            w, offset = brightness(box, shape, x)
+            middle = ((edges[:-1] + edges[1:]) / 2)[rows] - offset
+            if self.scale == "midpoint":
+                x = readout.scaled_to_measurement(x, w, middle)
+            else:
+                x = readout.scaled_to_box(x, box, shape, (x @ w).sign() * middle.sign())
         images = x.reshape(-1, *shape)
         valid = readout.plausible(images, box)
-        energy = image_rows.norm(dim=1)
         energy = energy / energy.max() if len(energy) else energy
         return box.clip(images[valid]), energy[valid]
 

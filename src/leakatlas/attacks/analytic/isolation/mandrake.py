@@ -36,8 +36,9 @@ Departures (no code is published; reconstructed from the paper's description):
     * The kernels also undo the normalisation, so the linear layer sees pixels in [0, 1] and every
       row is an image times one number.
     * Thresholds are quantiles of the surrogate images' brightness.
-    * The simulation holds the first linear layer densely, zeros included, since updates do;
-      :func:`packed` is what would be sent.
+    * What is sent is a list of coordinates (:func:`packed`), and a client can train on it as it is
+      (:class:`SparseRows`). The simulation plays the rounds densely, zeros included, since masked
+      updates are dense anyway; the read-out takes each block as a view of them.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leakatlas.attacks.api import (
     ActiveAttack,
@@ -118,12 +119,13 @@ class MANDRAKE(ActiveAttack):
         h = view.surrogate.images.to(like).flatten(1).mean(dim=1)
         edges = readout.bin_edges("empirical", self.bins, values=h).to(like)
         clients = view.clients
-        sent = {
-            client: surgery.Imprinted(
-                self.block(view.box, edges, shape, len(clients), group, like), model
-            )
-            for group, client in enumerate(clients)
-        }
+        box, groups = view.box, {client: group for group, client in enumerate(clients)}
+
+        def copy_of(client: int) -> nn.Module:
+            block = self.block(box, edges, shape, len(clients), groups[client], like)
+            return surgery.Imprinted(block, model)
+
+        sent = surgery.OnDemand(clients, copy_of)
         return Tampering(sent=sent, key={"edges": edges, "clients": torch.tensor(clients)})
 
     def block(
@@ -195,16 +197,18 @@ class MANDRAKE(ActiveAttack):
         """
         n = shape[0] * shape[1] * shape[2]
         rows = readout.energetic_rows(block[:, :n], self.min_energy)
-        x = block[rows, :n]
-        energy = x.norm(dim=1)
         if self.scale == "anchor":
-            delta = block[rows, n:].mean(dim=1)
-            alive = delta != 0
-            x, energy = x[alive] / delta[alive][:, None], energy[alive]
-        elif self.scale == "midpoint":
+            delta = block[:, n:].mean(dim=1)[rows]
+            rows, delta = rows[delta != 0], delta[delta != 0]
+            x = readout.quotients(block[:, :n], rows, delta)
+            energy = x.norm(dim=1) * delta.abs()
+        else:
+            x = block[rows, :n]
+            energy = x.norm(dim=1)
+        if self.scale == "midpoint":
             middle = ((edges[:-1] + edges[1:]) / 2)[rows]
             x = readout.scaled_to_measurement(x, x.new_full((n,), 1 / n), middle)
-        else:
+        elif self.scale == "max":
             x = readout.scaled_to_box(x, Box.unit(shape[0]), shape, x.sum(dim=1).sign())
         images = x.reshape(-1, *shape)
         valid = readout.plausible(images, Box.unit(shape[0]))
@@ -276,6 +280,41 @@ def packed(block: surgery.SplitImprint) -> Tensor:
     """The first linear layer as coordinates, ``(k, C N H W)`` sparse, as it would be sent."""
     coordinates: Tensor = block.first.weight.detach().to_sparse_coo()
     return coordinates
+
+
+class SparseRows(nn.Module):
+    """The first linear layer as a client computes with it: the coordinates that it was sent.
+
+    Neither the layer nor its gradient takes room for the columns of the other clients. Put in the
+    place of ``first`` in a :class:`~leakatlas.blocks.surgery.SplitImprint`, it gives the same
+    outputs and, at the coordinates, the same gradient.
+
+    Args:
+        weight: ``(k, C N H W)`` coordinates, from :func:`packed`.
+        bias: ``(k,)``.
+    """
+
+    indices: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        weight = weight.detach().coalesce()
+        self.size = tuple(weight.shape)
+        self.register_buffer("indices", weight.indices())
+        self.values = nn.Parameter(weight.values().clone())
+        self.bias = nn.Parameter(bias.detach().clone())
+
+    def coordinates(self, values: Tensor) -> Tensor:
+        """``values`` ``(nonzeros,)``, of the layer or of its gradient, as a sparse matrix."""
+        # The indices are those of a coalesced tensor, so there is nothing to check.
+        return torch.sparse_coo_tensor(
+            self.indices, values, self.size, is_coalesced=True, check_invariants=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C N H W)`` to ``(N, k)``."""
+        product: Tensor = torch.sparse.mm(self.coordinates(self.values), x.T)
+        return product.T + self.bias
 
 
 def _size(shape: tuple[int, ...]) -> int:

@@ -347,16 +347,16 @@ def rounded_readout(g_w: Tensor, edges: Tensor, *, share: float = 0.02) -> reado
     Returns:
         Bins by falling length of their rows.
     """
-    step = g_w.clone()
-    step[:-1] -= g_w[1:]
-    rows = readout.energetic_rows(step, share)
-    size = step[rows].norm(dim=1)
+    norms = readout.difference_norms(g_w)
+    rows = torch.nonzero((norms > share * norms.max()) & (norms > 0)).flatten()
+    size = norms[rows]
+    upper = torch.cat([edges[1:], edges[-1:]])
+    step = readout.quotients(g_w, rows, torch.ones_like(size), rows[rows < len(g_w) - 1] + 1)
     order = size.argsort(descending=True, stable=True)
     rows, size = rows[order], size[order]
-    upper = torch.cat([edges[1:], edges[-1:]])
     middle = ((edges + upper) / 2)[rows]
     x = readout.scaled_to_measurement(
-        step[rows], g_w.new_full((g_w.shape[1],), 1 / g_w.shape[1]), middle
+        step[order], g_w.new_full((g_w.shape[1],), 1 / g_w.shape[1]), middle
     )
     return readout.Readout(x, rows, size / size.max() if len(size) else size)
 

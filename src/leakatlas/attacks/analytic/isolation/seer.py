@@ -1,8 +1,9 @@
 r"""SEER: a model trained so that, in its gradient, one image of the batch drowns out the others.
 
 Garov, Dimitrov, Jovanović and Vechev, "Hiding in Plain Sight: Disguising Data Stealing Attacks in
-Federated Learning", ICLR 2024. FedSGD in train mode, one round, one client. Letter G: changed
-parameters (never the architecture), public images. Nothing in the weights looks built by hand.
+Federated Learning", ICLR 2024. FedSGD in train mode, one round, one client or a sum over several.
+Letter G: changed parameters (never the architecture), public images. Nothing in the weights looks
+built by hand.
 
 1. A property p(x), relative to the batch, picks one image: the brightest (or the darkest). It is
    relative because batch normalisation lets every image see the others.
@@ -18,6 +19,16 @@ parameters (never the architecture), public images. Nothing in the weights looks
    The target r(0) for the others matters: without it the decoder returns the mean image.
 4. The client trains on the learned weights, and r reads its image off the gradient: no iterations.
 
+In a sum over N clients (``form="thresh"``) every client normalises with its own batch, so p is the
+brightness in standard deviations of the image's own batch, and the image is the one that passes a
+threshold. With F1 and F2 the distributions of the largest and second largest p of a batch,
+
+.. math:: \tau = \arg\max_\tau \; (F_2(\tau) - F_1(\tau))\, F_1(\tau)^{N-1} ,
+
+which is the chance (over N) that exactly one image of all passes; for many clients it comes to
+about 1/e. Half of the training batches hold one image that passes; the others hold none and count
+as negative whole. Alpha ends at N B.
+
 On a held-out part of the public images the adversary knows how well this works, against r(0), the
 best guess without any gradient: ``public_psnr`` and ``null_psnr`` in the notes.
 
@@ -25,8 +36,11 @@ Paper scale (a million steps with second derivatives, a decoder of 5e8 weights) 
 accelerator; :meth:`SEER.tuned` learns in minutes for small images and batches.
 
 Departures:
-    * Only the single-client form, which takes the batch's extreme ("max"). The form for a secure
-      sum (a threshold that exactly one image of all clients passes) is left out.
+    * Batches with and without an image that passes tau are found among many random ones; the
+      released code shifts the brightness of one batch until it fits, which leaves the pixel box.
+    * tau is the best of the observed values of p. The released code searches the product
+      ``(1 - F1) F2 F1^(N-1)`` by golden section: as if the largest and the second largest of one
+      batch were independent, and as if the empirical distributions were no steps.
     * Brightness and darkness are the properties; colour, edges and random filters are left out.
     * The orthogonal mixture of negatives as a second target is left out.
     * Accumulated batches are computed at once (``batches``), each normalised on its own.
@@ -57,6 +71,9 @@ from leakatlas.models.structure import batchnorm_layers, has_batchnorm
 from leakatlas.params import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
 from leakatlas.threat import Knowledge, Vantage
 
+MOST_DRAWS = 10_000
+"""Random batches that are looked at for one training step."""
+
 HELD_OUT = 0.125
 """Share of the public images on which the decoder is judged."""
 
@@ -76,6 +93,9 @@ class SEER(ActiveAttack):
         entries: Least number of gradient entries kept of each tensor (8,400; ImageNet 9,800).
         share: Share of each tensor's entries, if that is more (0.1 %; ImageNet 2 %).
         property: Which image of a batch is read: the ``bright`` or the ``dark`` one.
+        form: ``max`` reads one client's extreme image, ``thresh`` the one image of a sum over
+            clients that passes a threshold.
+        clients: N that ``thresh`` is trained for; 0 for as many as there are.
         negatives: Weight of the others' term relative to the published schedule; 0 leaves it out.
         batch_size: Images per public batch B; 0 for as many as the client has.
     """
@@ -86,6 +106,8 @@ class SEER(ActiveAttack):
     entries: PositiveInt = 8_400
     share: Fraction = 0.001
     property: Literal["bright", "dark"] = "bright"
+    form: Literal["max", "thresh"] = "max"
+    clients: NonNegativeInt = 0
     negatives: NonNegative = 1.0
     batch_size: NonNegativeInt = 0
 
@@ -98,8 +120,11 @@ class SEER(ActiveAttack):
         """Public images, batch normalisation that sees the batch, one client."""
         if not view.has("surrogate"):
             return Outlook("hopeless", "model and decoder are learned from surrogate images")
-        if view.vantage == Vantage.AGGREGATE and len(view.clients) > 1:
-            return Outlook("hopeless", "the single-client form reads one batch, not a sum")
+        several = view.vantage == Vantage.AGGREGATE and len(view.clients) > 1
+        if several and self.form == "max":
+            return Outlook(
+                "hopeless", "the single-client form reads one batch, not a sum; form='thresh' does"
+            )
         if not has_batchnorm(view.model):
             return Outlook("unknown", "without batch normalisation no image sees its batch")
         if view.has("protocol"):
@@ -107,6 +132,12 @@ class SEER(ActiveAttack):
                 return Outlook("unknown", "in eval mode no image of a batch sees the others")
             if view.protocol.steps(view.num_examples) > 1:
                 return Outlook("unknown", "each local step has a brightest image of its own")
+        if self.form == "thresh":
+            return Outlook(
+                "unknown",
+                "one image of the sum, in the third of all rounds in which exactly one passes the "
+                "threshold, after long training",
+            )
         return Outlook("applicable", f"one of {view.num_examples} images, after long training")
 
     # -- offline ---------------------------------------------------------------------------------
@@ -145,15 +176,12 @@ class SEER(ActiveAttack):
             for name, p in theta.items()
         }
 
+        threshold = self.threshold(public, generator) if self.form == "thresh" else None
+
         def draw(images: ImageSet, count: int) -> tuple[Tensor, Tensor, Tensor]:
-            chosen = torch.stack(
-                [
-                    torch.randperm(len(images), generator=generator)[: self.batch_size]
-                    for _ in range(count)
-                ]
-            )
+            chosen = self.batches_of(self.measured(images), count, threshold, generator)
             x, y = images.images[chosen], images.labels[chosen]
-            return x, y, self.picked(x)
+            return x, y, self.picked(x, threshold)
 
         x, y, positive = draw(public, self.batches)
         first = kept_entries(weighted_gradients(model, theta, x, y, positive), index).detach()
@@ -167,36 +195,106 @@ class SEER(ActiveAttack):
         for step in watch.steps(self.steps):
             x, y, positive = draw(public, self.batches)
             g_plus = kept_entries(weighted_gradients(model, theta, x, y, positive), index)
-            loss = F.mse_loss(F.linear(scale * g_plus, a, b), of_picked(x, positive))
+            holds = positive.sum(dim=1) > 0  # batches without an image that passes have no g+
+            loss = F.mse_loss(F.linear(scale * g_plus[holds], a, b), of_picked(x, positive)[holds])
             if self.negatives:
-                alpha = self.negatives * schedule(step.progress, self.batch_size)
+                alpha = self.negatives * schedule(step.progress, self.batch_size * self.summands())
                 g_minus = kept_entries(weighted_gradients(model, theta, x, y, 1 - positive), index)
                 others = F.linear(scale * g_minus, a).square().mean()  # r(g) - r(0) = A g
                 loss = (loss + alpha * others) / (1 + alpha)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        x, y, positive = draw(held, 32)
-        g = kept_entries(weighted_gradients(model, theta, x, y, torch.ones_like(positive)), index)
-        truth = of_picked(x, positive)
+        # Rounds of N held-out batches as they come; the image wanted is the extreme one of all.
+        measured = self.measured(held)
+        chosen = self.batches_of(measured, 32 * self.summands(), None, generator)
+        x, y = held.images[chosen], held.labels[chosen]
+        each = kept_entries(weighted_gradients(model, theta, x, y, torch.ones(chosen.shape)), index)
+        g = each.detach().unflatten(0, (32, self.summands())).sum(dim=1)
+        extreme = self.scored(measured[chosen]).unflatten(0, (32, self.summands())).flatten(1)
+        best = extreme.argmax(dim=1)
+        truth = (
+            x.unflatten(0, (32, self.summands())).flatten(1, 2).flatten(2)[torch.arange(32), best]
+        )
         return {
             **{f"model/{name}": p.detach() for name, p in theta.items()},
             **{f"index/{name}": kept for name, kept in index.items()},
             "A": a.detach(),
             "b": b.detach(),
             "scale": scale,
-            "public_psnr": decibels(F.linear(scale * g.detach(), a.detach(), b.detach()), truth),
+            "public_psnr": decibels(F.linear(scale * g, a.detach(), b.detach()), truth),
             "null_psnr": decibels(b.detach().expand_as(truth), truth),
+            **({} if threshold is None else {"threshold": torch.tensor(threshold)}),
         }
 
     def kept(self, numel: int) -> int:
         """How many of a tensor's entries are kept."""
         return min(numel, max(self.entries, math.ceil(self.share * numel)))
 
-    def picked(self, x: Tensor) -> Tensor:
-        """One-hot ``(K, B)``: the image of each batch ``(K, B, C, H, W)`` with the property."""
+    def summands(self) -> int:
+        """Over how many clients the gradient is a sum, N."""
+        return max(self.clients, 1) if self.form == "thresh" else 1
+
+    def measured(self, images: ImageSet) -> Tensor:
+        """Brightness ``(S,)``, or its negative for ``dark``."""
+        brightness = images.images.flatten(1).mean(dim=1)
+        return brightness if self.property == "bright" else -brightness
+
+    def scored(self, measured: Tensor) -> Tensor:
+        """The property ``(K, B)``, for ``thresh`` in standard deviations of each batch."""
+        return in_own_batch(measured) if self.form == "thresh" else measured
+
+    def threshold(self, images: ImageSet, generator: torch.Generator) -> float:
+        """tau, from 2,000 random public batches."""
+        measured = self.measured(images)
+        p = in_own_batch(measured[self.batches_of(measured, 2_000, None, generator)])
+        return best_threshold(p, self.summands())
+
+    def batches_of(
+        self, measured: Tensor, count: int, threshold: float | None, generator: torch.Generator
+    ) -> Tensor:
+        """Indices ``(count, B)`` of random batches; with a threshold, half hold one that passes.
+
+        Args:
+            measured: ``(S,)`` of the images to choose from.
+            count: K.
+            threshold: tau, or None for batches as they come.
+            generator: Randomness.
+        """
+
+        def some(number: int) -> Tensor:
+            # Different images in a batch: the first B of a random order.
+            return torch.stack(
+                [torch.randperm(len(measured), generator=generator)[: self.batch_size]
+                 for _ in range(number)]
+            )  # fmt: skip
+
+        if threshold is None:
+            return some(count)
+        kept: dict[int, list[Tensor]] = {0: [], 1: []}
+        wanted = {0: count // 2, 1: count - count // 2}
+        for _ in range(MOST_DRAWS):
+            chosen = some(1)
+            passing = int((in_own_batch(measured[chosen]) > threshold).sum())
+            if passing in kept and len(kept[passing]) < wanted[passing]:
+                kept[passing].append(chosen)
+            if all(len(kept[kind]) == wanted[kind] for kind in kept):
+                return torch.cat([*kept[1], *kept[0]])
+        raise InvalidInput(
+            f"SEER(form='thresh'): among {MOST_DRAWS} batches of {self.batch_size} of the "
+            f"{len(measured)} public images, too few have none or one beyond the threshold "
+            f"{threshold:.2f}; give more images."
+        )
+
+    def picked(self, x: Tensor, threshold: float | None = None) -> Tensor:
+        """Marks ``(K, B)`` the image of each batch ``(K, B, C, H, W)`` with the property.
+
+        One in every batch; with a threshold, those that pass it.
+        """
         brightness = x.flatten(2).mean(dim=2)
         extreme = brightness if self.property == "bright" else -brightness
+        if threshold is not None:
+            return (in_own_batch(extreme) > threshold).to(x)
         return F.one_hot(extreme.argmax(dim=1), x.shape[1]).to(x)
 
     # -- before and after the client trains ------------------------------------------------------
@@ -207,7 +305,11 @@ class SEER(ActiveAttack):
         if view.rounds:
             return None
         model = view.model
-        trained = replace(self, batch_size=self.batch_size or view.num_examples)
+        trained = replace(
+            self,
+            batch_size=self.batch_size or view.num_examples,
+            clients=(self.clients or len(view.clients)) if self.form == "thresh" else 0,
+        )
         front = surgery.Normalise(view.box)
         learned = trained.artefact(view.surrogate, nn.Sequential(front, model), watch=watch)
         key = {name: t for name, t in learned.items() if not name.startswith("model/")}
@@ -240,8 +342,37 @@ class SEER(ActiveAttack):
         return Reconstruction(
             images=view.box.normalize(image.clamp(0, 1).reshape(1, *shape)),
             confidence=gain.reshape(1).to(like),
-            notes={name: float(key[name]) for name in ("public_psnr", "null_psnr")},
+            notes={
+                name: float(key[name])
+                for name in ("public_psnr", "null_psnr", "threshold")
+                if name in key
+            },
         )
+
+
+def in_own_batch(measured: Tensor) -> Tensor:
+    """Measurements ``(K, B)`` less their batch's mean, over its (biased) standard deviation."""
+    centred = measured - measured.mean(dim=1, keepdim=True)
+    return centred / (centred.square().mean(dim=1, keepdim=True) + 1e-12).sqrt()
+
+
+def best_threshold(p: Tensor, clients: int) -> float:
+    """tau: the largest ``(F2 - F1) F1^(N-1)`` over the values between observed ones.
+
+    Args:
+        p: ``(K, B)`` of batches, in their own standard deviations, B at least 2.
+        clients: N.
+    """
+    top = p.double().topk(2, dim=1).values
+    first, second = (top[:, i].sort().values for i in (0, 1))
+    values = first.unique()
+    candidates = (values[1:] + values[:-1]) / 2 if len(values) > 1 else values
+    f1, f2 = (
+        torch.searchsorted(part, candidates, right=True).double() / len(part)
+        for part in (first, second)
+    )
+    chance = (f2 - f1) * f1 ** (clients - 1)
+    return float(candidates[int(chance.argmax())])
 
 
 def seeing_the_batch(model: nn.Module) -> nn.Module:

@@ -156,10 +156,14 @@ class RobbingTheFed(ActiveAttack):
             first = read.rows[chosen] == 0  # the second bin is everything above it
             chosen, confidence = chosen[first], confidence[first]
         chosen, confidence = chosen[: view.num_examples], confidence[: view.num_examples]
+        hit = float(len(read.rows))
         if len(chosen) == 0:
             return nothing_found(shape, "no bin rises above the noise floor", noise_floor=floor)
+        images = read.x[chosen].reshape(-1, *shape)
+        del read  # at a batch of hundreds of photos, candidates are what takes memory
+        low, high = view.box.bounds(images)
         return Reconstruction(
-            images=view.box.clip(read.x[chosen].reshape(-1, *shape)),
+            images=torch.clamp(images, min=low, max=high, out=images),
             confidence=confidence,
-            notes={"bins_hit": float(len(read.rows)), "noise_floor": floor},
+            notes={"bins_hit": hit, "noise_floor": floor},
         )
