@@ -627,7 +627,7 @@ def page(result: dict[str, Any], calibration: dict[str, Any], study: Study) -> s
         "models that are among these. Checkpoints of one run are not independent either. Take the "
         "false alarm rates as somewhat too low, and their intervals as too narrow. The matching of "
         "D14 was settled after its scores on attacked models had been seen: its hit rates are "
-        "partly in-sample.",
+        "partly in-sample. None of these choices saw the fresh hold-out, where this page has one.",
         "",
         "D1's comparison and D12 are exact by construction: benign models were compared with equal "
         "copies, and where the server asked the target alone, D12 compared with the model that was "
@@ -756,11 +756,20 @@ def fresh_section(result: dict[str, Any]) -> str:
     for check in checks:
         rates = " | ".join(f"{value[f'hit/{key}/{check}']['value']:.2f}" for key in keys)
         lines.append(f"| {check} | {value[f'false_alarm/{check}']['value']:.3f} | {rates} |")
+    widest = list(HOLDINGS)[-1]
+    missed = []
+    for key, name in zip(keys, title, strict=True):
+        if value[f"hit/{key}/{widest}"]["value"] == 0:
+            missed += [f"{name} evades every check, whatever the client holds.", ""]
     told = "; ".join(f"{a['model']}: {', '.join(a['by'])}" for a in recipe["alarms"]) or "none"
     lines += [
         "",
-        f"False alarms, by model: {told}.",
+        f"False alarms, by model: {told}. Larger than anything in the calibration half, if below "
+        f"the thresholds: {cell(f'roc/{widest}/level 0.0/false_alarm')} benign models. "
+        "Architectures, training settings and round counts are those of the calibration; other "
+        "benign populations remain untested (see the end of this page).",
         "",
+        *missed,
         f"Made by `{result['command']}` on {result['date']} ({result['hardware']}).",
         "",
     ]
