@@ -48,6 +48,7 @@ study-measures: $(STAMP)
 	$(BIN)/python benchmarks/measures.py --data $(DATA)/cifar10/test.parquet --tuning $(DATA)/cifar10/train.parquet
 study-lint: $(STAMP)
 	$(BIN)/python benchmarks/lint.py --data $(DATA)/cifar10/train.parquet
+	$(BIN)/python benchmarks/lint.py --fresh 20261124 --data $(DATA)/cifar10/test.parquet --init-seeds 20 --run-seeds 3 --attack-seeds 8
 study-labels: $(STAMP)
 	$(BIN)/python benchmarks/labels.py
 	$(BIN)/python benchmarks/labels_withheld.py --data $(DATA)/cifar10/test.parquet

@@ -255,8 +255,10 @@ def steps(images: ImageSet, rival: str | None, only: Sequence[str] | None) -> No
         measures.append(measure(f"{name}: bare loop", milliseconds, "ms", None, len(base),
                                 "median of an iteration of all starts"))  # fmt: skip
         for way in ("bare", "eager", "traced"):
-            measures.append(measure(f"{name}: peak memory, {way}", memory(name, way), "MB", None, 1,
-                                    "above what the problem holds; process of its own"))  # fmt: skip
+            note = "above what the problem holds; process of its own"
+            measures.append(
+                measure(f"{name}: peak memory, {way}", memory(name, way), "MB", None, 1, note)
+            )
         measures += against_rival(name, given, rival, count, milliseconds)
     write("steps", measures, {"lr": LR, "tv_weight": TV, "ways": list(WAYS)}, "steps")
 

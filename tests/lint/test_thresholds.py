@@ -1,5 +1,6 @@
 """The shipped calibration: complete, with provenance, by its own rule, and refused if damaged."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -38,6 +39,19 @@ def test_the_results_are_of_the_same_run() -> None:
     named = {measure["name"]: measure for measure in result["measures"]}
     assert named["false_alarm/weights"]["n"] >= 100
     assert all("interval" in m and "note" in m for m in result["measures"])
+
+
+def test_the_fresh_hold_out_judged_the_thresholds_in_use() -> None:
+    result = json.loads((ROOT / "results/lint/fresh.json").read_text(encoding="utf-8"))
+    seen = json.loads((ROOT / "results/lint/detectors.json").read_text(encoding="utf-8"))
+    digest = hashlib.sha256(thresholds.FILE.read_bytes()).hexdigest()
+    assert result["recipe"]["thresholds"] == digest
+    assert not set(result["seeds"]) & set(seen["seeds"])
+    assert result["recipe"]["images"] != seen["recipe"]["images"]
+    named = {measure["name"]: measure for measure in result["measures"]}
+    whole = named["false_alarm/weights, batch, reference, other clients"]
+    assert round(whole["value"] * whole["n"]) == len(result["recipe"]["alarms"])
+    assert named["false_alarm/weights/independent"]["n"] >= 200
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"statistics": {"D1/detour": {}}}'])

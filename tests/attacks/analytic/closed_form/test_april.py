@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from leakatlas.attacks.analytic.closed_form.april import (
 )
 from leakatlas.attacks.api import Reconstruction
 from leakatlas.audit.harness import Trial, observe, run_trial
+from leakatlas.data.box import CIFAR10
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import FedAVG, FedSGD, Stage, Update, View
 from leakatlas.models import LeNet, ViT
@@ -23,6 +25,7 @@ from tests.attacks.analytic.support import errors, same_after_saving, small_stag
 from tests.conftest import BOX, gradients_at
 
 EXACT = 1e-9
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def _stage(**settings: object) -> Stage:
@@ -108,6 +111,19 @@ def test_cutting_what_drowns_in_rounding_beats_solving_for_it() -> None:
     cut, whole = (solve_rows(matrix, right, tolerance) for tolerance in (1e-6, 1e-12))
     assert (cut.rank, whole.rank) == (1, 2)
     assert float((cut.x - truth).norm()) < float((whole.x - truth).norm()) / 10
+
+
+def test_the_patches_of_least_norm_are_those_of_the_independent_port() -> None:
+    """Stored in results/differential: what breaching's closed form makes of the same gradient."""
+    stored = json.loads((ROOT / "results/differential/april.json").read_text(encoding="utf-8"))
+    named = {measure["name"]: measure["value"] for measure in stored["measures"]}
+    stage = small_stage(
+        letter="B", model="vit", settings={"first_block": "april", "dim": 32}, size=16, box=CIFAR10
+    )
+    trial = run_trial(stage, APRIL())
+    official = named["root mean square error of the official image, our ViT of width 32, float64"]
+    assert official > 0.1, "a width of 32 does not determine 48 pixels"
+    assert float(errors(trial)[0]) == pytest.approx(official, abs=1e-9)
 
 
 # -- the failures that theory predicts -------------------------------------------------------------

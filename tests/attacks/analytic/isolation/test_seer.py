@@ -81,6 +81,33 @@ def test_gradients_of_many_batches_are_those_of_each() -> None:
             assert torch.allclose(together[name][k], own[name], atol=1e-5)
 
 
+def test_training_follows_how_the_batch_statistics_move() -> None:
+    """The gradient in the weights of a decoded gradient, against finite differences."""
+    model = seeing_the_batch(build("convnet-bn", size=8, width=2, classes=10)).double()
+    x, y = _batches(2, torch.Generator().manual_seed(0))
+    weight = torch.rand(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    theta = {n: p.detach().requires_grad_() for n, p in model.named_parameters()}
+
+    def decoded_square(theta: dict[str, Tensor]) -> Tensor:
+        found = weighted_gradients(model, theta, x.double(), y, weight)
+        return torch.stack([g.square().sum() for g in found.values()]).sum()
+
+    slopes = torch.autograd.grad(decoded_square(theta), list(theta.values()))
+    generator = torch.Generator().manual_seed(2)
+    along = [torch.randn(g.shape, generator=generator, dtype=torch.float64) for g in slopes]
+    step = 1e-6
+    ends = [
+        decoded_square(
+            {n: p + side * step * d for (n, p), d in zip(theta.items(), along, strict=True)}
+        )
+        for side in (1, -1)
+    ]
+    measured = float(ends[0].detach() - ends[1].detach()) / (2 * step)
+    assert measured == pytest.approx(
+        float(sum((g * d).sum() for g, d in zip(slopes, along, strict=True))), rel=1e-5
+    )
+
+
 def test_the_picked_image_is_the_extreme_of_its_own_batch() -> None:
     x = torch.rand(5, 4, 3, 8, 8)
     bright, dark = SHORT.picked(x), replace(SHORT, property="dark").picked(x)

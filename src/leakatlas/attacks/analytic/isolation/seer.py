@@ -42,7 +42,10 @@ Departures:
       ``(1 - F1) F2 F1^(N-1)`` by golden section: as if the largest and the second largest of one
       batch were independent, and as if the empirical distributions were no steps.
     * Brightness and darkness are the properties; colour, edges and random filters are left out.
-    * The orthogonal mixture of negatives as a second target is left out.
+    * Released code decodes the others twice, as a random unit mixture and as their sum over
+      sqrt(B - 1), and weights the mean of the two by alpha. Here it is their plain sum, as in the
+      formula: at equal alpha about B - 1 times heavier (``negatives`` scales it). Its target r(0)
+      is held constant there, so that the decoder's bias feels the others; here it cancels.
     * Accumulated batches are computed at once (``batches``), each normalised on its own.
     * Entries of the gradient are scaled by one number before the decoder; the decoder's bias
       starts at the public mean image. Both change where a linear map starts, not what it can be.
@@ -54,7 +57,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +102,8 @@ class SEER(ActiveAttack):
         negatives: Weight of the others' term relative to the published schedule; 0 leaves it out.
         batch_size: Images per public batch B; 0 for as many as the client has.
     """
+
+    version: ClassVar[int] = 2
 
     steps: PositiveInt = 1_000_000
     batches: PositiveInt = 10
@@ -375,13 +380,38 @@ def best_threshold(p: Tensor, clients: int) -> float:
     return float(candidates[int(chance.argmax())])
 
 
+class BatchMoments(nn.Module):
+    """Batch normalisation by the moments of the batch, in elementary operations.
+
+    PyTorch's own has a second derivative that, behind a vmapped gradient, leaves out how mean and
+    variance move: the gradient is right, but what is learned through it is not.
+
+    Args:
+        like: The layer that it stands for; weights are shared.
+    """
+
+    def __init__(self, like: nn.modules.batchnorm._BatchNorm) -> None:
+        super().__init__()
+        self.weight, self.bias = like.weight, like.bias
+        self.affine, self.eps = like.affine, like.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, ...)`` to the same shape."""
+        others = [d for d in range(x.dim()) if d != 1]
+        centred = x - x.mean(dim=others, keepdim=True)
+        y = centred * (centred.square().mean(dim=others, keepdim=True) + self.eps).rsqrt()
+        if not self.affine:
+            return y
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        return y * self.weight.reshape(shape) + self.bias.reshape(shape)
+
+
 def seeing_the_batch(model: nn.Module) -> nn.Module:
-    """A float32 copy in train mode whose batch normalisation keeps no running statistics."""
+    """A float32 copy in train mode whose batch normalisations know their own batch only."""
     model = copy.deepcopy(model).float().train()
-    for layer in batchnorm_layers(model).values():
+    for name, layer in batchnorm_layers(model).items():
         assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        layer.track_running_stats = False
-        layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+        model.set_submodule(name, BatchMoments(layer))
     return model
 
 
