@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: audit test check types lint unit generate study-quality study-analytic study-defenses study-generative study-labels study-measures study-lint study-scale clean
+.PHONY: audit test check types lint unit generate study-quality study-analytic study-defenses study-generative study-labels study-measures study-lint study-scale study-descent clean
 
 audit: $(STAMP) ## Attack bundled photos in four set-ups; writes leak-report/report.html
 	$(BIN)/leakatlas audit --out leak-report
@@ -49,6 +49,8 @@ study-measures: $(STAMP)
 study-lint: $(STAMP)
 	$(BIN)/python benchmarks/lint.py --data $(DATA)/cifar10/train.parquet
 	$(BIN)/python benchmarks/lint.py --fresh 20261124 --data $(DATA)/cifar10/test.parquet --init-seeds 20 --run-seeds 3 --attack-seeds 8
+study-descent: $(STAMP) # RIVAL names a Python that has the extra `bench`
+	$(BIN)/python benchmarks/descent.py --data $(DATA)/cifar10 $(if $(RIVAL),--rival $(RIVAL))
 study-labels: $(STAMP)
 	$(BIN)/python benchmarks/labels.py
 	$(BIN)/python benchmarks/labels_withheld.py --data $(DATA)/cifar10/test.parquet

@@ -195,3 +195,29 @@ def test_a_defense_is_judged_against_whoever_knows_it(small_plan: Plan) -> None:
     assert letters == {"inverting_gradients": "C", "robbing_the_fed": "G"}
     passive = next(r for r in report.comparisons[1].runs if r.attack == "inverting_gradients")
     assert "defenses" in passive.reads
+
+
+class StopsWithin(Silent):
+    """Stops the audit as soon as a run of one attack has begun."""
+
+    def __init__(self, stop: Watch, attack: str) -> None:
+        self.stop, self.attack = stop, attack
+
+    def run(self, name: str, fraction: float, note: str = "") -> None:
+        if self.attack in name:
+            self.stop.stop()
+
+
+def test_a_run_stopped_in_the_middle_goes_on_from_its_checkpoint(
+    small_plan: Plan, tmp_path: Path
+) -> None:
+    plan = replace(small_plan, seconds=None)  # by steps, not by time: the end is the same
+    plan = replace(plan, attack_parameters={"inverting_gradients": {"steps": 60}})
+    whole = {r.attack: r for r in carry_out(plan).runs}["inverting_gradients"]
+    stop = Watch()
+    carry_out(plan, out=tmp_path, listener=StopsWithin(stop, "inverting_gradients"), stop=stop)
+    assert len(list((tmp_path / "runs").glob("*.progress/*.pt"))) == 1
+    resumed = {r.attack: r for r in carry_out(plan, out=tmp_path).runs}["inverting_gradients"]
+    assert resumed.scores == whole.scores
+    assert resumed.execution == "eager"
+    assert not list((tmp_path / "runs").glob("*.progress"))

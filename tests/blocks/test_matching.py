@@ -145,3 +145,17 @@ def test_norm_along_dimensions() -> None:
     )
     assert matching.ROOT_EPSILON <= 1e-12
     assert math.isfinite(float(matching.norm(x)))
+
+
+@pytest.mark.parametrize("distance", [matching.cosine, matching.squared_l2, matching.relative_l2])
+def test_the_hand_written_derivatives_pass_gradcheck_twice(distance: matching.Distance) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.randn(3, 2, generator=generator, dtype=torch.float64) for _ in range(4)]
+    b = {"w": draw[2], "v": draw[3][0]}
+
+    def of(w: Tensor, v: Tensor) -> Tensor:
+        return distance({"w": w, "v": v}, b)
+
+    leaves = (draw[0].requires_grad_(), draw[1][0].clone().requires_grad_())
+    assert torch.autograd.gradcheck(of, leaves)
+    assert torch.autograd.gradgradcheck(of, leaves)

@@ -215,6 +215,13 @@ def test_what_is_not_a_configuration_is_refused(tmp_path: Path, content: str, wo
     assert done.returncode == 2 and words in " ".join(done.stderr.split())
 
 
+def test_an_unknown_execution_is_refused_by_name(tmp_path: Path) -> None:
+    done = leakatlas("audit", write(tmp_path, QUICK), "--execution", "warp", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "warp" in done.stderr and "eager" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_missing_file_and_an_unwritable_folder(tmp_path: Path) -> None:
     done = leakatlas("audit", "absent.yaml", cwd=tmp_path)
     assert done.returncode == 2 and "does not exist" in done.stderr

@@ -18,6 +18,7 @@ from leakatlas.fl import (
     RoundView,
     Update,
     model_state,
+    replay,
     state_hash,
     task_loss,
 )
@@ -218,3 +219,95 @@ def test_an_update_that_does_not_belong_to_the_model_is_refused_before_any_repla
     wrong = view.update.with_tensors({"fc.bias": torch.zeros(3)})
     with pytest.raises(InvalidInput, match=r"'fc\.bias' has shape \(3,\)"):
         view.with_rounds([RoundView(0, seen.state, 1, wrong)], {}).replayer()
+
+
+CHECKPOINTED: dict[str, FedAVG] = {
+    "sgd": FedAVG(epochs=2, batch_size=2, lr=0.05),
+    "momentum and decay": FedAVG(
+        epochs=2, batch_size=2, lr=0.05, momentum=0.9, weight_decay=0.1
+    ),
+    "adam": FedAVG(epochs=2, batch_size=2, lr=0.01, optimizer="adam"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", CHECKPOINTED)
+def test_forgetting_the_graph_changes_neither_the_replay_nor_its_derivative(protocol: str) -> None:
+    model = models.build("convnet-bn", width=4, size=16, classes=5).double()
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    buffers = {n: b.detach() for n, b in model.named_buffers()}
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 16, 16, generator=generator, dtype=torch.float64)
+    soft = torch.randn(4, 5, generator=generator, dtype=torch.float64).softmax(1)
+    weights = {
+        n: torch.randn(p.shape, generator=generator, dtype=torch.float64)
+        for n, p in parameters.items()
+    }
+    found: dict[bool, tuple[Tensor, ...]] = {}
+    for checkpoint in (False, True):
+        leaves = (x.clone().requires_grad_(), soft.clone().requires_grad_())
+        sent = unroll(
+            model, parameters, buffers, *leaves, CHECKPOINTED[protocol], checkpoint=checkpoint
+        )
+        total = torch.stack([(sent[n] * w).sum() for n, w in weights.items()]).sum()
+        found[checkpoint] = (total.detach(), *torch.autograd.grad(total, leaves))
+    for kept, forgotten in zip(found[False], found[True], strict=True):
+        torch.testing.assert_close(forgotten, kept, rtol=1e-10, atol=1e-14)
+
+
+def test_long_replays_forget_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One local step fewer than the limit keeps the graph; from the limit on, weights are kept."""
+    calls: list[int] = []
+    real = replay._Forgotten.apply
+
+    def counted(step: object, t: int, *rest: object) -> object:
+        calls.append(t)
+        return real(step, t, *rest)
+
+    monkeypatch.setattr(replay._Forgotten, "apply", counted)
+    model = models.build("fc", widths=(4,), size=8, classes=3)
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    x, y = torch.randn(1, 3, 8, 8), torch.tensor([1])
+    for steps in (replay.CHECKPOINT_FROM - 1, replay.CHECKPOINT_FROM):
+        unroll(model, parameters, {}, x, y, FedAVG(epochs=steps, batch_size=1, lr=0.1))
+    assert calls == list(range(1, replay.CHECKPOINT_FROM + 1))
+
+
+def test_batchnorm_in_train_mode_is_the_same_without_running_statistics() -> None:
+    model = models.build("convnet-bn", width=4, size=16).train()
+    x = torch.randn(4, 3, 16, 16)
+    expected = model(x)
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    found = replay.without_running_statistics(model)(x)
+    assert torch.equal(found, expected)
+    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+    evaluated = models.build("convnet-bn", width=4, size=16).eval()
+    again = replay.without_running_statistics(evaluated)
+    assert all(m.track_running_stats for m in again.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_central_differences_replay_the_gradient_exactly_and_its_derivative_nearly() -> None:
+    model = models.build("lenet", width=4).double()
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    x, y = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 2])
+    slopes = {}
+    for how in ("autograd", "finite"):
+        leaf = x.clone().requires_grad_()
+        with replay.derivative("autograd" if how == "autograd" else "finite"):
+            g = gradient(model, parameters, {}, leaf, y)
+        slopes[how] = (
+            {n: t.detach() for n, t in g.items()},
+            torch.autograd.grad(torch.stack([t.square().sum() for t in g.values()]).sum(), leaf)[0],
+        )
+    for name, tensor in slopes["autograd"][0].items():
+        assert torch.equal(slopes["finite"][0][name], tensor)
+    torch.testing.assert_close(slopes["finite"][1], slopes["autograd"][1], rtol=1e-4, atol=1e-9)
+
+
+def test_central_differences_of_a_distance_without_slope_are_zero() -> None:
+    model = models.build("lenet", width=4)
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    leaf = torch.randn(1, 3, 32, 32).requires_grad_()
+    with replay.derivative("finite"):
+        g = gradient(model, parameters, {}, leaf, torch.tensor([0]))
+    flat = torch.stack([0.0 * t.sum() for t in g.values()]).sum()
+    assert not bool(torch.autograd.grad(flat, leaf)[0].any())

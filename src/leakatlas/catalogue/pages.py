@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from leakatlas.catalogue import (
+    benchmark_pages,
     citations,
     label_pages,
     loader,
@@ -61,6 +62,8 @@ def generated(root: Path) -> dict[str, str]:
         files[f"docs/defenses/{defense.key}.md"] = defense_page(defense, measured)
     if (labels := label_pages.render(measured)) is not None:
         files["docs/labels.md"] = labels
+    if (timed := benchmark_pages.render(measured)) is not None:
+        files["docs/benchmarks.md"] = timed
     readme = root / "README.md"
     if readme.is_file() and BEGIN in readme.read_text(encoding="utf-8"):
         text = readme.read_text(encoding="utf-8")
