@@ -122,6 +122,11 @@ def _eager(objective: Objective, candidates: int | None, execution: Execution) -
     if candidates is None:
         return one
 
+    def alone(variables: Variables, constants: Variables, t: Tensor) -> Slope:
+        found = one({n: v[0] for n, v in variables.items()}, constants, t)
+        gradients = {n: g.unsqueeze(0) for n, g in found.gradients.items()}
+        return Slope(gradients, found.total.unsqueeze(0), found.criterion.unsqueeze(0))
+
     def each(variables: Variables, constants: Variables, t: Tensor) -> Slope:
         found = [
             one({n: v[i] for n, v in variables.items()}, constants, t) for i in range(candidates)
@@ -132,7 +137,7 @@ def _eager(objective: Objective, candidates: int | None, execution: Execution) -
             torch.stack([f.criterion for f in found]),
         )
 
-    return each
+    return alone if candidates == 1 else each
 
 
 def _functional(objective: Objective, candidates: int | None) -> Slopes:

@@ -124,11 +124,11 @@ def descend(
         with torch.no_grad():
             for hook in after:
                 hook(run.leaves, run.rates[0] * factor, now)
-            run.halt()
         if run.executor.undecided():
             per_step = run.executor.evaluations / (now.index + 1 - first)
             run.decide(left=(steps - now.index - 1) * per_step, seconds=watch.remaining())
         if (now.index + 1) % report_every == 0:
+            run.halt()
             lowest, alive = run.report()
             if watch.listen is not None:
                 rate = (now.index + 1 - first) / max(time.perf_counter() - begun, 1e-9)
@@ -142,6 +142,7 @@ def descend(
                 saved.save(file, run.state(wanted, now.index + 1, finished=False), generators)
     if file is not None and watch.stopped:
         saved.save(file, run.state(wanted, now.index + 1, finished=False), generators)
+    run.halt()
     run.now(now, shared)
     run.evaluate()
     run.report()
@@ -202,11 +203,15 @@ class _Run:
         for name, leaf in self.leaves.items():
             step = gradients[name]
             step = self.transform(step) if self.transform is not None else step
-            leaf.grad = torch.where(_rows(self.alive, leaf), step, torch.zeros_like(leaf))
+            leaf.grad = torch.where(_rows(self.alive, leaf), step, 0.0)
         return total.sum()
 
+    @torch.no_grad()
     def halt(self) -> None:
-        """Put candidates that are no longer finite back to their best, and mark them."""
+        """Put candidates that are no longer finite back to their best, and mark them.
+
+        Between reports a broken candidate is only held still: its gradient is set to zero.
+        """
         for leaf in self.leaves.values():
             finite = torch.isfinite(leaf)
             held = finite.flatten(1).all(1) if self.alive.dim() else finite.all()
