@@ -61,6 +61,7 @@ def gradient(
     loss: Loss = task_loss,
     create_graph: bool = True,
     how: Derivative | None = None,
+    own: bool = False,
 ) -> dict[str, Tensor]:
     """Loss gradient at ``parameters``, differentiable in ``x`` and ``y``.
 
@@ -76,8 +77,11 @@ def gradient(
         loss: ``(logits, y) -> scalar``.
         create_graph: Whether the result can be differentiated again.
         how: By which means; that of the enclosing :func:`derivative` if None.
+        own: Whether ``parameters`` and ``buffers`` are the model's own, which is then called as it
+            is: what ``functional_call`` costs shows in small networks. The model must be one that
+            :func:`without_running_statistics` returned.
     """
-    held = {name: b.clone() for name, b in buffers.items()}
+    held = {} if own else {name: b.clone() for name, b in buffers.items()}
     record = _RECORD.get()
     if record is not None:
         shapes = tuple((name, tuple(p.shape)) for name, p in parameters.items())
@@ -88,8 +92,8 @@ def gradient(
 
     how = how or _HOW.get()
     if how == "functional":
-        found: dict[str, Tensor] = torch.func.grad(value)(dict(parameters), x, y)
-        return found
+        traced: dict[str, Tensor] = torch.func.grad(value)(dict(parameters), x, y)
+        return traced
     if how == "finite" and create_graph:
         names = list(parameters)
         point = [parameters[name].detach() for name in names]
@@ -101,6 +105,9 @@ def gradient(
         name: p if p.requires_grad else p.detach().requires_grad_()
         for name, p in parameters.items()
     }
+    if own:
+        found = _zero_filled(loss(model(x), y), list(leaves.values()), create_graph)
+        return dict(zip(leaves, found, strict=True))
     return dict(zip(leaves, _zero_filled(value(leaves, x, y), list(leaves.values()), create_graph),
                     strict=True))  # fmt: skip
 
@@ -317,6 +324,7 @@ def simulate_client(
     batches: Sequence[Tensor] | None = None,
     loss: Loss | None = None,
     batch_map: BatchMap | None = None,
+    own: bool = False,
 ) -> dict[str, Tensor]:
     """The client's quantity (gradient or delta) for candidates ``x, y``; see the two above."""
     if isinstance(protocol, FedAVG):
@@ -330,4 +338,4 @@ def simulate_client(
     def reduced(logits: Tensor, target: Tensor) -> Tensor:
         return task_loss(logits, target, protocol.reduction)
 
-    return gradient(model, parameters, buffers, x, y, loss=loss or reduced)
+    return gradient(model, parameters, buffers, x, y, loss=loss or reduced, own=own)

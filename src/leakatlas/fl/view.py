@@ -359,7 +359,7 @@ class View:
         """
         update = self.update_at(round)
         model = replay.without_running_statistics(self.model_at(round))
-        parameters = {n: p.detach() for n, p in model.named_parameters()}
+        parameters = dict(model.requires_grad_().named_parameters())
         update.check_fits(parameters)
         held = {n: b.detach() for n, b in model.named_buffers()}
         protocol: Protocol = (
@@ -383,7 +383,7 @@ class View:
             quantity = replay.simulate_client(
                 model, parameters, held, x, y, protocol,
                 batches=order if isinstance(protocol, FedAVG) else None,
-                loss=loss, batch_map=batch_map,
+                loss=loss, batch_map=batch_map, own=True,
             )  # fmt: skip
             factor = update.sign * update.scale
             sent = {n: quantity[n] * factor for n in update.tensors}

@@ -150,7 +150,7 @@ def _functional(objective: Objective, candidates: int | None) -> Slopes:
 
     def slope(variables: Variables, constants: Variables, t: Tensor) -> Slope:
         plain = {n: v.detach() for n, v in variables.items()}
-        with derivative("functional"):
+        with derivative("functional"), torch.no_grad():  # no tape around that of torch.func
             gradients, (total, criterion) = call(plain, dict(constants), t)
         return Slope(
             {n: g.detach() for n, g in gradients.items()}, total.detach(), criterion.detach()

@@ -188,7 +188,7 @@ class _Run:
     def evaluate(self) -> tuple[dict[str, Tensor], Tensor]:
         """Gradients and totals at the leaves; keeps what is better than before."""
         gradients, total, criterion = self.executor(self.leaves, self.constants, self.t)
-        self.alive = self.alive & torch.isfinite(criterion)
+        self.alive &= torch.isfinite(criterion)
         better = self.alive & (criterion < self.lowest)
         self.lowest = torch.where(better, criterion, self.lowest)
         self.best = {

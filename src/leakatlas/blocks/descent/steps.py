@@ -42,9 +42,14 @@ def signed(gradient: Tensor) -> Tensor:
 def inside(box: Box, name: str) -> Hook:
     """Projection of one variable, ``(..., C, H, W)`` in model space, onto the pixel box."""
 
+    bounds: list[Tensor] = []  # made once; a step is short
+
     def project(variables: Variables, lr: float, step: Step) -> None:
         del lr, step
-        variables[name].copy_(box.clip(variables[name]))
+        x = variables[name]
+        if not bounds:
+            bounds.extend(box.bounds(x))
+        torch.clamp(x, min=bounds[0], max=bounds[1], out=x)
 
     return project
 
