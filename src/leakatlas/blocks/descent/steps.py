@@ -41,7 +41,6 @@ def signed(gradient: Tensor) -> Tensor:
 
 def inside(box: Box, name: str) -> Hook:
     """Projection of one variable, ``(..., C, H, W)`` in model space, onto the pixel box."""
-
     bounds: list[Tensor] = []  # made once; a step is short
 
     def project(variables: Variables, lr: float, step: Step) -> None:
