@@ -27,7 +27,6 @@ from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from leakatlas.blocks.descent.objective import Objective, Variables, valued
 from leakatlas.blocks.watch import Execution
@@ -166,6 +165,9 @@ def _traced(
     *,
     compiled: bool,
 ) -> Slopes:
+    # Brings a system of symbolic algebra: seconds that only a run that traces should wait for.
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     names, fixed = list(at[0]), list(at[1])
     function = _functional(objective, candidates)
 
