@@ -133,6 +133,7 @@ def _run_row(run: Run) -> dict[str, Any]:
         "seconds": run.seconds,
         "rounds": run.rounds,
         "reads": ", ".join(run.reads),
+        "execution": run.execution,
         "notes": sorted(run.notes.items()),
         "scored": scores is not None,
     }
