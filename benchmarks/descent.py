@@ -391,7 +391,7 @@ PRESETS = {
     "tuned": InvertingGradients.tuned(steps=350),
 }
 QUALITY: dict[str, tuple[str, int, int, tuple[int, ...]]] = {
-    "convnet": ("convnet", 1, 16, (0, 1, 2)),
+    "convnet": ("convnet", 1, 16, (0,)),
     "convnet, batch 8": ("convnet", 8, 1, (0,)),
     "resnet18": ("resnet18", 1, 1, (0,)),
 }
@@ -440,7 +440,6 @@ def quality(data: Path, workers: int, journal: Path) -> None:
         for number in range(count)
         for preset in PRESETS
     ]
-    jobs.sort(key=lambda job: job[0] == "convnet")  # the few long ones first
     open_jobs = [job for job in jobs if _key(job) not in done]
     journal.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers) as pool, journal.open("a", encoding="utf-8") as file:
@@ -450,14 +449,24 @@ def quality(data: Path, workers: int, journal: Path) -> None:
             file.flush()
             print(f"{_key(job)}: {result['psnr'][-1]:.1f} dB, {result['seconds'][-1]:.0f} s",
                   flush=True)  # fmt: skip
+            report(jobs, done)
+
+
+def report(
+    jobs: Sequence[tuple[str, str, int, int, Path]], done: Mapping[str, dict[str, Any]]
+) -> None:
+    """Write what is complete so far."""
     measures: list[dict[str, Any]] = []
     curves: dict[str, Any] = {}
     for name in QUALITY:
+        if not all(_key(job) in done for job in jobs if job[0] == name):
+            continue
         by = {p: [done[_key(j)] for j in jobs if j[:2] == (name, p)] for p in PRESETS}
         measures += compare(name, by["published"], by["tuned"])
         curves[name] = {preset: mean_curve(runs) for preset, runs in by.items()}
     recipe = {"curves": curves, **{p: attack.to_json() for p, attack in PRESETS.items()}}
-    write("quality", measures, recipe, "quality")
+    if measures:
+        write("quality", measures, recipe, "quality")
 
 
 def _key(job: tuple[str, str, int, int, Path]) -> str:
