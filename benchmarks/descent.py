@@ -450,6 +450,7 @@ def quality(data: Path, workers: int, journal: Path) -> None:
             print(f"{_key(job)}: {result['psnr'][-1]:.1f} dB, {result['seconds'][-1]:.0f} s",
                   flush=True)  # fmt: skip
             report(jobs, done)
+    report(jobs, done)
 
 
 def report(

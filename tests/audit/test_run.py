@@ -216,7 +216,7 @@ def test_a_run_stopped_in_the_middle_goes_on_from_its_checkpoint(
     whole = {r.attack: r for r in carry_out(plan).runs}["inverting_gradients"]
     stop = Watch()
     carry_out(plan, out=tmp_path, listener=StopsWithin(stop, "inverting_gradients"), stop=stop)
-    assert len(list((tmp_path / "runs").glob("*.progress/*.pt"))) == 1
+    assert len(list((tmp_path / "runs").glob("*.progress/*/*.pt"))) == 1
     resumed = {r.attack: r for r in carry_out(plan, out=tmp_path).runs}["inverting_gradients"]
     assert resumed.scores == whole.scores
     assert resumed.execution == "eager"

@@ -241,6 +241,10 @@ class Attack(Configured, ABC):
         """
         self.check(view)
         watch = watch or Watch()
+        recipe = self.recipe(seed, scenario or {})
+        if watch.conduct.checkpoints is not None:
+            # Equal recipes on different views start from the same noise; they must not mix.
+            watch.conduct.begin(f"{recipe.content_hash[:16]}-{view.fingerprint()[:16]}")
         view.forget_reads()
         begun = time.perf_counter()
         with torch.random.fork_rng(devices=[]):
@@ -267,7 +271,7 @@ class Attack(Configured, ABC):
             seconds=time.perf_counter() - begun,
             execution=" | ".join(dict.fromkeys(watch.conduct.executions)),
             reads=view.reads,
-            recipe=self.recipe(seed, scenario or {}),
+            recipe=recipe,
         )
 
     @final

@@ -46,12 +46,19 @@ class Conduct:
     save_every: float = 30.0
     keep: Callable[[Mapping[str, Tensor]], None] | None = None
     executions: list[str] = field(default_factory=list)
+    _run: str = ""
     _descents: int = 0
+
+    def begin(self, run: str) -> None:
+        """The descents that follow belong to ``run``, which names a folder of its own."""
+        self._run, self._descents = run, 0
 
     def next_file(self) -> Path | None:
         """The checkpoint of the next descent: a run makes its descents in a fixed order."""
         self._descents += 1
-        return None if self.checkpoints is None else self.checkpoints / f"{self._descents:04d}.pt"
+        if self.checkpoints is None:
+            return None
+        return self.checkpoints / self._run / f"{self._descents:04d}.pt"
 
 
 class Watch:

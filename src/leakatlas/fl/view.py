@@ -24,6 +24,7 @@ A field that was not granted is not in the object; reading it raises
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -420,6 +421,12 @@ class View:
             model_ref=self._model_ref,
             architecture_defenses=self._architecture_defenses,
         )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that this view holds; not a read."""
+        tensors, facts = _pack(self._fields)
+        text = json.dumps([self.describe(), facts, state.state_hash(tensors)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     # -- on disk -------------------------------------------------------------------------------
 

@@ -12,10 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from leakatlas import data
+from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.blocks import descent
 from leakatlas.blocks.descent import Descended, Factory, Variables
 from leakatlas.blocks.watch import Conduct, Watch
 from leakatlas.errors import InvalidInput
+from leakatlas.threat import Grant
+from tests.conftest import build_stage
 
 START = {"x": torch.linspace(-1, 1, 12).reshape(2, 6)}
 
@@ -93,6 +97,24 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
         search(tmp_path, optimizer=descent.adam(0.05))
 
 
+def test_views_that_differ_do_not_share_a_checkpoint(tmp_path: Path) -> None:
+    """Same attack, same seed, same folder: only the private image differs."""
+    attack = InvertingGradients(steps=5)
+    found = []
+    for index in (0, 1):
+        stage = build_stage(
+            model="lenet", settings={"width": 4}, letter="B", examples=1,
+            victims=data.photos(8).subset([index]), grants=frozenset({Grant.LABELS}),
+        )  # fmt: skip
+        view = stage.view([stage.federation.play_round()])
+        conduct = Conduct(checkpoints=tmp_path)
+        found.append(attack(view, watch=Watch(conduct=conduct)).notes["matching_loss"])
+        again = attack(view, watch=Watch(conduct=Conduct(checkpoints=tmp_path)))
+        assert again.notes["matching_loss"] == found[-1]
+    assert found[0] != found[1]
+    assert len(list(tmp_path.glob("*/0001.pt"))) == 2
+
+
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -115,9 +137,6 @@ torch.save(found.images, out)
 
 
 def test_kill_9_in_the_middle_loses_nothing(tmp_path: Path) -> None:
-    from leakatlas.threat import Grant
-    from tests.conftest import build_stage
-
     stage = build_stage(
         model="lenet", settings={"width": 4}, letter="B", grants=frozenset({Grant.LABELS})
     )
@@ -132,7 +151,7 @@ def test_kill_9_in_the_middle_loses_nothing(tmp_path: Path) -> None:
     subprocess.run(command(tmp_path / "whole", "whole.pt", "fast"), check=True, timeout=120)
     victim = subprocess.Popen(command(tmp_path, "killed.pt", "slowly"))
     deadline = time.monotonic() + 100
-    while not (tmp_path / "progress" / "0001.pt").is_file():
+    while not list((tmp_path / "progress").glob("*/0001.pt")):
         assert victim.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     victim.send_signal(signal.SIGKILL)
