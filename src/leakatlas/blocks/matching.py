@@ -145,7 +145,8 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, c: Tensor, d: Tensor) -> Any:
         a, b = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
-        return None, *(y * c + x * (2 * d) for x, y in zip(a, b, strict=True)), *([None] * ctx.n)
+        slopes = (torch.addcmul(y * c, x, 2 * d) for x, y in zip(a, b, strict=True))
+        return None, *slopes, *([None] * ctx.n)
 
 
 class _Squares(torch.autograd.Function):

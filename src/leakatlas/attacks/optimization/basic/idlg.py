@@ -111,13 +111,10 @@ class IDLG(Attack):
             D = matching.squared_l2(replay(variables["x"], c), g) / scale
             return descent.Value(D / UNIT, D)
 
-        start = [
-            init.normal(view.batch_shape, generator=generator, like=like)
-            for _ in range(self.restarts)
-        ]
+        start = init.normal((self.restarts, *view.batch_shape), generator=generator, like=like)
         found = descent.descend(
             objective,
-            {"x": torch.stack(start)},
+            {"x": start},
             candidates=self.restarts,
             optimizer=descent.lbfgs(
                 self.lr, history=self.history, inner=self.inner, line_search=self.line_search

@@ -128,13 +128,10 @@ class InvertingGradients(Attack):
             match = distance(replay(x, y), g)
             return descent.Value(match + self.tv_weight * priors.tv_mean(x), match)
 
-        start = [
-            init.normal(view.batch_shape, generator=generator, like=like)
-            for _ in range(self.restarts)
-        ]
+        start = init.normal((self.restarts, *view.batch_shape), generator=generator, like=like)
         found = descent.descend(
             objective,
-            {"x": torch.stack(start)},
+            {"x": start},
             candidates=self.restarts,
             optimizer=descent.adam(self.lr) if self.optimizer == "adam" else descent.sgd(self.lr),
             steps=self.steps,
