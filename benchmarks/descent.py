@@ -263,7 +263,16 @@ def steps(images: ImageSet, rival: str | None, only: Sequence[str] | None) -> No
                 measure(f"{name}: peak memory, {way}", memory(name, way), "MB", None, 1, note)
             )
         measures += against_rival(name, given, rival, count, milliseconds)
+    if only:
+        measures += kept(only)
     write("steps", measures, {"lr": LR, "tv_weight": TV, "ways": list(WAYS)}, "steps")
+
+
+def kept(only: Sequence[str]) -> list[dict[str, Any]]:
+    """The stored measures of the cases that were not run again."""
+    file = ROOT / "results" / "descent" / "steps.json"
+    stored = json.loads(file.read_text(encoding="utf-8"))["measures"] if file.is_file() else []
+    return [m for m in stored if m["name"].rpartition(": ")[0] not in only]
 
 
 def memory(name: str, way: str) -> float:
