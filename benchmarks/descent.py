@@ -223,8 +223,10 @@ def in_turns(given: Problem, way: Execution, steps: int) -> tuple[list[float], l
     return engine[WARM_UP:], by_hand[WARM_UP:], engine[0] - statistics.median(engine[WARM_UP:])
 
 
-def steps(images: ImageSet, rival: str | None, only: Sequence[str] | None) -> None:
-    """Every execution of every case, and the rival."""
+def steps(
+    images: ImageSet, rival: str | None, only: Sequence[str] | None, ways: Sequence[Execution]
+) -> None:
+    """Executions of every case, and the rival; what is not asked for keeps its stored figures."""
     measures: list[dict[str, Any]] = []
     for name, case in CASES.items():
         if only and name not in only:
@@ -237,7 +239,7 @@ def steps(images: ImageSet, rival: str | None, only: Sequence[str] | None) -> No
         once = time.perf_counter() - begun
         count = min(max(int(SECONDS / (2 * once)), 8), 200) + WARM_UP
         base: list[float] = []
-        for way in WAYS:
+        for way in ways:
             if (way == "vmap" and case.candidates == 1) or (
                 way == "finite" and isinstance(case.protocol, FedAVG)
             ):
@@ -262,17 +264,18 @@ def steps(images: ImageSet, rival: str | None, only: Sequence[str] | None) -> No
             measures.append(
                 measure(f"{name}: peak memory, {way}", memory(name, way), "MB", None, 1, note)
             )
-        measures += against_rival(name, given, rival, count, milliseconds)
-    if only:
-        measures += kept(only)
-    write("steps", measures, {"lr": LR, "tv_weight": TV, "ways": list(WAYS)}, "steps")
+        if rival is not None or not only:
+            measures += against_rival(name, given, rival, count, milliseconds)
+    write("steps", joined(measures), {"lr": LR, "tv_weight": TV, "ways": list(WAYS)}, "steps")
 
 
-def kept(only: Sequence[str]) -> list[dict[str, Any]]:
-    """The stored measures of the cases that were not run again."""
+def joined(measures: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The stored measures with new ones in their places, by case."""
     file = ROOT / "results" / "descent" / "steps.json"
     stored = json.loads(file.read_text(encoding="utf-8"))["measures"] if file.is_file() else []
-    return [m for m in stored if m["name"].rpartition(": ")[0] not in only]
+    found = {m["name"]: m for m in [*stored, *measures]}
+    order = {name: number for number, name in enumerate(CASES)}
+    return sorted(found.values(), key=lambda m: order[m["name"].rpartition(": ")[0]])
 
 
 def memory(name: str, way: str) -> float:
@@ -619,6 +622,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data" / "cifar10")
     parser.add_argument("--rival", help="a Python with the extra `bench`")
     parser.add_argument("--only", nargs="+", choices=CASES, help="cases of `steps`")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="executions")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--journal", type=Path, default=ROOT / "build" / "descent.jsonl")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
@@ -633,7 +637,7 @@ def main() -> None:
         peak(*arguments.peak, images)
         return
     parts: dict[str, Callable[[], None]] = {
-        "steps": lambda: steps(images, arguments.rival, arguments.only),
+        "steps": lambda: steps(images, arguments.rival, arguments.only, arguments.ways),
         "unroll": unroll,
         "quality": lambda: quality(arguments.data, arguments.workers, arguments.journal),
     }
