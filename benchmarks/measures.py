@@ -590,7 +590,10 @@ def main() -> None:
         RESULT.parent.mkdir(exist_ok=True)
         text = json.dumps(result(trials, tuning), indent=1, allow_nan=False)
         RESULT.write_text(text + "\n", encoding="utf-8")
-    PAGE.write_text(page(json.loads(RESULT.read_text(encoding="utf-8"))), encoding="utf-8")
+    stored = json.loads(RESULT.read_text(encoding="utf-8"))
+    if "tuning" not in stored["recipe"]:
+        parser.error(f"{RESULT.name} is of a study before its weights were tuned; run it again")
+    PAGE.write_text(page(stored), encoding="utf-8")
 
 
 @dataclass
