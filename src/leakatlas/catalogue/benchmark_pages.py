@@ -13,7 +13,8 @@ INTRODUCTION = """# Benchmarks
 
 Ratios to the bare loop come from one run: both sides took turns within one process, so that a busy
 machine slows both alike. breaching runs in a process of its own right afterwards, so its ratio is
-good to some ten percent. Below 1 is faster or smaller than what stands behind the stroke.
+good to some ten percent. Below 1 is faster or smaller than what stands behind the stroke. Cases and
+executions can be measured again one by one: the rows of a case may come from more than one run.
 """
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 1.0)
