@@ -37,11 +37,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+from rich.progress import track
 from scipy.stats import rankdata
 from torch import Tensor
 
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.audit import harness
+from leakatlas.blocks.watch import Conduct, Watch
 from leakatlas.data import CIFAR10, ImageSet, parquet
 from leakatlas.defenses.formal.dp.client_dp import ClientDP
 from leakatlas.defenses.heuristic.perturbation.gradient_pruning import GradientPruning
@@ -154,6 +156,11 @@ def scenario_of(cell: Cell, seed: int, data: str) -> Scenario:
     )
 
 
+def watch() -> Watch:
+    """No limit, and one named execution: the study repeats bit for bit on one machine."""
+    return Watch(conduct=Conduct(execution="eager"))
+
+
 # -- tuning ----------------------------------------------------------------------------------------
 
 
@@ -202,7 +209,7 @@ def run_attempt(job: tuple[Attempt, ImageSet]) -> dict[str, Any]:
     live = stage(scenario, victims=victims, box=CIFAR10)
     attack = replace(ATTACKS[attempt.attack], tv_weight=attempt.weight)
     begun = time.perf_counter()
-    trial = harness.run_trial(live, attack, seed=seed)
+    trial = harness.run_trial(live, attack, seed=seed, watch=watch())
     public = images.subset([i for i in range(len(images)) if i != attempt.place])
     scores = score(trial.images, trial.truth.images, public=public.images, resamples=1)
     return {**vars(attempt), "psnr": scores.psnr.mean, "seconds": time.perf_counter() - begun}
@@ -238,7 +245,8 @@ def run_trial(job: tuple[Cell, int, str, Mapping[str, float]]) -> dict[str, Any]
     reached: dict[str, Any] = {}
     for name, attack in ATTACKS.items():
         live = stage(scenario, victims=victims, surrogate=public, box=CIFAR10)
-        trial = harness.run_trial(live, replace(attack, tv_weight=weights[name]), seed=index)
+        tuned = replace(attack, tv_weight=weights[name])
+        trial = harness.run_trial(live, tuned, seed=index, watch=watch())
         scores = score(
             trial.images, trial.truth.images, public=public.images, resamples=1,
             labels=trial.truth.labels,
@@ -449,9 +457,9 @@ def tuning_entries(tuning: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def result(
-    trials: Sequence[Mapping[str, Any]], tuning: Sequence[Mapping[str, Any]]
+    trials: Sequence[Mapping[str, Any]], tuning: Sequence[Mapping[str, Any]], wall: str
 ) -> dict[str, Any]:
-    """The content of ``results/measures.json``."""
+    """The content of ``results/measures.json``; ``wall`` says how long the command took."""
     weights = tuned_weights(tuning)
     return {
         "schema": "leakatlas/result/1",
@@ -486,6 +494,7 @@ def result(
             "data": "CIFAR-10 test images; measures at Lanczos steps 20, probes 2",
             "trials": len(trials),
             "minutes on one thread": round(sum(t["seconds"] for t in (*trials, *tuning)) / 60, 1),
+            "wall": wall,
         },
         "hardware": f"{os.cpu_count()} CPU cores {platform.machine()}, no GPU, one thread a trial",
         "seeds": sorted({SEED + int(t["index"]) for t in trials}),
@@ -514,6 +523,8 @@ def page(content: Mapping[str, Any]) -> str:
         f"{FEWEST} samples there, has no entry.",
         "",
         _tuning_sentence(content),
+        "",
+        f"The whole study took {content['recipe']['wall']}. {_failure_sentence(content)}",
     ]
     scopes = (
         ("pooled", "Pooled over all set-ups"),
@@ -567,6 +578,21 @@ def _tuning_sentence(content: Mapping[str, Any]) -> str:
     )
 
 
+def _failure_sentence(content: Mapping[str, Any]) -> str:
+    """In how many set-ups ranks are those of failures."""
+    figures = {m["name"]: m["value"] for m in content["measures"]}
+    names = list(content["recipe"]["cells"])
+    counts = [
+        f"{sum(figures[f'gain/{attack}/{name}'] < 1 for name in names)} by {attack} matching"
+        for attack in content["recipe"]["attacks"]
+    ]
+    return (
+        f"Of {len(names)} set-ups, the mean is less than 1 dB above the best null baseline in "
+        f"{' and in '.join(counts)}: there the attack failed, and ranks among failures tell little "
+        "of leakage. The last table has every gain."
+    )
+
+
 def _figure(entry: Mapping[str, Any], digits: int = 2) -> str:
     low, high = entry["interval"]
     return f"{entry['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
@@ -584,11 +610,14 @@ def main() -> None:
         if options.data is None or options.tuning is None:
             parser.error("--data and --tuning are needed to run the study")
         journal = Journal.of(options.journal)
+        kept, begun = len(journal.done), time.perf_counter()
         with ProcessPoolExecutor(max_workers=options.workers) as pool:
             tuning = tune(options.tuning, journal, pool)
             trials = run_all(options.data, tuned_weights(tuning), journal, pool)
         RESULT.parent.mkdir(exist_ok=True)
-        text = json.dumps(result(trials, tuning), indent=1, allow_nan=False)
+        wall = f"{(time.perf_counter() - begun) / 60:.1f} minutes, {options.workers} workers"
+        wall += f"; {kept} runs were kept from earlier" if kept else ""
+        text = json.dumps(result(trials, tuning, wall), indent=1, allow_nan=False)
         RESULT.write_text(text + "\n", encoding="utf-8")
     stored = json.loads(RESULT.read_text(encoding="utf-8"))
     if "tuning" not in stored["recipe"]:
@@ -625,10 +654,12 @@ class Journal:
         jobs: Mapping[str, Any],
         run: Callable[[Any], dict[str, Any]],
         pool: ProcessPoolExecutor,
+        title: str,
     ) -> list[dict[str, Any]]:
         """The result of every job, in order; those of the journal are not run again."""
         missing = {key: job for key, job in jobs.items() if key not in self.done}
-        for key, found in zip(missing, pool.map(run, missing.values()), strict=True):
+        running = zip(missing, pool.map(run, missing.values()), strict=True)
+        for key, found in track(running, title, total=len(missing)):
             self.done[key] = found
             if self.file is not None:
                 with self.file.open("a", encoding="utf-8") as file:
@@ -652,7 +683,7 @@ def tune(path: Path, journal: Journal, pool: ProcessPoolExecutor) -> list[dict[s
     images = held_out(path, TUNING_IMAGES * len(NETWORKS))
     mark = settings_mark()
     jobs = {f"{attempt.key} [{mark}]": (attempt, images) for attempt in attempts()}
-    return journal.finish(jobs, run_attempt, pool)
+    return journal.finish(jobs, run_attempt, pool, "Tuning")
 
 
 def run_all(
@@ -666,7 +697,7 @@ def run_all(
         for cell, count in cells().items()
         if index < count
     }
-    return journal.finish(jobs, run_trial, pool)
+    return journal.finish(jobs, run_trial, pool, "Trials")
 
 
 if __name__ == "__main__":
