@@ -6,8 +6,8 @@
 file, taken in turns within one process, so that a busy machine slows both; set-up costs; peak
 memory, each in a process of its own; and the rival on the same problem. ``unroll``: time and peak
 memory of the FedAVG replay against the number of local steps, with and without its graph.
-``quality``: PSNR against time of Inverting Gradients, published preset and ours, on test images;
-ours was chosen on train images.
+``quality``: PSNR against time of Inverting Gradients, published preset, ours and the rival's, on
+test images; ours was chosen on train images.
 
 Each writes ``results/descent/<name>.json``. ``--rival`` names a Python that has the extra
 ``bench``; without breaching the rival's figures are left out, which the output says. Times are of
@@ -403,14 +403,20 @@ PRESETS = {
     "tuned": InvertingGradients.tuned(steps=350),
 }
 QUALITY: dict[str, tuple[str, int, int, tuple[int, ...]]] = {
-    "convnet": ("convnet", 1, 16, (0,)),
-    "convnet, batch 8": ("convnet", 8, 1, (0,)),
-    "resnet18": ("resnet18", 1, 1, (0,)),
+    "convnet": ("convnet", 1, 16, (0, 1, 2)),
+    "convnet, batch 8": ("convnet", 8, 4, (0,)),
+    "resnet18": ("resnet18", 1, 3, (0,)),
 }
 """Model, batch, batches, seeds."""
 
+RIVAL = "breaching"
+"""Its published preset, on the problems of the first seed."""
 
-def curve(job: tuple[str, str, int, int, Path]) -> dict[str, Any]:
+Job = tuple[str, str, int, int, Path]
+"""Case, preset, number of the batch, seed, folder of the images."""
+
+
+def curve(job: Job, python: str | None) -> dict[str, Any]:
     """One run: PSNR of the best iterate so far against the processor time that it took."""
     name, preset, number, seed, data = job
     torch.set_num_threads(1)
@@ -423,6 +429,17 @@ def curve(job: tuple[str, str, int, int, Path]) -> dict[str, Any]:
     )  # fmt: skip
     played = stage(scenario, victims=images.subset(chosen), box=CIFAR10)
     view = played.view([played.federation.play_round()])
+    if preset == RIVAL:
+        x, y = CIFAR10.normalize(images.images[chosen]), images.labels[chosen]
+        start = torch.randn(1, *x.shape, generator=torch.Generator().manual_seed(seed))
+        case = Case(model, batch)
+        given = Problem(case, view.model, x, y, dict(view.update.tensors), start)
+        found = run_rival(name, given, python, steps=PRESETS["published"].steps)
+        if "skipped" in found:
+            raise RuntimeError(f"breaching is skipped: {found['skipped']}; give --rival")
+        points = [*found["curve"], [found["cpu_seconds"], found["psnr"]]]
+        return {"seconds": [s for s, _ in points], "psnr": [p for _, p in points], "name": name,
+                "preset": preset, "image": number, "seed": seed}  # fmt: skip
     kept: list[tuple[float, Tensor]] = []
     begun = time.process_time()
 
@@ -439,8 +456,8 @@ def curve(job: tuple[str, str, int, int, Path]) -> dict[str, Any]:
             "image": number, "seed": seed}  # fmt: skip
 
 
-def quality(data: Path, workers: int, journal: Path) -> None:
-    """Both presets on the same problems."""
+def quality(data: Path, workers: int, journal: Path, python: str | None) -> None:
+    """Both presets on the same problems, and the rival on those of the first seed."""
     done: dict[str, dict[str, Any]] = {}
     if journal.is_file():
         lines = journal.read_text(encoding="utf-8").splitlines()
@@ -450,12 +467,14 @@ def quality(data: Path, workers: int, journal: Path) -> None:
         for name, (_, _, count, seeds) in QUALITY.items()
         for seed in seeds
         for number in range(count)
-        for preset in PRESETS
+        for preset in (*PRESETS, RIVAL)
+        if preset != RIVAL or (python is not None and seed == seeds[0])
     ]
     open_jobs = [job for job in jobs if _key(job) not in done]
     journal.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers) as pool, journal.open("a", encoding="utf-8") as file:
-        for job, result in zip(open_jobs, pool.map(curve, open_jobs), strict=True):
+        results = pool.map(curve, open_jobs, [python] * len(open_jobs))
+        for job, result in zip(open_jobs, results, strict=True):
             done[_key(job)] = result
             file.write(json.dumps({"key": _key(job), "result": result}) + "\n")
             file.flush()
@@ -465,25 +484,53 @@ def quality(data: Path, workers: int, journal: Path) -> None:
     report(jobs, done)
 
 
-def report(
-    jobs: Sequence[tuple[str, str, int, int, Path]], done: Mapping[str, dict[str, Any]]
-) -> None:
+def report(jobs: Sequence[Job], done: Mapping[str, dict[str, Any]]) -> None:
     """Write what is complete so far."""
     measures: list[dict[str, Any]] = []
     curves: dict[str, Any] = {}
     for name in QUALITY:
         if not all(_key(job) in done for job in jobs if job[0] == name):
             continue
-        by = {p: [done[_key(j)] for j in jobs if j[:2] == (name, p)] for p in PRESETS}
+        by: dict[str, list[dict[str, Any]]] = {}
+        for job in jobs:
+            if job[0] == name:
+                by.setdefault(job[1], []).append(done[_key(job)])
         measures += compare(name, by["published"], by["tuned"])
+        if RIVAL in by:
+            measures += beside_rival(name, by["published"], by[RIVAL])
         curves[name] = {preset: mean_curve(runs) for preset, runs in by.items()}
     recipe = {"curves": curves, **{p: attack.to_json() for p, attack in PRESETS.items()}}
     if measures:
-        write("quality", measures, recipe, "quality")
+        write("quality", measures, recipe, "quality", seeds=sorted({job[3] for job in jobs}))
 
 
-def _key(job: tuple[str, str, int, int, Path]) -> str:
-    return f"{job[0]} | {job[1]} | {job[2]} | {job[3]} | {PRESETS[job[1]].to_json()}"
+def _key(job: Job) -> str:
+    settings = PRESETS["published" if job[1] == RIVAL else job[1]].to_json()
+    return f"{job[0]} | {job[1]} | {job[2]} | {job[3]} | {settings}"
+
+
+def beside_rival(
+    name: str, published: list[dict[str, Any]], rival: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Our published preset and the rival's on the same problems, each from its own start."""
+    mine = {(r["image"], r["seed"]): r for r in published}
+    pairs = [(mine[r["image"], r["seed"]], r) for r in rival]
+    note = "same problems, other starts; first seed"
+    return [
+        with_interval(
+            f"{name}: final PSNR, breaching", [r["psnr"][-1] for r in rival], "dB", note
+        ),
+        with_interval(
+            f"{name}: gain of published over breaching",
+            [own["psnr"][-1] - other["psnr"][-1] for own, other in pairs], "dB", note,
+        ),
+        measure(
+            f"{name}: time of published / time of breaching",
+            sum(own["seconds"][-1] for own, _ in pairs)
+            / sum(other["seconds"][-1] for _, other in pairs),
+            "", None, len(pairs), "processor time",
+        ),
+    ]  # fmt: skip
 
 
 def compare(
@@ -550,13 +597,13 @@ def measure(
     }  # fmt: skip
 
 
-def with_interval(name: str, values: Sequence[float], unit: str) -> dict[str, Any]:
+def with_interval(name: str, values: Sequence[float], unit: str, note: str = "") -> dict[str, Any]:
     """A mean with its 95 % bootstrap interval."""
     sample = torch.tensor(list(values), dtype=torch.float64)
     if len(sample) < 2:
-        return measure(name, float(sample.mean()), unit, None, len(sample))
+        return measure(name, float(sample.mean()), unit, None, len(sample), note)
     low, high = bootstrap(sample, generator=stream("descent", name))
-    return measure(name, float(sample.mean()), unit, (low, high), len(sample))
+    return measure(name, float(sample.mean()), unit, (low, high), len(sample), note)
 
 
 def interval_of_median(values: Tensor, name: str) -> tuple[float, float]:
@@ -595,7 +642,11 @@ def hardware() -> str:
 
 
 def write(
-    name: str, measures: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any], command: str
+    name: str,
+    measures: Sequence[Mapping[str, Any]],
+    recipe: Mapping[str, Any],
+    command: str,
+    seeds: Sequence[int] = (0,),
 ) -> None:
     """One result file."""
     document = {
@@ -605,7 +656,7 @@ def write(
         "code_version": 1,
         "recipe": {"threads": 1, **recipe},
         "hardware": hardware(),
-        "seeds": [0],
+        "seeds": list(seeds),
         "measures": list(measures),
         "command": f"python benchmarks/descent.py {command} --data cifar10",
         "date": datetime.date.today().isoformat(),
@@ -639,7 +690,9 @@ def main() -> None:
     parts: dict[str, Callable[[], None]] = {
         "steps": lambda: steps(images, arguments.rival, arguments.only, arguments.ways),
         "unroll": unroll,
-        "quality": lambda: quality(arguments.data, arguments.workers, arguments.journal),
+        "quality": lambda: quality(
+            arguments.data, arguments.workers, arguments.journal, arguments.rival
+        ),
     }
     for name in arguments.parts:
         parts[name]()

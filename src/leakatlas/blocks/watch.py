@@ -101,7 +101,7 @@ class Watch:
         while top.parent is not None:
             top = top.parent
         top.stop()
-        self._cut()
+        self.cut()
 
     @property
     def stopped(self) -> bool:
@@ -127,7 +127,7 @@ class Watch:
             if allowance is not None:
                 progress = max(progress, (now - begun) / max(allowance, 1e-9))
             if index > first and (progress >= 1 or self.stopped):
-                self._cut()
+                self.cut()
                 return
             if self.listen is not None and now - heard > 0.25:
                 heard = now
@@ -144,7 +144,7 @@ class Watch:
         total = sum(weights)
         for part, weight in enumerate(weights):
             if part > 0 and (self.stopped or (self.remaining() or 1.0) <= 0):
-                self._cut()
+                self.cut()
                 return
             left = self.remaining()
             listen = None
@@ -153,10 +153,11 @@ class Watch:
             allowance = None if left is None else left * weight / sum(weights[part:])
             yield Watch(allowance, listen, parent=self)
 
-    def _cut(self) -> None:
+    def cut(self) -> None:
+        """Note, here and above, that a loop ended before its last step."""
         self.cut_short = True
         if self.parent is not None:
-            self.parent._cut()
+            self.parent.cut()
 
 
 def _scaled(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 import torch
@@ -324,6 +325,30 @@ def test_a_budget_of_a_second_returns_something_valid() -> None:
     assert bool(torch.isfinite(end.best["x"]).all())
     assert float(end.criterion) <= float(TARGET.square().sum())
     assert watch.cut_short
+
+
+@pytest.mark.parametrize(("candidates", "line_search"), [(None, False), (None, True), (2, False)])
+def test_a_budget_ends_a_step_of_many_evaluations(
+    candidates: int | None, line_search: bool
+) -> None:
+    calls = 0
+
+    def slow(variables: Variables, t: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        time.sleep(0.02)
+        return (variables["x"] - TARGET).square().square().sum()
+
+    start = {"x": START["x"].repeat(candidates or 1, 1).squeeze(0)}
+    watch = Watch(0.05)
+    end = descent.descend(
+        slow, start, optimizer=descent.lbfgs(inner=100, line_search=line_search), steps=3,
+        watch=watch, candidates=candidates,
+    )  # fmt: skip
+    assert end.steps == 1 and watch.cut_short
+    # Two or three in time, the one under way, and the last iterate's, for every candidate.
+    assert 2 <= calls / (candidates or 1) <= 5
+    assert bool((end.criterion < TARGET.square().square().sum()).all())
 
 
 def test_the_result_so_far_is_shown_at_every_report() -> None:

@@ -115,11 +115,15 @@ def descend(
         for group, lr in zip(run.engine.param_groups, run.rates, strict=True):
             group["lr"] = lr * factor
         run.now(now, shared)
+        run.asked = 0
         try:
             run.engine.step(run.closure)
         except KeyboardInterrupt:  # the best so far is whole; the last checkpoint stands
             watch.interrupt()
             file = None
+            break
+        except _OutOfTime:
+            watch.cut()
             break
         with torch.no_grad():
             for hook in after:
@@ -152,6 +156,10 @@ def descend(
     return run.end(now.index + 1)
 
 
+class _OutOfTime(Exception):
+    """The budget ended within a step; one of L-BFGS evaluates some twenty times."""
+
+
 class _Run:
     """The state of one descent: leaves, optimizer, best iterates and who is alive."""
 
@@ -169,6 +177,9 @@ class _Run:
         self.rates = [float(group["lr"]) for group in self.engine.param_groups]
         self.executor = Executor(objective, candidates, watch.conduct.execution)
         self.transform = transform
+        self.watch = watch
+        self.asked = 0
+        """Evaluations that the optimizer asked for in the present step."""
         like = next(iter(self.leaves.values()))
         shape = () if candidates is None else (candidates,)
         self.best = {n: t.clone() for n, t in self.leaves.items()}
@@ -198,7 +209,14 @@ class _Run:
         return gradients, total
 
     def closure(self) -> Tensor:
-        """What an optimizer asks for: gradients in place, the sum of totals returned."""
+        """What an optimizer asks for: gradients in place, the sum of totals returned.
+
+        Raises:
+            _OutOfTime: If the step has had an evaluation already and the budget is over.
+        """
+        if self.asked and (self.watch.remaining() or 1.0) <= 0:
+            raise _OutOfTime
+        self.asked += 1
         gradients, total = self.evaluate()
         for name, leaf in self.leaves.items():
             step = gradients[name]
