@@ -259,10 +259,10 @@ def steps(
         milliseconds = 1e3 * statistics.median(base)
         measures.append(measure(f"{name}: bare loop", milliseconds, "ms", None, len(base),
                                 "median of an iteration of all starts"))  # fmt: skip
-        for way in ("bare", "eager", "traced"):
+        for how in ("bare", "eager", "traced"):
             note = "above what the problem holds; process of its own"
             measures.append(
-                measure(f"{name}: peak memory, {way}", memory(name, way), "MB", None, 1, note)
+                measure(f"{name}: peak memory, {how}", memory(name, how), "MB", None, 1, note)
             )
         if rival is not None or not only:
             measures += against_rival(name, given, rival, count, milliseconds)
@@ -289,6 +289,7 @@ def peak(name: str, way: str, images: ImageSet) -> None:
     """Print the growth of the peak over three iterations."""
     given = problem(CASES[name], images)
     bare = BareLoop(given)
+    at: tuple[descent.Variables, descent.Variables, Tensor]
     at = ({"x": given.start}, {}, torch.zeros(()))
     call = None if way == "bare" else descent.slopes(
         way, given.objective(), given.case.candidates, at)  # type: ignore[arg-type]  # fmt: skip
@@ -434,10 +435,10 @@ def curve(job: Job, python: str | None) -> dict[str, Any]:
         start = torch.randn(1, *x.shape, generator=torch.Generator().manual_seed(seed))
         case = Case(model, batch)
         given = Problem(case, view.model, x, y, dict(view.update.tensors), start)
-        found = run_rival(name, given, python, steps=PRESETS["published"].steps)
-        if "skipped" in found:
-            raise RuntimeError(f"breaching is skipped: {found['skipped']}; give --rival")
-        points = [*found["curve"], [found["cpu_seconds"], found["psnr"]]]
+        ran = run_rival(name, given, python, steps=PRESETS["published"].steps)
+        if "skipped" in ran:
+            raise RuntimeError(f"breaching is skipped: {ran['skipped']}; give --rival")
+        points = [*ran["curve"], [ran["cpu_seconds"], ran["psnr"]]]
         return {"seconds": [s for s, _ in points], "psnr": [p for _, p in points], "name": name,
                 "preset": preset, "image": number, "seed": seed}  # fmt: skip
     kept: list[tuple[float, Tensor]] = []
@@ -685,7 +686,8 @@ def main() -> None:
         return
     images = parquet(arguments.data / "test.parquet", limit=200)
     if arguments.peak:
-        peak(*arguments.peak, images)
+        name, way = arguments.peak
+        peak(name, way, images)
         return
     parts: dict[str, Callable[[], None]] = {
         "steps": lambda: steps(images, arguments.rival, arguments.only, arguments.ways),

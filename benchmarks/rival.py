@@ -337,9 +337,8 @@ def distance_at_truth(attacker: Any, problem: Problem) -> float:
 
 def settings(config: Any, job: Job, problem: Problem) -> dict[str, Any]:
     """What was run."""
-    from omegaconf import OmegaConf  # comes with breaching
-
-    own = OmegaConf.to_container(config, resolve=True)
+    omegaconf = importlib.import_module("omegaconf")  # comes with breaching
+    own = omegaconf.OmegaConf.to_container(config, resolve=True)
     assert isinstance(own, dict)
     return {
         "configuration": ATTACKS[job.attack],
