@@ -92,7 +92,7 @@ PROTOCOLS: dict[str, Protocol] = {
 """Epochs x local steps an epoch, for clients of four examples."""
 
 ATTACKS: dict[str, InvertingGradients] = {
-    "l2": InvertingGradients.tuned(steps=STEPS),
+    "l2": replace(InvertingGradients.tuned(steps=STEPS), tv_per_example=False),
     "cosine": InvertingGradients(steps=STEPS),
 }
 """Labels are granted: the measures are about images. The weight of the prior is tuned."""

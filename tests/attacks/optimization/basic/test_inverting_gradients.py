@@ -69,6 +69,16 @@ def test_tuned_keeps_within_400_iterations() -> None:
     assert InvertingGradients.tuned().steps <= 400
 
 
+@pytest.mark.parametrize("examples", [1, 3])
+def test_the_prior_can_grow_with_the_number_of_examples(examples: int) -> None:
+    view, _ = harness.observe(small(examples=examples), InvertingGradients())
+    grown = InvertingGradients(steps=5, tv_weight=0.01, tv_per_example=True)
+    written_out = InvertingGradients(steps=5, tv_weight=0.01 * examples)
+    assert torch.equal(grown(view).images, written_out(view).images)
+    plain = InvertingGradients(steps=5, tv_weight=0.01)
+    assert torch.equal(grown(view).images, plain(view).images) == (examples == 1)
+
+
 def test_more_restarts_never_match_worse() -> None:
     attack = InvertingGradients.cifar(steps=15)
     stage = small()

@@ -28,8 +28,8 @@ Departures:
       client; here one replay serves optimisation and ranking.
     - The iterate of smallest matching loss within a restart is returned, not the last one.
     - :meth:`InvertingGradients.tuned` is ours: plain signed steps that shrink along a cosine, the
-      relative L2 distance and a small TV weight. Its settings were chosen on other images than
-      those of the published figures.
+      relative L2 distance and a small TV weight, which grows with the number of examples. Its
+      settings were chosen on other images than those of the published figures.
 
 Released code: ``JonasGeiping/invertinggradients``,
 ``inversefed/reconstruction_algorithms.py``.
@@ -67,6 +67,8 @@ class InvertingGradients(Attack):
         lr: Step size in model space; 1 for 8 images after 5 local steps.
         tv_weight: Alpha of Eq. 4. 1e-4 on the released command line, 1e-6 for one CIFAR-10
             image, 1e-2 for 100 CIFAR-100 images, 1e-1 for trained ImageNet networks.
+        tv_per_example: Multiply alpha by N: the more images share a gradient, the less it says of
+            each and the more the prior must say.
         restarts: Independent starts; 8 for batches and trained ImageNet networks.
         distance: How updates are compared; the paper's is the cosine.
         optimizer: "adam" on the signed gradient (the paper's), or plain signed steps.
@@ -78,6 +80,7 @@ class InvertingGradients(Attack):
     steps: PositiveInt = 4_800
     lr: Positive = 0.1
     tv_weight: NonNegative = 1e-1
+    tv_per_example: bool = False
     restarts: PositiveInt = 1
     distance: Literal["cosine", "relative_l2", "squared_l2"] = "cosine"
     optimizer: Literal["adam", "sign"] = "adam"
@@ -96,6 +99,7 @@ class InvertingGradients(Attack):
             steps=steps,
             lr=0.3,
             tv_weight=3e-3,
+            tv_per_example=True,
             restarts=restarts,
             distance="relative_l2",
             optimizer="sign",
@@ -121,12 +125,13 @@ class InvertingGradients(Attack):
         distance = DISTANCES[self.distance]
         if self.top is not None:
             distance = matching.subset(distance, matching.largest(g, self.top))
+        tv_weight = self.tv_weight * (view.num_examples if self.tv_per_example else 1)
 
         def objective(variables: descent.Variables, t: Tensor) -> descent.Value:
             del t
             x = variables["x"]
             match = distance(replay(x, y), g)
-            return descent.Value(match + self.tv_weight * priors.tv_mean(x), match)
+            return descent.Value(match + tv_weight * priors.tv_mean(x), match)
 
         start = init.normal((self.restarts, *view.batch_shape), generator=generator, like=like)
         found = descent.descend(
