@@ -567,24 +567,20 @@ def compare(
     name: str, published: list[dict[str, Any]], tuned: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Final PSNR, the gain, and the share of the published run's time that ours needs."""
-    ends = {
-        "published": [r["psnr"][-1] for r in published],
-        "tuned": [r["psnr"][-1] for r in tuned],
-    }
-    target = statistics.mean(ends["published"])
+    target = statistics.mean(r["psnr"][-1] for r in published)
     whole = statistics.mean(r["seconds"][-1] for r in published)
     reached = mean_curve(tuned)
     first = next((s for s, p in zip(*reached.values(), strict=True) if p >= target), float("nan"))
-    found = [
-        with_interval(f"{name}: final PSNR, {preset}", values, "dB")
-        for preset, values in ends.items()
-    ]
-    found.append(
-        with_interval(
-            f"{name}: gain of tuned over published",
-            [t - p for p, t in zip(ends["published"], ends["tuned"], strict=True)], "dB",
-        )
-    )  # fmt: skip
+    before, after = by_image(published), by_image(tuned)
+    gains = [after[image] - before[image] for image in before]
+    rows = {
+        "final PSNR, published": list(before.values()),
+        "final PSNR, tuned": list(after.values()),
+        "gain of tuned over published": gains,
+    }
+    seeds = len({r["seed"] for r in published})
+    note = f"n counts images, each the mean of {seeds} seeds" if seeds > 1 else ""
+    found = [with_interval(f"{name}: {what}", values, "dB", note) for what, values in rows.items()]
     n = len(published)
     found.append(
         measure(
@@ -602,6 +598,14 @@ def compare(
             first / whole, "", None, n,
             "on the mean curves, read every 25 iterations"))  # fmt: skip
     return found
+
+
+def by_image(runs: list[dict[str, Any]]) -> dict[int, float]:
+    """Final PSNR of every image (or batch), the mean over seeds: images are what is sampled."""
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        found.setdefault(run["image"], []).append(run["psnr"][-1])
+    return {image: statistics.mean(values) for image, values in found.items()}
 
 
 def mean_curve(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
