@@ -270,8 +270,7 @@ def steps(
 def alone(given: Problem, steps: int) -> float:
     """Median seconds of the bare loop's iteration, undisturbed.
 
-    The rival runs alone too. Two loops that take turns find neither caches nor memory warm: up to
-    40 % slower for the smallest tensors.
+    The rival runs alone too. Two loops that take turns find neither caches nor memory warm.
     """
     bare = BareLoop(given)
     seconds = []
@@ -492,7 +491,7 @@ def warm_up() -> None:
 
 
 def quality(data: Path, workers: int, journal: Path, python: str | None) -> None:
-    """Both presets on the same problems, and the rival on those of the first seed."""
+    """Both presets on the same problems, and the rival on the first of them."""
     done: dict[str, dict[str, Any]] = {}
     if journal.is_file():
         lines = journal.read_text(encoding="utf-8").splitlines()
