@@ -10,13 +10,12 @@ from leakatlas.attacks.analytic.sparsification.robbing_the_fed import RobbingThe
 from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction, Tampering, attack
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.audit import harness
-from leakatlas.audit.plan import VERDICTS
-from leakatlas.audit.run import verdict
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import InvalidInput, NotGranted, ProtocolError
 from leakatlas.fl import FedAVG, View, load_into, model_state, state_hash
 from leakatlas.metrics import Scores, score
 from leakatlas.params import NonNegativeInt, PositiveInt
+from leakatlas.report import VERDICTS, verdict
 from leakatlas.threat import Knowledge, Vantage
 from tests.conftest import build_stage, photos, surrogate
 

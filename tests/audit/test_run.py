@@ -14,7 +14,7 @@ from torch import nn
 import leakatlas
 from leakatlas import data
 from leakatlas.audit import Plan, Report, Run, Watch, carry_out
-from leakatlas.audit.run import Silent
+from leakatlas.audit.listener import Silent
 from leakatlas.catalogue import registry
 from leakatlas.errors import InvalidInput, InvalidParameter, UnknownName
 from leakatlas.fl import FedAVG

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from leakatlas.audit.config import AuditConfig, captured_update, make_plan, read_config
 from leakatlas.audit.diagnosis import Diagnosis, ReplayCheck, check_replay, examine
-from leakatlas.audit.gate import Gate, parse_gate
 from leakatlas.audit.harness import Trial, run_trial
-from leakatlas.audit.plan import VERDICTS, Plan, Setting, parse_budget, parse_execution, presets
-from leakatlas.audit.report_data import Comparison, LetterVerdict, Report, Run
-from leakatlas.audit.run import Listener, Silent, carry_out
+from leakatlas.audit.listener import Listener, Silent
+from leakatlas.audit.plan import Plan, Setting, parse_budget, parse_execution, presets
+from leakatlas.audit.run import carry_out
 from leakatlas.blocks.watch import Execution, Watch
 from leakatlas.data import Box, ImageSet
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import Defense, FedSGD, ModelRef, Protocol, Update
+from leakatlas.report import VERDICTS, Comparison, Gate, LetterVerdict, Report, Run, parse_gate
 from leakatlas.threat import Grant, Vantage, threat_models
 
 __all__ = [

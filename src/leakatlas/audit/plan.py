@@ -1,4 +1,4 @@
-"""What an audit will do: settings, attacks, letters, and what a verdict may be called."""
+"""What an audit will do: settings, attacks, letters, budget."""
 
 from __future__ import annotations
 
@@ -17,12 +17,6 @@ from leakatlas.data import Box, ImageSet
 from leakatlas.errors import InvalidInput, InvalidParameter, UnknownName
 from leakatlas.fl import Defense, ModelRef, Protocol, Scenario, Stage, Trait, stage
 from leakatlas.threat import Grant, Vantage
-
-VERDICTS = ("not demonstrated", "label leak only", "recognisable", "exact leak")
-"""From weakest to strongest."""
-
-RECOGNISABLE_PSNR = 20.0
-"""PSNR in dB from which a candidate that beats every null baseline counts as recognisable."""
 
 
 @dataclass(frozen=True, kw_only=True)

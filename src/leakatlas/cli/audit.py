@@ -66,8 +66,8 @@ def audit(
         read_config,
     )
     from leakatlas.audit.bundled import bundled_plan
-    from leakatlas.audit.report_data import check_writable
     from leakatlas.cli.progress import Bars, verdict_table
+    from leakatlas.report import check_writable
     from leakatlas.threat import threat_models
 
     gates = [parse_gate(text) for text in fail_on or []]

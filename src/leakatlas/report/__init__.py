@@ -1,5 +1,23 @@
-"""Reports: one self-contained HTML page for people, ``report.json`` for machines."""
+"""Reports: what an audit found as plain data, and how it is written for people and machines."""
 
-from leakatlas.report.write import render_page, write_report
+from leakatlas.report.data import Comparison, LetterVerdict, Report, Run, load_report, pictures_of
+from leakatlas.report.gate import Gate, parse_gate
+from leakatlas.report.verdicts import RECOGNISABLE_PSNR, VERDICTS, verdict
+from leakatlas.report.write import check_writable, render_page, write_report
 
-__all__ = ["render_page", "write_report"]
+__all__ = [
+    "RECOGNISABLE_PSNR",
+    "VERDICTS",
+    "Comparison",
+    "Gate",
+    "LetterVerdict",
+    "Report",
+    "Run",
+    "check_writable",
+    "load_report",
+    "parse_gate",
+    "pictures_of",
+    "render_page",
+    "verdict",
+    "write_report",
+]

@@ -14,9 +14,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from leakatlas.audit.plan import VERDICTS
-from leakatlas.audit.report_data import Comparison, Report, Run, check_writable
+from leakatlas.errors import InvalidInput
+from leakatlas.report.data import Comparison, Report, Run
 from leakatlas.report.schema import report_schema
+from leakatlas.report.verdicts import VERDICTS
 from leakatlas.threat import LETTERS, Knowledge
 
 TONE = {
@@ -58,6 +59,24 @@ def write_report(report: Report, folder: Path) -> Path:
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, folder / name)
     return folder / "report.html"
+
+
+def check_writable(folder: Path) -> None:
+    """Make ``folder`` and try it, before any compute.
+
+    Raises:
+        InvalidInput: If it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as problem:
+        raise InvalidInput(
+            f"The output folder {str(folder)!r} cannot be written ({problem.strerror}); choose "
+            "another with --out. Nothing was computed yet."
+        ) from None
 
 
 def render_page(report: Report) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leakatlas.audit.gate import parse_gate
-from leakatlas.audit.plan import VERDICTS
 from leakatlas.errors import InvalidInput
 from leakatlas.metrics.score import Scores
+from leakatlas.report.gate import parse_gate
+from leakatlas.report.verdicts import VERDICTS
 from leakatlas.threat import LETTERS
 
 SCHEMA = "leakatlas/report/1"
@@ -33,7 +33,7 @@ class Run:
         defenses: Keys of the defenses in force.
         status: ``complete``, ``cut_short``, ``failed``, ``refused``, or ``not run``.
         reason: In words.
-        verdict: One of :data:`~leakatlas.audit.plan.VERDICTS`.
+        verdict: One of :data:`~leakatlas.report.verdicts.VERDICTS`.
         seconds: Wall time of the attack.
         rounds: Rounds that the adversary saw.
         reads: View fields read.
@@ -227,27 +227,9 @@ class Report:
 
     def save(self, folder: Path | str) -> Path:
         """Write ``report.html``, ``report.json`` and its JSON Schema; returns the page's path."""
-        from leakatlas.report import write_report
+        from leakatlas.report.write import write_report
 
         return write_report(self, Path(folder))
-
-
-def check_writable(folder: Path) -> None:
-    """Make ``folder`` and try it, before any compute.
-
-    Raises:
-        InvalidInput: If it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as problem:
-        raise InvalidInput(
-            f"The output folder {str(folder)!r} cannot be written ({problem.strerror}); choose "
-            "another with --out. Nothing was computed yet."
-        ) from None
 
 
 def pictures_of(scores: Scores, candidates: Tensor, originals: Tensor, most: int = 16) -> Tensor:

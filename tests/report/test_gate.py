@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from leakatlas.audit.gate import parse_gate
 from leakatlas.errors import InvalidParameter, UnknownName
+from leakatlas.report.gate import parse_gate
 
 SCORES = {
     "psnr": [10.0, 20.0, 30.0, 40.0],
