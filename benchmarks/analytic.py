@@ -31,7 +31,7 @@ from leakatlas.attacks.analytic.sparsification.fishing import (
 )
 from leakatlas.attacks.analytic.sparsification.robbing_the_fed import RobbingTheFed
 from leakatlas.attacks.api import Attack
-from leakatlas.audit.harness import Trial, run_trial
+from leakatlas.bench.harness import Trial, run_trial
 from leakatlas.blocks import readout
 from leakatlas.data import Box, ImageSet, parquet
 from leakatlas.defenses.formal.dp.client_dp import ClientDP

@@ -28,7 +28,7 @@ from leakatlas.attacks.analytic.isolation.scale_mia import ScaleMIA, decode, enc
 from leakatlas.attacks.analytic.isolation.seer import SEER
 from leakatlas.attacks.analytic.sparsification.trap_weights import TrapWeights
 from leakatlas.attacks.api import Attack
-from leakatlas.audit.harness import Trial, run_trial
+from leakatlas.bench.harness import Trial, run_trial
 from leakatlas.blocks import readout, surgery
 from leakatlas.data import Box
 from leakatlas.fl import FedAVG, FedSGD, ModelRef, Protocol, Scenario, stage, stream

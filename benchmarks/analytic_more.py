@@ -32,7 +32,7 @@ from leakatlas.attacks.analytic.closed_form.april import (
 from leakatlas.attacks.analytic.closed_form.spear import SPEAR, expected_samples
 from leakatlas.attacks.analytic.isolation.mkor import MKOR
 from leakatlas.attacks.api import Attack
-from leakatlas.audit.harness import Trial, observe, run_trial
+from leakatlas.bench.harness import Trial, observe, run_trial
 from leakatlas.blocks import init, matching
 from leakatlas.data import CIFAR10, Box, ImageSet, parquet
 from leakatlas.fl import ModelRef, Scenario, stage, stream

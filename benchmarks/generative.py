@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from leakatlas.attacks.generative.latent.gias import GIAS
-from leakatlas.audit import harness
+from leakatlas.bench import harness
 from leakatlas.data import CIFAR10, ImageSet, parquet
 from leakatlas.fl import ModelRef, Scenario, stage, stream
 from leakatlas.metrics import bootstrap, score

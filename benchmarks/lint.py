@@ -35,7 +35,7 @@ from torch import nn
 
 from leakatlas import data, models
 from leakatlas.attacks.api import ActiveAttack
-from leakatlas.audit import harness
+from leakatlas.bench import harness
 from leakatlas.catalogue import loader, registry
 from leakatlas.data import Box, ImageSet
 from leakatlas.data.box import CIFAR10

@@ -42,7 +42,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
-from leakatlas.audit import harness
+from leakatlas.bench import harness
 from leakatlas.blocks.watch import Conduct, Watch
 from leakatlas.data import CIFAR10, ImageSet, parquet
 from leakatlas.defenses.formal.dp.client_dp import ClientDP

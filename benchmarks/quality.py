@@ -25,7 +25,7 @@ from leakatlas.attacks.optimization.basic.dlg import DLG
 from leakatlas.attacks.optimization.basic.gradinversion import GradInversion
 from leakatlas.attacks.optimization.basic.idlg import IDLG
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
-from leakatlas.audit import harness
+from leakatlas.bench import harness
 from leakatlas.blocks import labels
 from leakatlas.data import CIFAR10, Box, ImageSet, parquet
 from leakatlas.fl import FedSGD, ModelRef, Scenario, replay, stage, state_hash, stream, task_loss

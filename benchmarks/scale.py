@@ -46,7 +46,7 @@ from leakatlas.attacks.analytic.isolation.loki import LOKI
 from leakatlas.attacks.analytic.isolation.scale_mia import ScaleMIA, decode, encode, find_parts
 from leakatlas.attacks.analytic.sparsification.robbing_the_fed import RobbingTheFed
 from leakatlas.attacks.api import ActiveAttack, Reconstruction
-from leakatlas.audit.harness import run_trial
+from leakatlas.bench.harness import run_trial
 from leakatlas.blocks import readout
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import CIFAR10, Box, ImageSet, parquet

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from leakatlas import catalogue
 from leakatlas.attacks.api import ActiveAttack, Attack, Recipe, Reconstruction
-from leakatlas.audit import harness
+from leakatlas.bench import harness
 from leakatlas.blocks.watch import Watch
 from leakatlas.catalogue import registry
 from leakatlas.errors import InvalidParameter, NotGranted

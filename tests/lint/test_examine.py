@@ -14,7 +14,7 @@ from torch import nn
 
 from leakatlas import models
 from leakatlas.attacks.api import ActiveAttack
-from leakatlas.audit import harness
+from leakatlas.bench import harness
 from leakatlas.catalogue import registry
 from leakatlas.data import Box, bundled
 from leakatlas.errors import InvalidInput

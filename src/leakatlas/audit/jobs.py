@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from leakatlas.attacks.api import Attack
-from leakatlas.audit import harness, kept
+from leakatlas.audit import kept
 from leakatlas.audit.listener import Listener
 from leakatlas.audit.plan import Plan, Setting
+from leakatlas.bench import harness
 from leakatlas.blocks.watch import Conduct, Watch
 from leakatlas.data import patches
 from leakatlas.errors import LeakAtlasError

@@ -42,9 +42,17 @@ class Problem:
 
 
 def from_validation(
-    failure: ValidationError, model: type[BaseModel], *, file: str, row: str
+    failure: ValidationError, model: type[BaseModel], *, file: str, row: str, yaml: bool = False
 ) -> list[Problem]:
-    """The problems behind a pydantic failure, one a field, each with its way out."""
+    """The problems behind a pydantic failure, one a field, each with its way out.
+
+    Args:
+        failure: What pydantic raised.
+        model: The schema that was not met.
+        file: The file it is about.
+        row: The part of the file.
+        yaml: Whether fixes are written in YAML; TOML if not.
+    """
     problems: dict[str, Problem] = {}
     errors = failure.errors(include_url=False)
     for error in errors:
@@ -53,11 +61,11 @@ def from_validation(
             for other in errors
         ):
             continue  # a list whose entries were refused looks empty; the entries are the matter
-        loc, info, owner = _resolve(model, error["loc"])
+        loc, info, owner = _resolve(model, error["loc"], error["type"] == "extra_forbidden")
         field = _path(loc)
         if field in problems:  # a union reports every branch; one message is enough
             continue
-        message, fix = _explain(error, loc, info, owner)
+        message, fix = _explain(error, loc, info, owner, yaml)
         problems[field] = Problem(file=file, row=row, field=field, message=message, fix=fix)
     return list(problems.values())
 
@@ -70,14 +78,20 @@ def closest(name: object, known: Iterable[str]) -> str:
 
 
 def _resolve(
-    model: type[BaseModel], loc: Sequence[int | str]
+    model: type[BaseModel], loc: Sequence[int | str], foreign: bool
 ) -> tuple[tuple[int | str, ...], FieldInfo | None, type[BaseModel]]:
-    """The part of ``loc`` that names fields, the last field, and the model that owns it."""
+    """The part of ``loc`` that names fields, the last field, and the model that owns it.
+
+    Args:
+        model: Where ``loc`` starts.
+        loc: As pydantic gives it; members of a union stand in it under the names of their types.
+        foreign: Whether its last part is a name that no field has.
+    """
     kept: list[int | str] = []
     info: FieldInfo | None = None
     owner: type[BaseModel] = model
     current: type[BaseModel] | None = model
-    for part in loc:
+    for number, part in enumerate(loc):
         if isinstance(part, int):
             if current is None:
                 break  # an entry of a plain tuple: the field itself says what belongs there
@@ -86,10 +100,10 @@ def _resolve(
             kept.append(part)
             info, owner = current.model_fields[part], current
             current = _nested(info.annotation)
-        elif current is not None:
-            kept.append(part)  # an unknown name
+        elif current is not None and foreign and number == len(loc) - 1:
+            kept.append(part)
             return tuple(kept), None, current
-        else:
+        elif current is None:
             break
     return tuple(kept), info, owner
 
@@ -112,18 +126,25 @@ def _path(loc: Sequence[int | str]) -> str:
 
 
 def _explain(
-    error: Any, loc: Sequence[int | str], info: FieldInfo | None, owner: type[BaseModel]
+    error: Any,
+    loc: Sequence[int | str],
+    info: FieldInfo | None,
+    owner: type[BaseModel],
+    yaml: bool,
 ) -> tuple[str, str]:
     name = str(loc[-1]) if loc else ""
     kind, got = error["type"], _shown(error.get("input"))
     if kind == "missing":
-        return "is missing.", f"add {_example(name, info)}"
+        return "is missing.", f"add {_example(name, info, yaml)}"
     if kind == "extra_forbidden":
-        return "is no field of this row.", closest(name, owner.model_fields)
+        return f"is no {'key' if yaml else 'field of this row'}.", closest(name, owner.model_fields)
     if kind == "literal_error":
         expected = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         return f"{got} is not allowed.", closest(error.get("input"), expected)
-    return f"got {got}; {_reason(error)}.", f"write {_example(name, info)}"
+    if yaml and kind == "value_error":  # a rule in words, often about several keys at once
+        return f"{error['msg'].removeprefix('Value error, ')}.", "change one of the two."
+    reason = _YAML.get(error["type"]) if yaml else None
+    return f"got {got}; {reason or _reason(error)}.", f"write {_example(name, info, yaml)}"
 
 
 # In the words of TOML, which is what a contributor writes.
@@ -144,24 +165,33 @@ _REASONS = {
     "too_long": "the list is too long",
 }
 
+_YAML = {
+    "model_type": "expected keys and values",
+    "dict_type": "expected keys and values",
+    "tuple_type": "expected a list",
+    "string_type": "expected text",
+}
+
 
 def _reason(error: Any) -> str:
     plain = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return _REASONS.get(error["type"], f"expected a value {plain[:1].lower()}{plain[1:]}")
 
 
-def _example(name: str, info: FieldInfo | None) -> str:
-    """``name = example`` with the field's description."""
+def _example(name: str, info: FieldInfo | None, yaml: bool) -> str:
+    """``name = example`` (``name: example`` in YAML) with the field's description."""
+    sign = ":" if yaml else " ="
     if info is None:
-        return f"{name} = ..."
+        return f"{name}{sign} ..."
     examples = info.examples or []
-    shown = toml(examples[0]) if examples else "..."
+    write = json.dumps if yaml else toml  # JSON is YAML
+    shown = write(examples[0]) if examples else "..."
     described = (
         f" ({info.description[0].lower()}{info.description[1:].rstrip('.')})"
         if (info.description)
         else ""
     )
-    return f"{name} = {shown}{described}."
+    return f"{name}{sign} {shown}{described}."
 
 
 def _shown(value: Any) -> str:

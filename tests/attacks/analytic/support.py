@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from leakatlas.attacks.api import Attack
-from leakatlas.audit.harness import Trial
+from leakatlas.bench.harness import Trial
 from leakatlas.data import Box, ImageSet, bundled
 from leakatlas.fl import Defense, FedSGD, ModelRef, Protocol, Scenario, Stage, View, stage
 from leakatlas.threat import Vantage

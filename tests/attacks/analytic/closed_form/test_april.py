@@ -15,7 +15,7 @@ from leakatlas.attacks.analytic.closed_form.april import (
     token_system,
 )
 from leakatlas.attacks.api import Reconstruction
-from leakatlas.audit.harness import Trial, observe, run_trial
+from leakatlas.bench.harness import Trial, observe, run_trial
 from leakatlas.data.box import CIFAR10
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import FedAVG, FedSGD, Stage, Update, View

@@ -23,7 +23,7 @@ from leakatlas.attacks.analytic.closed_form.rgap import (
     softmax_roots,
     solve_convolution,
 )
-from leakatlas.audit.harness import Trial, observe, run_trial
+from leakatlas.bench.harness import Trial, observe, run_trial
 from leakatlas.data import ImageSet
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import FedAVG, Stage, View

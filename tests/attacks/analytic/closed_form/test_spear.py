@@ -21,7 +21,7 @@ from leakatlas.attacks.analytic.closed_form.spear import (
     numerical_rank,
     zeros_of,
 )
-from leakatlas.audit.harness import Trial, observe, run_trial
+from leakatlas.bench.harness import Trial, observe, run_trial
 from leakatlas.blocks import readout
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box, ImageSet

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from leakatlas.attacks.analytic.isolation.loki import LOKI, WEIGHT, brightness
-from leakatlas.audit.harness import Trial, observe, run_trial
+from leakatlas.bench.harness import Trial, observe, run_trial
 from leakatlas.blocks import readout
 from leakatlas.blocks.surgery import SplitImprint
 from leakatlas.defenses.formal.crypto.secure_aggregation import SecureAggregation

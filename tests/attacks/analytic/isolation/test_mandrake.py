@@ -20,7 +20,7 @@ from leakatlas.attacks.analytic.isolation.mandrake import (
     sparse_bytes,
     upload_bytes,
 )
-from leakatlas.audit.harness import Trial, observe, run_trial
+from leakatlas.bench.harness import Trial, observe, run_trial
 from leakatlas.blocks.surgery import SplitImprint
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box

@@ -19,7 +19,7 @@ from leakatlas.attacks.analytic.isolation.mkor import (
     set_head,
     smooth,
 )
-from leakatlas.audit.harness import Trial, observe, run_trial
+from leakatlas.bench.harness import Trial, observe, run_trial
 from leakatlas.data import Box, ImageSet
 from leakatlas.defenses.formal.crypto.secure_aggregation import SecureAggregation
 from leakatlas.errors import UnsupportedModel

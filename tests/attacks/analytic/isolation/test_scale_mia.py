@@ -18,7 +18,7 @@ from leakatlas.attacks.analytic.isolation.scale_mia import (
     rounded_readout,
     thresholds,
 )
-from leakatlas.audit.harness import Trial, observe, run_trial
+from leakatlas.bench.harness import Trial, observe, run_trial
 from leakatlas.blocks import readout
 from leakatlas.blocks.surgery import Normalise
 from leakatlas.blocks.watch import Watch

@@ -21,7 +21,7 @@ from leakatlas.attacks.analytic.isolation.seer import (
     seeing_the_batch,
     weighted_gradients,
 )
-from leakatlas.audit.harness import observe, run_trial
+from leakatlas.bench.harness import observe, run_trial
 from leakatlas.errors import InvalidInput, NotGranted
 from leakatlas.fl import FedAVG, FedSGD, Stage
 from leakatlas.models import build

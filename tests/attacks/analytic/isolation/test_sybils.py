@@ -13,7 +13,7 @@ from leakatlas.attacks.analytic.isolation.sybils import (
     cluster,
     live_rows,
 )
-from leakatlas.audit.harness import Trial, observe, run_trial
+from leakatlas.bench.harness import Trial, observe, run_trial
 from leakatlas.blocks.surgery import find_trap, set_traps, trap_rows, tuned_scaling
 from leakatlas.data import Box
 from leakatlas.defenses.formal.crypto.secure_aggregation import SecureAggregation

@@ -22,7 +22,7 @@ from leakatlas.attacks.analytic.sparsification.fishing import (
     set_head,
     survivors,
 )
-from leakatlas.audit.harness import observe, run_trial
+from leakatlas.bench.harness import observe, run_trial
 from leakatlas.data import ImageSet
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import FedAVG, Stage, View, replay

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from leakatlas.attacks.analytic.sparsification.robbing_the_fed import WEIGHT, RobbingTheFed
 from leakatlas.attacks.api import Tampering
-from leakatlas.audit.harness import Trial, observe, run_trial
+from leakatlas.bench.harness import Trial, observe, run_trial
 from leakatlas.blocks import readout, surgery
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import InvalidInput, NotGranted

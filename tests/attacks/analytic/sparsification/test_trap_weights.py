@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from leakatlas.attacks.analytic.sparsification.trap_weights import TrapBlock, TrapWeights, agreeing
-from leakatlas.audit.harness import Trial, observe, run_trial
+from leakatlas.bench.harness import Trial, observe, run_trial
 from leakatlas.blocks.surgery import trap_rows
 from leakatlas.data import Box
 from leakatlas.errors import NotGranted, UnsupportedModel

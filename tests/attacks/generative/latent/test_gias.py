@@ -16,7 +16,7 @@ from leakatlas import data, models
 from leakatlas.attacks.api import Reconstruction
 from leakatlas.attacks.generative.latent import gias
 from leakatlas.attacks.generative.latent.gias import GIAS
-from leakatlas.audit import harness
+from leakatlas.bench import harness
 from leakatlas.blocks import descent, matching
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box, ImageSet, bundled

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from leakatlas.attacks.optimization.basic import dlg
 from leakatlas.attacks.optimization.basic.dlg import DLG
-from leakatlas.audit import harness
+from leakatlas.bench import harness
 from leakatlas.blocks import descent, labels, matching
 from leakatlas.blocks.watch import Watch
 from leakatlas.fl import Stage, View

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from leakatlas.attacks.optimization.basic import gradinversion
 from leakatlas.attacks.optimization.basic.gradinversion import Consensus, GradInversion
-from leakatlas.audit import harness
+from leakatlas.bench import harness
 from leakatlas.blocks import batchnorm, descent, matching
 from leakatlas.blocks.watch import Step, Watch
 from leakatlas.errors import NotGranted, UnsupportedModel

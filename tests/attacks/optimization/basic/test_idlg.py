@@ -8,7 +8,7 @@ import torch
 
 from leakatlas import models
 from leakatlas.attacks.optimization.basic.idlg import IDLG
-from leakatlas.audit import harness
+from leakatlas.bench import harness
 from leakatlas.blocks import labels
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import replay

@@ -7,7 +7,7 @@ import torch
 
 from leakatlas.attacks.api import Reconstruction
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
-from leakatlas.audit import harness
+from leakatlas.bench import harness
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import InvalidParameter, NotGranted
 from leakatlas.fl import FedAVG, FedSGD, Stage, View

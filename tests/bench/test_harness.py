@@ -9,7 +9,7 @@ import torch
 from leakatlas.attacks.analytic.sparsification.robbing_the_fed import RobbingTheFed
 from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction, Tampering, attack
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
-from leakatlas.audit import harness
+from leakatlas.bench import harness
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import InvalidInput, NotGranted, ProtocolError
 from leakatlas.fl import FedAVG, View, load_into, model_state, state_hash

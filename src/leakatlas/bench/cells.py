@@ -1,0 +1,113 @@
+"""Cells: one case, one seed, one batch; named by the hash of all that decides what comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from leakatlas.bench.code import ALWAYS, code_hash
+from leakatlas.bench.schema import Case
+from leakatlas.bench.study import Study
+from leakatlas.catalogue import registry
+
+SAID_ABOUT = {"measures", "beside", "note", "seeds", "batches", "memory", "time"}
+"""Keys of a case that change what is said of a cell, or whether it survives, but not its figures.
+
+``batches`` counts the cells of a case; which images a cell attacks is in its own batch number.
+"""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One piece of work.
+
+    Args:
+        study: Name of its study.
+        label: Name of its case.
+        case: The set-up.
+        seed: Seed of networks, noise and attack.
+        batch: Which batch of the victims, from 0.
+        device: Where attacks compute.
+        threads: Threads of every process.
+        hook: The study's own Python file.
+        data: Folder that relative paths of data start from.
+    """
+
+    study: str
+    label: str
+    case: Case
+    seed: int
+    batch: int
+    device: str = "cpu"
+    threads: int = 1
+    hook: Path | None = None
+    data: Path = Path()
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """All that decides what comes out, code and machine left out."""
+        return {
+            "case": self.case.model_dump(mode="json", exclude=SAID_ABOUT),
+            "seed": self.seed,
+            "batch": self.batch,
+            "device": self.device.partition(":")[0],
+            "threads": self.threads,
+            "own": self.hook is not None,
+            # A measurement of the study's own may depend on which study it is.
+            **({"study": self.study, "label": self.label} if self.case.attack is None else {}),
+        }
+
+    @cached_property
+    def name(self) -> str:
+        """The content hash, shortened to 24 characters."""
+        text = json.dumps(self.recipe, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    @cached_property
+    def code(self) -> str:
+        """Hash of the code that it runs."""
+        files = [] if self.hook is None else [self.hook]
+        rows: list[tuple[registry.Kind, str]] = [("defense", d["key"]) for d in self.case.defenses]
+        if self.case.attack is not None:
+            rows.append(("attack", self.case.attack.key))
+        modules = list(ALWAYS)
+        for kind, key in rows:
+            if "/" in key:  # an outsider's: its file counts, the rest of its package does not
+                cls = registry.load_attack(key) if kind == "attack" else registry.load_defense(key)
+                files.append(Path(inspect.getfile(cls)))
+            else:
+                modules.append(registry.module_path(kind, key))
+        return code_hash(modules, files)
+
+
+def cells_of(
+    study: Study,
+    *,
+    only: str | None = None,
+    device: str = "cpu",
+    threads: int = 1,
+    data: Path = Path(),
+) -> Iterator[Cell]:
+    """The cells of a study, case by case.
+
+    Args:
+        study: The study.
+        only: A pattern that the name of a case must match (``*`` and ``?`` allowed).
+        device: Where attacks compute.
+        threads: Threads of every process.
+        data: Folder that relative paths of data start from.
+    """
+    for label, case in study.cases.items():
+        if only is not None and not fnmatchcase(label, only):
+            continue
+        for position, seed in enumerate(case.seeds):
+            batches = [position] if case.batches == "one a seed" else range(case.batches)
+            for batch in batches:
+                yield Cell(study.name, label, case, seed, batch, device, threads, study.hook, data)

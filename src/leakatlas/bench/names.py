@@ -1,0 +1,92 @@
+"""Names in a study that no registry knows, said before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from leakatlas.bench.measures import MEASURES, known
+from leakatlas.bench.schema import Beside, Case, OwnMeasure
+from leakatlas.catalogue import loader, registry
+from leakatlas.catalogue.problems import Problem, closest
+
+if TYPE_CHECKING:
+    from leakatlas.bench.study import Study
+
+
+def check(study: Study, shown: str) -> list[Problem]:
+    """What is wrong with the names of a study.
+
+    Args:
+        study: The study.
+        shown: What its file is called in messages.
+    """
+    problems: list[Problem] = []
+    for label, case in study.cases.items():
+        for field, message, fix in (*_rows(case), *_beside(case.beside), *_measures(study, case)):
+            # The same mistake in the set-up shows in every case; it is said once.
+            if not any((field, message) == (p.field, p.message) for p in problems):
+                problems.append(
+                    Problem(file=shown, row=f"case {label}", field=field, message=message, fix=fix)
+                )
+    for number, pair in enumerate(study.file.compare, 1):
+        for side in ("of", "minus"):
+            wanted = getattr(pair, side)
+            if wanted not in study.cases:
+                field, message, fix = _unknown(
+                    f"compare[{number}].{side}", wanted, list(study.cases)
+                )
+                problems.append(Problem(file=shown, field=field, message=message, fix=fix))
+    return problems
+
+
+Found = tuple[str, str, str]
+"""Field, message, way out."""
+
+
+def _unknown(field: str, name: str, names: Collection[str]) -> Found:
+    return field, f"there is no {name!r}.", closest(name, names)
+
+
+def _rows(case: Case) -> list[Found]:
+    found = []
+    if case.attack is not None and case.attack.key not in registry.attack_keys():
+        found.append(_unknown("attack.key", case.attack.key, registry.attack_keys()))
+    for number, defense in enumerate(case.defenses, 1):
+        if defense.get("key") not in registry.defense_keys():
+            field = f"defenses[{number}].key"
+            found.append(_unknown(field, str(defense.get("key")), registry.defense_keys()))
+    return found
+
+
+def _beside(beside: Beside | None) -> list[Found]:
+    if beside is None:
+        return []
+    kind = "attack" if beside.attack is not None else "defense"
+    key = beside.attack or beside.defense or ""
+    rows = {row.key: row for row in (loader.attacks() if kind == "attack" else loader.defenses())}
+    if key not in rows:
+        return [_unknown(f"beside.{kind}", key, rows)]
+    claims = [claim.measure for claim in rows[key].reported]
+    if beside.reported is not None and beside.reported not in claims:
+        return [_unknown("beside.reported", beside.reported, claims or ["(the row has none)"])]
+    return []
+
+
+def _measures(study: Study, case: Case) -> list[Found]:
+    found = []
+    if case.attack is None and study.hook is None:
+        fix = "add one, or a study.py that measures by itself."
+        found.append(("attack", "is missing.", fix))
+    for number, measure in enumerate(case.measures, 1):
+        field = f"measures[{number}]"
+        if isinstance(measure, OwnMeasure):
+            if study.hook is None:
+                fix = f"add a study.py, or take one of: {', '.join(MEASURES)}."
+                found.append((field, f"{measure.name!r} is computed by nobody.", fix))
+        elif not known(measure):
+            found.append(_unknown(field, measure, MEASURES))
+        elif case.attack is None:
+            fix = "add an `attack`, or describe a measure of your own with `name:`."
+            found.append((field, f"{measure!r} is measured on an attack.", fix))
+    return found

@@ -1,0 +1,250 @@
+"""A study file, checked, and the cases that it describes."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from leakatlas.bench import names
+from leakatlas.bench.schema import Case, StudyFile
+from leakatlas.catalogue import results
+from leakatlas.catalogue.problems import Problem, closest, from_validation
+from leakatlas.errors import InvalidInput, UnknownName
+
+FILE = "study.yaml"
+HOOK = "study.py"
+MOST_CASES = 10_000
+MOST_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study, checked.
+
+    Args:
+        name: Of its folder; results are ``results/<name>.json``.
+        folder: Where it lies.
+        file: What it says.
+        cases: Every combination of its axes, by name.
+    """
+
+    name: str
+    folder: Path
+    file: StudyFile
+    cases: Mapping[str, Case]
+
+    @property
+    def hook(self) -> Path | None:
+        """The study's own Python file, if it has one."""
+        path = self.folder / HOOK
+        return path if path.is_file() else None
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of what the file says."""
+        text = json.dumps(self.file.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def default_folder() -> Path:
+    """``studies/`` of the checkout, else of the working directory."""
+    return (results.repository_root() or Path.cwd()) / "studies"
+
+
+def find(folder: Path | None = None) -> dict[str, Path]:
+    """The study files below a folder, by name."""
+    folder = folder or default_folder()
+    return {path.parent.name: path for path in sorted(folder.glob(f"*/{FILE}"))}
+
+
+def load(where: str | Path) -> Study:
+    """The study at a path (its folder or its file), or of that name in ``studies/``.
+
+    Raises:
+        UnknownName: If there is none.
+        InvalidInput: If the file is malformed; every problem is named, each with a way out.
+    """
+    path = _locate(where)
+    study, problems = check(path)
+    if problems or study is None:
+        raise InvalidInput("\n".join(map(str, problems)))
+    return study
+
+
+def _locate(where: str | Path) -> Path:
+    path = Path(where)
+    if path.is_dir() and (path / FILE).is_file():
+        return path / FILE
+    if path.is_file():
+        return path
+    known = find()
+    if str(where) in known:
+        return known[str(where)]
+    raise UnknownName("study", str(where), known)
+
+
+def check(path: Path) -> tuple[Study | None, list[Problem]]:
+    """The study in a file, and everything that is wrong with it."""
+    name = path.resolve().parent.name
+    shown = f"{name}/{path.name}"
+    content, problem = _read(path, shown)
+    if problem is not None:
+        return None, [problem]
+    try:
+        file = StudyFile.model_validate(content)
+    except ValidationError as failure:
+        return None, from_validation(failure, StudyFile, file=shown, row="", yaml=True)
+    cases: dict[str, Case] = {}
+    problems: list[Problem] = []
+    for label, values, sources in _combinations(file, shown, problems):
+        try:
+            cases[label] = Case.model_validate(values)
+        except ValidationError as failure:
+            # The same mistake in the set-up shows in every case; it is said once.
+            for found in from_validation(failure, Case, file=shown, row=sources, yaml=True):
+                if not any((found.field, found.message) == (p.field, p.message) for p in problems):
+                    problems.append(found)
+    study = Study(name, path.resolve().parent, file, cases)
+    if not problems:
+        problems += names.check(study, shown)
+    return (None if problems else study), problems
+
+
+def _read(path: Path, shown: str) -> tuple[Any, Problem | None]:
+    def wrong(message: str, fix: str) -> tuple[None, Problem]:
+        return None, Problem(file=shown, message=message, fix=fix)
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        return wrong(f"cannot be read: {error}.", "give a text file in UTF-8.")
+    if len(text) > MOST_BYTES:
+        return wrong(f"has {len(text):,} characters.", f"keep it below {MOST_BYTES:,}.")
+    try:
+        content = yaml.load(text, _Plain)  # a SafeLoader
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        return wrong(f"is not YAML: {error}", "mend that line.")
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        return wrong(f"holds {kind}, not keys.", "begin with `schema: leakatlas/study/1`.")
+    return content, None
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML without aliases (they can blow up) and without double keys (one would be lost)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed.")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _combinations(
+    file: StudyFile, shown: str, problems: list[Problem]
+) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Name, merged values and origin of every case."""
+    axes: list[list[tuple[str, dict[str, Any]]]] = []
+    for axis, varied in file.axes.items():
+        if isinstance(varied, dict):
+            axes.append(list(varied.items()))
+        else:
+            axes.append([(_label(value), _nested(axis, value)) for value in varied])
+    total = 1
+    for entries in axes:
+        total *= len(entries)
+    if total > MOST_CASES:
+        problems.append(
+            Problem(
+                file=shown,
+                field="axes",
+                message=f"make {total:,} cases.",
+                fix=f"at most {MOST_CASES:,}; split the study.",
+            )
+        )
+        return
+    named = list(file.axes)
+    for number, unwanted in enumerate(file.exclude, 1):
+        for axis, label in unwanted.items():
+            known = [entry[0] for entry in axes[named.index(axis)]] if axis in named else named
+            if axis not in named or label not in known:
+                wrong = label if axis in named else axis
+                problems.append(
+                    Problem(
+                        file=shown,
+                        field=f"exclude[{number}]",
+                        message=f"names {wrong!r}, which is no "
+                        f"{f'value of {axis}' if axis in named else 'axis'}.",
+                        fix=closest(wrong, known),
+                    )
+                )
+    for combination in itertools.product(*axes):
+        labels = {axis: label for axis, (label, _) in zip(named, combination, strict=True)}
+        if any(unwanted.items() <= labels.items() for unwanted in file.exclude):
+            continue
+        values: dict[str, Any] = dict(file.setup)
+        for _, patch in combination:
+            values = merged(values, patch)
+        name = "/".join(labels.values()) or "main"
+        yield name, values, f"case {name}" if labels else "setup"
+
+
+def _label(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _nested(dotted: str, value: Any) -> dict[str, Any]:
+    for part in reversed(dotted.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+SHORT = {"model": "builtin", "victims": "set", "surrogate": "set", "attack": "key"}
+"""Keys whose value may be a plain text, and what that text then is."""
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` laid over ``below``: tables are merged, everything else is replaced.
+
+    Another model or attack begins anew: settings of the one mean nothing to the other.
+
+    Example:
+        >>> merged({"attack": {"key": "dlg", "preset": "tuned"}}, {"attack": {"parameters": {}}})
+        {'attack': {'key': 'dlg', 'preset': 'tuned', 'parameters': {}}}
+        >>> merged({"attack": {"key": "dlg", "preset": "tuned"}}, {"attack": "idlg"})
+        {'attack': {'key': 'idlg'}}
+    """
+    values = dict(below)
+    for key, new in above.items():
+        old = values.get(key)
+        if key in SHORT:
+            name = SHORT[key]
+            new = {name: new} if isinstance(new, str) else new
+            old = {name: old} if isinstance(old, str) else old
+            if isinstance(new, dict) and isinstance(old, dict):
+                if new.get(name, old.get(name)) != old.get(name):
+                    old = None
+        if isinstance(old, dict) and isinstance(new, dict) and key != "protocol":
+            new = merged(old, new)
+        elif key == "protocol" and isinstance(old, dict) and isinstance(new, dict):
+            same = new.get("algorithm", old.get("algorithm")) == old.get("algorithm")
+            new = {**old, **new} if same else new
+        values[key] = new
+    return values
