@@ -31,10 +31,10 @@ _ADAPTERS: dict[type[Any], dict[str, TypeAdapter[Any]]] = {}
 def _adapters(cls: type[Any]) -> dict[str, TypeAdapter[Any]]:
     if cls not in _ADAPTERS:
         hints = get_type_hints(cls, include_extras=True)
-        infinities_as_strings = ConfigDict(ser_json_inf_nan="strings")
+        # Infinities become the strings that JSON lacks; a tensor is checked by its type alone.
+        config = ConfigDict(ser_json_inf_nan="strings", arbitrary_types_allowed=True)
         _ADAPTERS[cls] = {
-            f.name: TypeAdapter(hints[f.name], config=infinities_as_strings)
-            for f in dataclasses.fields(cls)
+            f.name: TypeAdapter(hints[f.name], config=config) for f in dataclasses.fields(cls)
         }
     return _ADAPTERS[cls]
 

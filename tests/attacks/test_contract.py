@@ -29,7 +29,7 @@ from leakatlas.bench import harness
 from leakatlas.blocks.watch import Watch
 from leakatlas.catalogue import registry
 from leakatlas.errors import InvalidParameter, NotGranted
-from leakatlas.fl import View
+from leakatlas.fl import Stage, Tampering, View, stream
 from leakatlas.fl.view import SOURCES
 from leakatlas.threat import LETTERS, Knowledge, threat_model
 from tests.conftest import build_stage, surrogate
@@ -120,17 +120,20 @@ class Played:
     tamper_reads: frozenset[str]
 
 
-@functools.cache
-def _play(key: str, dtype: torch.dtype = torch.float32) -> Played:
-    """The row's own letter, the grants that the parameters need, nothing more."""
-    attack = _make(key)
-    stage = build_stage(
+def _stage(key: str, dtype: torch.dtype = torch.float32) -> Stage:
+    return build_stage(
         letter=catalogue.attack(key).threat_model,
-        grants=attack.grants(),
+        grants=_make(key).grants(),
         dtype=dtype,
         public=surrogate(int(CASES[key].scene.get("size", 8))),
         **CASES[key].scene,
     )
+
+
+@functools.cache
+def _play(key: str, dtype: torch.dtype = torch.float32) -> Played:
+    """The row's own letter, the grants that the parameters need, nothing more."""
+    attack, stage = _make(key), _stage(key, dtype)
     reads: set[str] = set()
     if isinstance(attack, ActiveAttack):
         original = type(attack).tamper
@@ -245,7 +248,7 @@ import json, sys
 import torch
 from safetensors.torch import save_file
 from leakatlas.catalogue import registry
-from leakatlas.fl import View
+from leakatlas.fl import Stage, Tampering, View, stream
 
 torch.set_num_threads(1)
 for line in sys.stdin:
@@ -315,6 +318,29 @@ def test_a_process_without_the_client_finds_the_same_bit_for_bit(
     )
     assert _identical(_tensors(here), load_file(tmp_path / "found.safetensors"))
     assert answer == {"status": here.status, "reads": sorted(here.reads)}
+
+
+ACTIVE = [key for key in TABLED if issubclass(registry.load_attack(key), ActiveAttack)]
+
+
+@pytest.mark.parametrize("key", ACTIVE)
+def test_what_it_sends_is_data_and_a_file_brings_it_to_the_clients(
+    key: str, tmp_path: Path
+) -> None:
+    attack = _make(key)
+    assert isinstance(attack, ActiveAttack)
+    stage = _stage(key)
+    generator = stream(key, "tamper", 0)  # as the harness draws
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator.initial_seed())
+        tampering = attack.tamper(stage.view(), generator=generator, watch=Watch())
+    assert tampering is not None
+    tampering.save(tmp_path / "sent.safetensors")
+    read = Tampering.load(tmp_path / "sent.safetensors")
+    assert _identical(tampering.key, read.key)
+    # Sybils send zeros; they change nothing about what the target holds.
+    record = stage.federation.play_round(cohort=read.cohort, sent=read.sent)
+    assert _identical(record.states[0], _play(key).view.rounds[0].state)
 
 
 # -- knowledge -----------------------------------------------------------------------------------

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from leakatlas.attacks.analytic.sparsification.robbing_the_fed import RobbingTheFed
-from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction, Tampering, attack
+from leakatlas.attacks.api import (
+    ActiveAttack,
+    Attack,
+    Reconstruction,
+    TamperedModel,
+    Tampering,
+    attack,
+)
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.bench import harness
 from leakatlas.blocks.watch import Watch
@@ -52,9 +59,11 @@ class Meddler(ActiveAttack):
         changed = load_into(model, {n: t * factor for n, t in model_state(model).items()})
         cohort = (view.target,) if self.alone else None
         return Tampering(
-            sent=changed, key={f"factor{len(view.rounds)}": factor}, cohort=cohort,
+            sent=TamperedModel.of(changed),
+            key={f"factor{len(view.rounds)}": factor},
+            cohort=cohort,
             sybils=self.sybils,
-        )  # fmt: skip
+        )
 
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
         return Reconstruction(images=torch.zeros(view.batch_shape), notes={"n": view.num_examples})
@@ -68,7 +77,7 @@ class Insatiable(ActiveAttack):
     steps: PositiveInt = 1
 
     def tamper(self, view: View, *, generator: torch.Generator, watch: Watch) -> Tampering | None:
-        return Tampering(sent=view.model, key={})
+        return Tampering(sent=TamperedModel(), key={})
 
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
         raise AssertionError("never reached")

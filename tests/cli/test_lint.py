@@ -12,15 +12,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from leakatlas import cli, models
-from leakatlas.blocks import readout, surgery
+from leakatlas.blocks import readout
 from leakatlas.cli import lint as command
 from leakatlas.data import bundled
-from leakatlas.fl import FedSGD, ModelRef, Scenario, model_state, stage, state_hash
+from leakatlas.fl import FedSGD, ModelRef, Scenario, edits, model_state, stage, state_hash
 
 FACTORY = """
 from torch import nn
 from leakatlas import models
-from leakatlas.blocks import readout, surgery
+from leakatlas.blocks import readout
+from leakatlas.fl import edits
 import torch
 
 def honest():
@@ -28,8 +29,8 @@ def honest():
 
 def inserted():
     n = 3 * 16 * 16
-    block = surgery.Imprint(torch.full((n,), 1 / n), readout.bin_edges("normal", 32))
-    return surgery.Imprinted(block, honest())
+    block = edits.Imprint(torch.full((n,), 1 / n), readout.bin_edges("normal", 32))
+    return edits.Imprinted(block.layers(), honest())
 """
 
 
@@ -65,8 +66,8 @@ def honest() -> nn.Module:
 
 def tampered() -> nn.Module:
     n = 3 * 16 * 16
-    block = surgery.Imprint(torch.full((n,), 1 / n), readout.bin_edges("normal", 32))
-    return surgery.Imprinted(block, honest())
+    block = edits.Imprint(torch.full((n,), 1 / n), readout.bin_edges("normal", 32))
+    return edits.Imprinted(block.layers(), honest())
 
 
 @pytest.fixture

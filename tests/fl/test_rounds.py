@@ -19,6 +19,7 @@ from leakatlas.fl import (
     Protocol,
     RoundRecord,
     RoundSetup,
+    TamperedModel,
     Update,
     load_into,
     model_state,
@@ -138,9 +139,9 @@ def test_batchnorm_buffers_travel_with_the_aggregate() -> None:
 
 def test_each_client_trains_on_the_model_that_it_was_sent() -> None:
     federation = _federation(2, 2, 2)
-    sent = {0: _linear(10), 2: _linear(12)}
-    record = federation.play_round(sent=sent)
-    received = {0: sent[0], 1: federation.model, 2: sent[2]}
+    changed = {0: _linear(10), 2: _linear(12)}
+    record = federation.play_round(sent={c: TamperedModel.of(m) for c, m in changed.items()})
+    received = {0: changed[0], 1: federation.model, 2: changed[2]}
     for index, model in received.items():
         client = federation.clients[index]
         oracle = gradients_at(model, client.x, client.y, task_loss)
@@ -154,7 +155,7 @@ def test_one_model_for_all_may_replace_the_global_one() -> None:
     federation = _federation(1, 1)
     before = state_hash(model_state(federation.model))
     trap = _linear(3)
-    record = federation.play_round(sent=trap)
+    record = federation.play_round(sent=TamperedModel.of(trap))
     assert {u.state_hash for u in record.updates.values()} == {state_hash(model_state(trap))}
     assert state_hash(model_state(federation.model)) == before
 

@@ -26,6 +26,7 @@ from leakatlas.fl import (
     RoundView,
     Scenario,
     Stage,
+    TamperedModel,
     Truth,
     Update,
     View,
@@ -200,7 +201,7 @@ def test_replaying_and_tampering_rounds_lead_nowhere_private() -> None:
     replayer = view.replayer()
     sent = replayer(x, torch.tensor([9, 8, 7, 6]))
     model = view.model
-    record = scene.federation.play_round(sent=model)
+    record = scene.federation.play_round(sent=TamperedModel.of(model))
     later = scene.view([record], target=1, keys=[{"trap": torch.ones(3)}])
     assert leaks([replayer, sent, model, later, view.without("box")], secrets) == []
 

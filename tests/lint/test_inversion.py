@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from leakatlas import models
-from leakatlas.blocks import readout, surgery
+from leakatlas.blocks import readout
 from leakatlas.data import bundled
+from leakatlas.fl import edits
 from leakatlas.lint import inversion
 from leakatlas.lint.behaviour import Batch, batch_gradient
 
@@ -18,8 +19,8 @@ BATCH = Batch(IMAGES.images.double(), IMAGES.labels)
 PIXELS = 3 * SIZE * SIZE
 
 
-def behind(block: nn.Module) -> nn.Module:
-    return surgery.Imprinted(block, models.build("convnet", size=SIZE, width=4)).double()
+def behind(block: edits.Edit) -> nn.Module:
+    return edits.Imprinted(block.layers(), models.build("convnet", size=SIZE, width=4)).double()
 
 
 def edges(bins: int = 64) -> Tensor:
@@ -38,9 +39,9 @@ def leak_of(model: nn.Module, place: str, batch: Batch = BATCH) -> inversion.Lea
 
 
 @pytest.mark.parametrize("form", ["cumulative", "sparse"])
-def test_every_example_alone_in_its_bin_is_found(form: surgery.Form) -> None:
+def test_every_example_alone_in_its_bin_is_found(form: edits.Form) -> None:
     cuts = edges()
-    block = surgery.Imprint(torch.full((PIXELS,), 1 / PIXELS), cuts, form=form)
+    block = edits.Imprint(torch.full((PIXELS,), 1 / PIXELS), cuts, form=form)
     leak = leak_of(behind(block), "block.first")
     bins = torch.bucketize(brightness(BATCH.x), cuts)
     alone = torch.tensor([int((bins == b).sum()) == 1 for b in bins])
@@ -50,7 +51,7 @@ def test_every_example_alone_in_its_bin_is_found(form: surgery.Form) -> None:
 
 
 def test_rows_in_any_order_give_the_same() -> None:
-    model = behind(surgery.Imprint(torch.full((PIXELS,), 1 / PIXELS), edges()))
+    model = behind(edits.Imprint(torch.full((PIXELS,), 1 / PIXELS), edges()))
     before = leak_of(model, "block.first")
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     named = dict(model.named_parameters())
@@ -62,7 +63,7 @@ def test_rows_in_any_order_give_the_same() -> None:
 
 
 def test_columns_of_one_client_and_rows_without_bias_are_read_up_to_a_factor() -> None:
-    block = surgery.SplitImprint(
+    block = edits.SplitImprint(
         torch.full((PIXELS,), 1 / PIXELS), edges(), shape=(3, SIZE, SIZE), clients=3, group=1,
         kappa=5.0,
     )  # fmt: skip
@@ -123,7 +124,7 @@ def test_what_chance_weights_give_away_does_not_count() -> None:
 
 
 def test_noise_on_the_update_hides_what_it_held() -> None:
-    model = behind(surgery.Imprint(torch.full((PIXELS,), 1 / PIXELS), edges()))
+    model = behind(edits.Imprint(torch.full((PIXELS,), 1 / PIXELS), edges()))
     gradient = batch_gradient(model, BATCH)
     generator = torch.Generator().manual_seed(0)
     noisy = {

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from leakatlas import models
 from leakatlas.blocks import readout, surgery
 from leakatlas.data import Box
+from leakatlas.fl import edits
 from leakatlas.lint import Score, static
 from leakatlas.lint.layers import Layer, anatomy
 
@@ -35,7 +36,7 @@ def default(m: int, n: int, seed: int = 0) -> Layer:
 def binning(m: int = 256, n: int = 192) -> Layer:
     """All rows one direction, biases on Normal quantiles."""
     edges = readout.bin_edges("normal", m)
-    weight, bias = surgery.binning_rows(torch.full((n,), 1 / n), edges, "cumulative")
+    weight, bias = edits.binning_rows(torch.full((n,), 1 / n), edges, "cumulative")
     return layer(weight, bias)
 
 
@@ -69,8 +70,8 @@ def test_d1_names_what_differs_from_the_reference() -> None:
 
 def imprinted(model: nn.Module, shape: tuple[int, ...] = (3, 32, 32)) -> nn.Module:
     n = math.prod(shape)
-    block = surgery.Imprint(torch.full((n,), 1 / n), readout.bin_edges("normal", 64))
-    return surgery.Imprinted(block, model)
+    block = edits.Imprint(torch.full((n,), 1 / n), readout.bin_edges("normal", 64))
+    return edits.Imprinted(block.layers(), model)
 
 
 @pytest.mark.parametrize("name", ["fc", "lenet", "convnet", "vgg6", "resnet8", "vit"])
@@ -83,12 +84,12 @@ def test_d1_sees_a_detour_through_linear_layers_and_no_benign_architecture(name:
 
 
 def test_d1_sees_a_detour_behind_a_convolution_that_multiplies_channels() -> None:
-    block = surgery.SplitImprint(
+    block = edits.SplitImprint(
         torch.full((192,), 1 / 192), readout.bin_edges("normal", 16), shape=(3, 8, 8), clients=4,
         group=1, kappa=10.0,
     )  # fmt: skip
     for behind in (models.build("fc", size=8), models.build("convnet", size=8, width=4)):
-        found = one(static.d1_detour(anatomy(surgery.Imprinted(block, behind))), "D1/detour")
+        found = one(static.d1_detour(anatomy(edits.Imprinted(block.layers(), behind))), "D1/detour")
         assert found.value == 1 and "768 inputs back to 192" in found.words
 
 
@@ -147,7 +148,7 @@ def test_d2_looks_at_a_sample_of_a_large_layer() -> None:
 @pytest.mark.parametrize("law", ["normal", "laplace"])
 def test_d3_recognises_laid_out_quantiles(law: readout.Quantiles) -> None:
     edges = readout.bin_edges(law, 256)
-    weight, bias = surgery.binning_rows(torch.full((100,), 0.01), edges, "cumulative")
+    weight, bias = edits.binning_rows(torch.full((100,), 0.01), edges, "cumulative")
     found = one(static.d3_bias_pattern(layer(weight, bias)), "D3/quantiles")
     assert found.value > 0.9
     assert law in found.words.lower() and ("R2 1.0000" in found.words or "R2 0.9999" in found.words)

@@ -24,6 +24,8 @@ import leakatlas
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import ImageSet
 from leakatlas.errors import InvalidParameter, NotGranted
+from leakatlas.fl import TamperedModel as TamperedModel
+from leakatlas.fl import Tampering as Tampering
 from leakatlas.fl import View, state_hash, stream, stream_seed
 from leakatlas.fl.state import model_state
 from leakatlas.params import Configured
@@ -283,23 +285,6 @@ class Attack(Configured, ABC):
             seed,
             {"leakatlas": leakatlas.__version__, "torch": torch.__version__},
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tampering:
-    """What a malicious server does to one round.
-
-    Args:
-        sent: The model for every client, or one for each.
-        key: What the read-out will need; given back as ``view.key``.
-        cohort: Who is asked to take part; everyone if None. Needs SELECTION.
-        sybils: How many devices of its own the server adds. Needs SELECTION.
-    """
-
-    sent: nn.Module | Mapping[int, nn.Module]
-    key: Mapping[str, Tensor]
-    cohort: tuple[int, ...] | None = None
-    sybils: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

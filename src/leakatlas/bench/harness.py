@@ -75,6 +75,7 @@ def observe(
             return view, tuple(records)
         if len(records) == MOST_ROUNDS:
             raise ProtocolError(f"{attack.key} asked for more than {MOST_ROUNDS} rounds.")
+        tampering = tampering.copy()  # even in one process, only data reaches the clients
         selects = tampering.cohort is not None or tampering.sybils > 0
         if selects and not view.knowledge & Knowledge.SELECTION:
             raise NotGranted(

@@ -1,25 +1,20 @@
-"""Changing a model so that its update shows inputs: blocks that bin, kernels that copy, traps.
+"""Changing a model's weights so that its update shows inputs: kernels that copy, traps.
 
-The pure parts (rows, kernels, chains of layers) know no attack. The modules are what a malicious
-server inserts; their parameters are addressed by name, and the read-out never needs the module.
+The pure parts (rows, kernels, chains of layers) know no attack. Blocks that a malicious server
+inserts are data, see :mod:`leakatlas.fl.edits`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from leakatlas.data import Box
 from leakatlas.errors import UnsupportedModel
-
-Form = Literal["cumulative", "sparse"]
-Connection = Literal["linear", "addition"]
 
 SCALINGS = (0.7, 0.77, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 """Values of s tried on surrogate images; the papers' own are 0.7, 0.95 and 0.99."""
@@ -28,206 +23,7 @@ PASSING = (nn.ReLU, nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout2d)
 POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
-# -- binning layers --------------------------------------------------------------------------------
-
-
-def binning_rows(w: Tensor, edges: Tensor, form: Form) -> tuple[Tensor, Tensor]:
-    """Weights ``(k, n)`` and biases ``(k,)`` of a layer that bins ``h(x) = <w, x>``.
-
-    Args:
-        w: ``(n,)``.
-        edges: ``(k + 1,)`` rising.
-        form: ``cumulative``: row i is ``h - c_i``, for a ReLU. ``sparse``: row i is
-            ``(h - c_i) / (c_{i+1} - c_i)``, for a hard tanh on [0, 1], so that an input inside the
-            outer edges has a gradient through the row of its own bin only.
-
-    Returns:
-        The cumulative rows are one row seen k times, and take no memory of their own.
-    """
-    edges = edges.to(w)
-    low = edges[:-1]
-    if form == "cumulative":
-        return w.expand(len(low), -1), -low
-    width = edges.diff()
-    return w / width[:, None], -low / width
-
-
-def mean_activation(edges: Tensor, form: Form) -> float:
-    """What all binning neurons add up to, on average over equally likely inner bins."""
-    low, high = edges[:-1], edges[1:]
-    h = (low + high)[1:-1] / 2 if len(low) > 2 else (low + high) / 2
-    if form == "cumulative":
-        total = (h[:, None] - low[None, :]).clamp(min=0).sum(dim=1)
-    else:
-        total = ((h[:, None] - low) / (high - low)).clamp(0, 1).sum(dim=1)
-    return float(total.mean())
-
-
-class Imprint(nn.Module):
-    """``y = W2 act(W1 x + b1) + b2``, back in the shape of the input.
-
-    Args:
-        w: ``(n,)`` the measurement.
-        edges: ``(k + 1,)``.
-        form: ReLU (cumulative) or hard tanh (sparse).
-        connection: ``linear`` passes y on, ``addition`` passes ``x + y``.
-        gain: W1 and b1 are multiplied by it, W2 is divided by it.
-        spread: All entries of W2 are one value, chosen so that an average input gives ``y + 1`` =
-            ``spread``; None for ``1 / gain``, as released, which drives the model behind to
-            saturation.
-    """
-
-    def __init__(
-        self,
-        w: Tensor,
-        edges: Tensor,
-        *,
-        form: Form = "cumulative",
-        connection: Connection = "linear",
-        gain: float = 1.0,
-        spread: float | None = 1.0,
-    ) -> None:
-        super().__init__()
-        self.form: Form = form
-        self.ceiling = gain  # the hard tanh saturates where 1 would be without gain
-        self.connection: Connection = connection
-        weight, bias = binning_rows(w, edges, form)
-        total = mean_activation(edges, form)
-        column = 1.0 / gain if spread is None else spread / (gain * total)
-        self.first = _unset(*weight.shape, like=w)
-        with torch.no_grad():
-            torch.mul(weight, gain, out=self.first.weight)
-            torch.mul(bias, gain, out=self.first.bias)
-        # Equal columns: every active row then has the same delta, and differences of rows cancel.
-        self.second = _constant(len(w), len(edges) - 1, column, -column * gain * total, like=w)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, C, H, W)``."""
-        z = self.first(x.flatten(1))
-        hidden = F.relu(z) if self.form == "cumulative" else F.hardtanh(z, 0.0, self.ceiling)
-        y: Tensor = self.second(hidden).reshape(x.shape)
-        return x + y if self.connection == "addition" else y
-
-
-class SplitImprint(nn.Module):
-    """An imprint behind a convolution that gives every client columns of its own.
-
-    Client j's copy has non-zero kernels only in its own group of channels, where they copy the
-    input times ``kappa``, and non-zero weights of the first linear layer only in the columns that
-    those channels feed. The gradient of the other columns is zero, and stays zero through all
-    local steps, so a sum over clients keeps them apart.
-
-    Args:
-        w: ``(n,)`` the measurement.
-        edges: ``(k + 1,)``.
-        shape: ``(C, H, W)``.
-        clients: Number of groups.
-        group: Which group this copy uses.
-        kappa: Convolutional scaling factor: images times kappa, weights over kappa.
-        anchor: Whether every group has one more channel, which is constant (``kappa``) and takes
-            no part in the forward pass: its column sums the deltas of one client alone.
-        spread: As in :class:`Imprint`.
-        connection: As in :class:`Imprint`.
-        offset: Added to ``<w, x>`` before it is compared with the edges.
-    """
-
-    def __init__(
-        self,
-        w: Tensor,
-        edges: Tensor,
-        *,
-        shape: tuple[int, ...],
-        clients: int,
-        group: int,
-        kappa: float,
-        anchor: bool = False,
-        spread: float = 1.0,
-        connection: Connection = "linear",
-        offset: float = 0.0,
-    ) -> None:
-        super().__init__()
-        channels, height, width = shape
-        self.connection: Connection = connection
-        own = channels + int(anchor)
-        n, k = len(w), len(edges) - 1
-        start = group * own
-        self.conv = nn.utils.skip_init(
-            nn.Conv2d, channels, own * clients, 3, padding=1, dtype=w.dtype, device=w.device
-        )
-        with torch.no_grad():
-            self.conv.weight.zero_()
-            bias = _bias(self.conv)
-            bias.zero_()
-            for c in range(channels):
-                self.conv.weight[start + c, c, 1, 1] = kappa
-            if anchor:
-                bias[start + channels] = kappa
-        weight, threshold = binning_rows(w, edges.to(w) - offset, "sparse")
-        area = height * width
-        self.first = _unset(k, own * clients * area, like=w)
-        with torch.no_grad():
-            self.first.weight.zero_()
-            torch.div(weight, kappa, out=self.first.weight[:, start * area : start * area + n])
-            self.first.bias.copy_(threshold)
-        total = mean_activation(edges, "sparse")
-        column = spread / total
-        self.second = _constant(n, k, column, -column * total, like=w)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, C, H, W)``."""
-        z = self.first(self.conv(x).flatten(1))
-        y: Tensor = self.second(F.hardtanh(z, 0.0, 1.0)).reshape(x.shape)
-        return x + y if self.connection == "addition" else y
-
-
-class Imprinted(nn.Module):
-    """A model behind an inserted block.
-
-    Args:
-        block: Maps ``(N, C, H, W)`` to the same shape.
-        model: The benign model.
-    """
-
-    def __init__(self, block: nn.Module, model: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of the model on the block's output."""
-        logits: Tensor = self.model(self.block(x))
-        return logits
-
-
-class OnDemand(Mapping[int, nn.Module]):
-    """One model for each client, built when it is sent: a hundred large copies never coexist.
-
-    Args:
-        clients: Their ids.
-        build: The same model every time it is asked for one client's.
-    """
-
-    def __init__(self, clients: Sequence[int], build: Callable[[int], nn.Module]) -> None:
-        self._clients = tuple(clients)
-        self._build = build
-
-    def __getitem__(self, client: int) -> nn.Module:
-        """A fresh copy of the client's model.
-
-        Raises:
-            KeyError: If the client gets none of its own.
-        """
-        if client not in self._clients:
-            raise KeyError(client)
-        return self._build(client)
-
-    def __iter__(self) -> Iterator[int]:
-        """Client ids."""
-        return iter(self._clients)
-
-    def __len__(self) -> int:
-        """How many clients get a model of their own."""
-        return len(self._clients)
+# -- in front of a model ---------------------------------------------------------------------------
 
 
 class Normalise(nn.Module):
@@ -248,27 +44,6 @@ class Normalise(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """``(N, C, H, W)`` to the same shape."""
         return (images - self.mean) / self.std
-
-
-def _unset(rows: int, columns: int, *, like: Tensor) -> nn.Linear:
-    """A linear layer whose values are still to be written: the largest ones exist only once."""
-    layer: nn.Linear = nn.utils.skip_init(
-        nn.Linear, columns, rows, dtype=like.dtype, device=like.device
-    )
-    return layer
-
-
-def _constant(rows: int, columns: int, weight: float, bias: float, *, like: Tensor) -> nn.Linear:
-    layer = _unset(rows, columns, like=like)
-    with torch.no_grad():
-        layer.weight.fill_(weight)
-        layer.bias.fill_(bias)
-    return layer
-
-
-def _bias(layer: nn.Conv2d) -> Tensor:
-    assert layer.bias is not None
-    return layer.bias
 
 
 # -- trap weights and copying kernels --------------------------------------------------------------

@@ -25,6 +25,7 @@ from leakatlas.fl.scenario import Scenario, Stage, Truth, stage
 from leakatlas.fl.seeding import stream, stream_seed
 from leakatlas.fl.state import ModelRef, load_into, model_state, state_hash
 from leakatlas.fl.statistics import batchnorm_statistics
+from leakatlas.fl.tampering import TamperedModel, Tampering
 from leakatlas.fl.update import Update, average
 from leakatlas.fl.view import Distribution, RoundView, View
 
@@ -48,6 +49,8 @@ __all__ = [
     "Scenario",
     "ServerContext",
     "Stage",
+    "TamperedModel",
+    "Tampering",
     "Trait",
     "Truth",
     "Update",

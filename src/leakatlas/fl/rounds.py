@@ -18,6 +18,7 @@ from leakatlas.fl.composition import check_composition, ordered
 from leakatlas.fl.hooks import ClientContext, Defense, Memory, Message, RoundSetup, ServerContext
 from leakatlas.fl.protocol import FedSGD, Protocol
 from leakatlas.fl.seeding import stream
+from leakatlas.fl.tampering import TamperedModel, agreed_part, check_sendable
 from leakatlas.fl.training import train_locally
 from leakatlas.fl.update import Update, average
 
@@ -47,7 +48,7 @@ class RoundRecord:
         index: Round number.
         cohort: Clients that took part, sybils included.
         sybils: Members of the cohort that the adversary runs.
-        received: The model that every client was sent.
+        received: The model that every client built from what it was sent.
         states: Its state, as each client held it when it began to train (shared part only).
         updates: Every client's update after its own hooks, in the clear.
         messages: What every client put on the wire.
@@ -135,7 +136,7 @@ class Federation:
         self,
         *,
         cohort: Sequence[int] | None = None,
-        sent: nn.Module | Mapping[int, nn.Module] | None = None,
+        sent: TamperedModel | Mapping[int, TamperedModel] | None = None,
         sybils: Collection[int] = (),
         dropouts: Collection[int] = (),
         apply: bool = False,
@@ -144,13 +145,15 @@ class Federation:
 
         Args:
             cohort: Who takes part; every client if None.
-            sent: What a malicious server sends instead of the global model, to all or to each.
+            sent: What a malicious server sends instead of the global model, to all or to each:
+                values and edits, from which every client builds its model.
             sybils: Ids of devices that the adversary adds; they send zeros and no noise.
             dropouts: Clients that send their message and vanish before unmasking.
             apply: Whether the global model takes the aggregate, as in training.
 
         Raises:
             ProtocolError: If a client refuses or too few survive.
+            InvalidInput: If a live module is sent, or something that does not fit the model.
         """
         index = self.rounds_played
         self.rounds_played += 1
@@ -247,11 +250,17 @@ class Federation:
             stream(self.seed, "setup", defense.key, index),
         )
 
-    def _sent_to(self, member: int, sent: nn.Module | Mapping[int, nn.Module] | None) -> nn.Module:
-        model = sent.get(member) if isinstance(sent, Mapping) else sent
-        if model is None:
-            model = self.model
-        return self._with_private(model, member)
+    def _sent_to(
+        self, member: int, sent: TamperedModel | Mapping[int, TamperedModel] | None
+    ) -> nn.Module:
+        """The model of this round, built on the client's side with its private parameters."""
+        model = self._with_private(self.model, member)
+        tampered = sent.get(member) if isinstance(sent, Mapping) else sent
+        if tampered is None:
+            return model
+        check_sendable(tampered)
+        pixels = self.clients[member].x[0].numel()
+        return tampered.build(model, pixels=pixels, private=self.private_names)
 
     def _with_private(self, model: nn.Module, member: int) -> nn.Module:
         held = state.model_state(model)
@@ -302,7 +311,9 @@ class Federation:
         client = self.clients[member]
         contexts = [self._context(member, d, index, memory) for d in self.defenses]
         working = state.load_into(model, state.model_state(model))
-        shared = {n: t for n, t in state.model_state(model).items() if n not in self.private_names}
+        prefix, _ = agreed_part(model)
+        private = {f"{prefix}{name}": name for name in self.private_names}
+        shared = {n: t for n, t in state.model_state(model).items() if n not in private}
         parameter_names = {name for name, _ in model.named_parameters()}
         result = train_locally(
             working,
@@ -313,25 +324,24 @@ class Federation:
             contexts=contexts,
             generator=stream(self.seed, "training", member, index),
         )
-        for name in self.private_names:
-            moved = dict(working.named_parameters())
-            if name in moved:
-                change = -self.protocol.lr * result.tensors[name]
+        moved = dict(working.named_parameters())
+        for held, name in private.items():
+            if held in moved:
+                change = -self.protocol.lr * result.tensors[held]
                 client.private[name] = (
                     (client.private[name] + change)
                     if isinstance(self.protocol, FedSGD)
-                    else moved[name].detach().clone()
+                    else moved[held].detach().clone()
                 )
         update = Update(
-            tensors={n: t for n, t in result.tensors.items() if n not in self.private_names},
+            tensors={n: t for n, t in result.tensors.items() if n not in private},
             kind="gradient" if isinstance(self.protocol, FedSGD) else "delta",
             state_hash=state.state_hash(shared),
             num_examples=len(client.x),
             reduction=self.protocol.reduction if isinstance(self.protocol, FedSGD) else "mean",
             buffers_before={n: t for n, t in shared.items() if n not in parameter_names},
-            buffers_after={
-                n: t for n, t in result.buffers_after.items() if n not in self.private_names
-            },
+            # A buffer that only appeared while training is none that was agreed on.
+            buffers_after={n: t for n, t in result.buffers_after.items() if n in shared},
         )
         for defense, context in zip(self.defenses, contexts, strict=True):
             update = defense.update(update, context)

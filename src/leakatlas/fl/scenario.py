@@ -19,6 +19,7 @@ from leakatlas.fl.rounds import Client, Federation, RoundRecord
 from leakatlas.fl.seeding import stream
 from leakatlas.fl.state import ModelRef
 from leakatlas.fl.statistics import batchnorm_statistics
+from leakatlas.fl.tampering import agreed_part
 from leakatlas.fl.view import (
     SOURCES,
     Distribution,
@@ -258,7 +259,7 @@ class Stage:
             }
             if records:
                 # As they were when the client began to train, not after its step.
-                began = state.model_state(records[-1].received[target])
+                began = state.model_state(agreed_part(records[-1].received[target])[1])
                 offered["secrets"] |= {
                     f"private/{name}": began[name]
                     for name in sorted(federation.private_names & began.keys())

@@ -10,9 +10,9 @@ from torch import Tensor
 from leakatlas.attacks.analytic.isolation.loki import LOKI, WEIGHT, brightness
 from leakatlas.bench.harness import Trial, observe, run_trial
 from leakatlas.blocks import readout
-from leakatlas.blocks.surgery import SplitImprint
 from leakatlas.defenses.formal.crypto.secure_aggregation import SecureAggregation
 from leakatlas.fl import FedAVG, FedSGD, Stage
+from leakatlas.fl.edits import SplitImprint
 from leakatlas.threat import Vantage
 from tests.attacks.analytic.support import (
     alone_in_bin,
@@ -112,7 +112,7 @@ def test_the_forward_pass_does_not_depend_on_kappa() -> None:
     w = torch.full((192,), 1 / 192, dtype=torch.float64)
     edges = torch.linspace(0, 1, 9, dtype=torch.float64)
     outputs = [
-        SplitImprint(w, edges, shape=(3, 8, 8), clients=3, group=1, kappa=kappa)(x)
+        SplitImprint(w, edges, shape=(3, 8, 8), clients=3, group=1, kappa=kappa).layers()(x)
         for kappa in (1.0, 500.0)
     ]
     assert torch.allclose(outputs[0], outputs[1])

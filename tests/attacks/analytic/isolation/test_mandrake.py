@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ from leakatlas.attacks.analytic.isolation.mandrake import (
     upload_bytes,
 )
 from leakatlas.bench.harness import Trial, observe, run_trial
-from leakatlas.blocks.surgery import SplitImprint
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box
 from leakatlas.defenses.formal.crypto.secure_aggregation import SecureAggregation
 from leakatlas.errors import NotGranted
-from leakatlas.fl import FedAVG, FedSGD, Stage
+from leakatlas.fl import FedAVG, FedSGD, Stage, Tampering
+from leakatlas.fl.edits import Imprinted, SplitImprint, SplitImprintLayers
 from leakatlas.threat import Vantage
 from tests.attacks.analytic.support import (
     UNIT,
@@ -85,13 +84,19 @@ def test_the_dense_column_for_100_clients(shape: tuple[int, ...], published: flo
     assert found == pytest.approx(published, rel=4e-4)
 
 
+def _layers(tampering: Tampering | None, client: int) -> SplitImprintLayers:
+    """What a client builds in front of its model."""
+    assert tampering is not None and isinstance(tampering.sent, Mapping)
+    (edit,) = tampering.sent[client].edits
+    assert isinstance(edit, SplitImprint)
+    return edit.layers()
+
+
 def test_the_arithmetic_is_that_of_the_tensors_that_are_sent() -> None:
     stage = _stage(dtype=torch.float32)
     attack = MANDRAKE(bins=24)
     tampering = attack.tamper(stage.view(), generator=torch.Generator(), watch=Watch())
-    assert tampering is not None and isinstance(tampering.sent, Mapping)
-    block = tampering.sent[1].block
-    assert isinstance(block, SplitImprint)
+    block = _layers(tampering, 1)
     first = packed(block).coalesce()
     assert first.indices().element_size() == 8
     total = first.values().nbytes + first.indices().nbytes
@@ -108,20 +113,19 @@ def test_a_client_trains_on_the_coordinates_alone_and_gets_the_same_gradient() -
     stage = _stage()
     attack = MANDRAKE(bins=24)
     tampering = attack.tamper(stage.view(), generator=torch.Generator(), watch=Watch())
-    assert tampering is not None and isinstance(tampering.sent, Mapping)
     x, y = stage.federation.clients[2].x, stage.federation.clients[2].y
-    dense, sparse = tampering.sent[2], tampering.sent[2]
-    block = sparse.block
-    assert isinstance(block, SplitImprint) and isinstance(dense.block, SplitImprint)
+    model = stage.federation.model
+    whole, block = _layers(tampering, 2), _layers(tampering, 2)
+    dense, sparse = Imprinted(whole, model), Imprinted(block, model)
     layer = SparseRows(packed(block), block.first.bias)
     setattr(block, "first", layer)  # noqa: B010  # the attribute's declared type is a dense layer
     assert sum(p.numel() for p in layer.parameters()) == 24 * (768 + 1)
     assert torch.allclose(sparse(x), dense(x), rtol=1e-12, atol=1e-12)
     for model in (sparse, dense):
         torch.nn.functional.cross_entropy(model(x), y).backward()
-    own, whole = layer.values.grad, dense.block.first.weight.grad
-    assert own is not None and own.shape == (24 * 768,) and whole is not None
-    assert torch.allclose(layer.coordinates(own).to_dense(), whole, rtol=1e-10, atol=1e-15)
+    own, every = layer.values.grad, whole.first.weight.grad
+    assert own is not None and own.shape == (24 * 768,) and every is not None
+    assert torch.allclose(layer.coordinates(own).to_dense(), every, rtol=1e-10, atol=1e-15)
 
 
 def test_memory_grows_with_the_clients_by_one_small_kernel_each() -> None:
@@ -210,23 +214,21 @@ def test_an_imprint_for_everybody_with_as_few_units_loses_to_columns_of_their_ow
     assert hits[0] > 1.3 * hits[1]
 
 
-def test_an_active_kernel_elsewhere_is_cross_talk() -> None:
+def test_an_active_kernel_elsewhere_is_cross_talk(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = _stage()
     attack = MANDRAKE(bins=32, scale="anchor")
-    tampering = attack.tamper(stage.view(), generator=torch.Generator(), watch=Watch())
-    assert tampering is not None and isinstance(tampering.sent, Mapping)
-    sent = dict(tampering.sent)
-    with torch.no_grad():  # client 1 also feeds the columns of client 0
-        block = sent[1].block
-        assert isinstance(block, SplitImprint)
-        conv = block.conv
-        conv.weight[:3] = conv.weight[4:7]
-    record = stage.federation.play_round(sent=sent)
-    view = stage.view([record], keys=[tampering.key])
-    found = attack(view)
-    clean = run_trial(_stage(), attack)
-    shown = replace(clean, found=found, images=stage.box.denormalize(found.images))
-    exact = [(errors(t) < 1e-6)[:8] for t in (clean, shown)]
+    clean = run_trial(stage, attack)
+    build = SplitImprint.layers
+
+    def crossing(edit: SplitImprint) -> SplitImprintLayers:
+        layers = build(edit)
+        if edit.group == 1:  # client 1 also feeds the columns of client 0
+            with torch.no_grad():
+                layers.conv.weight[:3] = layers.conv.weight[4:7]
+        return layers
+
+    monkeypatch.setattr(SplitImprint, "layers", crossing)
+    exact = [(errors(t) < 1e-6)[:8] for t in (clean, run_trial(_stage(), attack))]
     assert int(exact[1].sum()) < int(exact[0].sum())
 
 

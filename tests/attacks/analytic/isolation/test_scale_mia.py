@@ -24,7 +24,7 @@ from leakatlas.blocks.surgery import Normalise
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box
 from leakatlas.errors import NotGranted, UnsupportedModel
-from leakatlas.fl import FedAVG, Stage, View
+from leakatlas.fl import FedAVG, Stage, TamperedModel, View
 from leakatlas.threat import Vantage
 from tests.attacks.analytic.support import UNIT, crops, errors, same_after_saving, small_stage
 from tests.conftest import BOX
@@ -164,10 +164,11 @@ def _with_tampered_head(stage: Stage, attack: ScaleMIA, change: Any) -> Trial:
     tampering = attack.tamper(
         stage.view(), generator=torch.Generator().manual_seed(0), watch=Watch()
     )
-    assert tampering is not None and isinstance(tampering.sent, nn.Module)
+    assert tampering is not None and isinstance(tampering.sent, TamperedModel)
+    model = tampering.sent.build(stage.federation.model, pixels=3 * 16 * 16)
     with torch.no_grad():
-        change(find_parts(tampering.sent, torch.zeros(1, 3, 16, 16).double()))
-    record = stage.federation.play_round(sent=tampering.sent)
+        change(find_parts(model, torch.zeros(1, 3, 16, 16).double()))
+    record = stage.federation.play_round(sent=TamperedModel.of(model))
     view = stage.view([record], keys=[tampering.key])
     found = attack(view)
     return Trial(view, clean.truth, (record,), found, stage.box.denormalize(found.images))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from leakatlas.attacks.analytic.sparsification.robbing_the_fed import WEIGHT, RobbingTheFed
-from leakatlas.attacks.api import Tampering
 from leakatlas.bench.harness import Trial, observe, run_trial
-from leakatlas.blocks import readout, surgery
-from leakatlas.blocks.watch import Watch
+from leakatlas.blocks import readout
 from leakatlas.errors import InvalidInput, NotGranted
-from leakatlas.fl import FedAVG, FedSGD, View
+from leakatlas.fl import FedAVG, FedSGD
+from leakatlas.fl.edits import Imprint, ImprintLayers
 from leakatlas.threat import Vantage
 from tests.attacks.analytic.support import alone_in_bin, errors, same_after_saving, small_stage
 from tests.conftest import BOX
@@ -129,47 +129,45 @@ def test_row_order_does_not_matter() -> None:
     assert torch.equal(straight.x, shuffled.x) and torch.equal(straight.rows, shuffled.rows)
 
 
-def _with_block(change: Any, **settings: Any) -> Trial:
-    """The attack with something done to its block before the clients get it."""
+def _with_block(change: Callable[[ImprintLayers], None], monkeypatch: pytest.MonkeyPatch) -> Trial:
+    """The attack with something done to its block when a client builds it."""
+    build = Imprint.layers
 
-    class Changed(RobbingTheFed):
-        def tamper(
-            self, view: View, *, generator: torch.Generator, watch: Watch
-        ) -> Tampering | None:
-            tampering = super().tamper(view, generator=generator, watch=watch)
-            if tampering is None:
-                return None
-            assert isinstance(tampering.sent, surgery.Imprinted)
-            change(tampering.sent)
-            return tampering
+    def changed(edit: Imprint) -> ImprintLayers:
+        layers = build(edit)
+        change(layers)
+        return layers
 
-    stage = small_stage(letter="G", examples=16, **settings)
-    return run_trial(stage, Changed(bins=64))
+    with monkeypatch.context() as patch:
+        patch.setattr(Imprint, "layers", changed)
+        return run_trial(small_stage(letter="G", examples=16), RobbingTheFed(bins=64))
 
 
-def test_unequal_columns_of_w2_break_the_differences() -> None:
-    def unequal(sent: surgery.Imprinted) -> None:
+def test_unequal_columns_of_w2_break_the_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unequal(block: ImprintLayers) -> None:
         with torch.no_grad():
-            weight = dict(sent.named_parameters())["block.second.weight"]
+            weight = block.second.weight
             weight.mul_(1 + 0.3 * torch.rand(1, weight.shape[1], dtype=weight.dtype))
 
-    plain, broken = _with_block(lambda sent: None), _with_block(unequal)
+    plain = _with_block(lambda block: None, monkeypatch)
+    broken = _with_block(unequal, monkeypatch)
     assert int((errors(plain) < 1e-6).sum()) > 5
     assert int((errors(broken) < 1e-6).sum()) <= 1
 
 
-def test_dropout_between_the_two_layers_breaks_the_differences() -> None:
-    class Leaky(surgery.Imprint):
+def test_dropout_between_the_two_layers_breaks_the_differences(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Leaky(ImprintLayers):
         def forward(self, x: Tensor) -> Tensor:
             hidden = torch.relu(self.first(x.flatten(1)))
             y: Tensor = self.second(nn.functional.dropout(hidden, 0.5, training=True))
             return y.reshape(x.shape)
 
-    def drop(sent: surgery.Imprinted) -> None:
-        assert isinstance(sent.block, surgery.Imprint)
-        sent.block.__class__ = Leaky
+    def drop(block: ImprintLayers) -> None:
+        block.__class__ = Leaky
 
-    assert int((errors(_with_block(drop)) < 1e-6).sum()) <= 1
+    assert int((errors(_with_block(drop, monkeypatch)) < 1e-6).sum()) <= 1
 
 
 def test_normalisation_behind_the_block_is_harmless() -> None:

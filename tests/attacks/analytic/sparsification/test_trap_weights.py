@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from leakatlas.attacks.analytic.sparsification.trap_weights import TrapBlock, TrapWeights, agreeing
+from leakatlas.attacks.analytic.sparsification.trap_weights import TrapWeights, agreeing
 from leakatlas.bench.harness import Trial, observe, run_trial
 from leakatlas.blocks.surgery import trap_rows
 from leakatlas.data import Box
 from leakatlas.errors import NotGranted, UnsupportedModel
 from leakatlas.fl import FedAVG, Stage
+from leakatlas.fl.edits import TrapBlock
 from leakatlas.threat import Vantage
 from tests.attacks.analytic.support import UNIT, crops, errors, same_after_saving, small_stage
 from tests.conftest import BOX
@@ -216,7 +217,7 @@ def test_a_block_starts_close_to_the_identity_and_takes_odd_sizes() -> None:
     generator = torch.Generator().manual_seed(0)
     like = torch.empty(0, dtype=torch.float64)
     weight = trap_rows(9, 75, scaling=0.9, sigma=0.5, generator=generator, like=like)
-    block = TrapBlock(weight, torch.zeros(9).double(), torch.zeros(75, 9).double())
+    block = TrapBlock(weight, torch.zeros(9).double(), torch.zeros(75, 9).double()).layers()
     x = torch.rand(2, 3, 5, 5, dtype=torch.float64)
     assert torch.equal(block(x), x)
     assert bool(((weight == 0).sum(dim=1) == 1).all())

@@ -42,20 +42,21 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leakatlas.attacks.api import (
     ActiveAttack,
     Outlook,
     Reconstruction,
+    TamperedModel,
     Tampering,
     attack,
     nothing_found,
 )
-from leakatlas.blocks import readout, surgery
+from leakatlas.blocks import readout
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box
-from leakatlas.fl import View
+from leakatlas.fl import View, edits
 from leakatlas.params import OpenFraction, Positive, PositiveInt
 from leakatlas.threat import Knowledge
 
@@ -108,8 +109,7 @@ class LOKI(ActiveAttack):
         if len(view.rounds) == self.rounds:
             return None
         # The global model without the block that earlier rounds had.
-        model = view.with_rounds((), {}).model
-        like = next(model.parameters()).detach()
+        like = next(view.with_rounds((), {}).model.parameters()).detach()
         shape = tuple(view.input_shape)
         w, offset = brightness(view.box, shape, like)
         if view.rounds:
@@ -119,24 +119,23 @@ class LOKI(ActiveAttack):
             edges = readout.bin_edges("empirical", self.bins, values=h)
         edges = edges.to(like)
         clients = view.clients
-        groups = {client: group for group, client in enumerate(clients)}
+        channels, height, width = shape
 
-        def copy_of(client: int) -> nn.Module:
-            block = surgery.SplitImprint(
+        def block(group: int) -> edits.SplitImprint:
+            return edits.SplitImprint(
                 w,
                 edges,
-                shape=shape,
+                shape=(channels, height, width),
                 clients=len(clients),
-                group=groups[client],
+                group=group,
                 kappa=self.kappa,
                 anchor=self.scale == "anchor",
                 spread=self.spread,
                 connection=self.connection,
                 offset=offset,
             )
-            return surgery.Imprinted(block, model)
 
-        sent = surgery.OnDemand(clients, copy_of)
+        sent = {c: TamperedModel(edits=(block(group),)) for group, c in enumerate(clients)}
         return Tampering(sent=sent, key={"edges": edges, "clients": torch.tensor(clients)})
 
     def learned_edges(self, view: View, shape: tuple[int, ...]) -> Tensor:

@@ -53,14 +53,15 @@ from leakatlas.attacks.api import (
     ActiveAttack,
     Outlook,
     Reconstruction,
+    TamperedModel,
     Tampering,
     attack,
     nothing_found,
 )
-from leakatlas.blocks import readout, surgery
+from leakatlas.blocks import readout
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box
-from leakatlas.fl import View
+from leakatlas.fl import View, edits
 from leakatlas.params import OpenFraction, Positive, PositiveInt
 from leakatlas.threat import Knowledge, Vantage
 
@@ -113,45 +114,31 @@ class MANDRAKE(ActiveAttack):
         del generator
         if view.rounds:
             return None
-        model = view.model
-        like = next(model.parameters()).detach()
-        shape = tuple(view.input_shape)
+        like = next(view.model.parameters()).detach()
         h = view.surrogate.images.to(like).flatten(1).mean(dim=1)
         edges = readout.bin_edges("empirical", self.bins, values=h).to(like)
-        clients = view.clients
-        box, groups = view.box, {client: group for group, client in enumerate(clients)}
+        clients, box = view.clients, view.box
+        channels, height, width = view.input_shape
+        n = channels * height * width
+        w = like.new_full((n,), 1 / n)
 
-        def copy_of(client: int) -> nn.Module:
-            block = self.block(box, edges, shape, len(clients), groups[client], like)
-            return surgery.Imprinted(block, model)
+        def block(group: int) -> edits.SplitImprint:
+            return edits.SplitImprint(
+                w,
+                edges,
+                shape=(channels, height, width),
+                clients=len(clients),
+                group=group,
+                kappa=1.0,
+                anchor=self.scale == "anchor",
+                spread=self.spread,
+                connection=self.connection,
+                std=box.std,  # the kernels undo the normalisation
+                mean=box.mean,
+            )
 
-        sent = surgery.OnDemand(clients, copy_of)
+        sent = {c: TamperedModel(edits=(block(group),)) for group, c in enumerate(clients)}
         return Tampering(sent=sent, key={"edges": edges, "clients": torch.tensor(clients)})
-
-    def block(
-        self, box: Box, edges: Tensor, shape: tuple[int, ...], clients: int, group: int,
-        like: Tensor,
-    ) -> surgery.SplitImprint:  # fmt: skip
-        """The inserted layers of one client, the normalisation undone by its kernels."""
-        n = shape[0] * shape[1] * shape[2]
-        block = surgery.SplitImprint(
-            like.new_full((n,), 1 / n),
-            edges,
-            shape=shape,
-            clients=clients,
-            group=group,
-            kappa=1.0,
-            anchor=self.scale == "anchor",
-            spread=self.spread,
-            connection=self.connection,
-        )
-        start = group * (shape[0] + int(self.scale == "anchor"))
-        own = slice(start, start + shape[0])
-        assert block.conv.bias is not None
-        with torch.no_grad():
-            block.conv.weight[own] *= like.new_tensor(box.std)[:, None, None, None]
-            block.conv.bias[own] = like.new_tensor(box.mean)
-        return block
 
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
         """Every block of the sum, its rows scaled, sifted and freed of copies."""
@@ -276,7 +263,7 @@ def size_ratio(shape: tuple[int, ...], *, bins: int, clients: int) -> float:
     )
 
 
-def packed(block: surgery.SplitImprint) -> Tensor:
+def packed(block: edits.SplitImprintLayers) -> Tensor:
     """The first linear layer as coordinates, ``(k, C N H W)`` sparse, as it would be sent."""
     coordinates: Tensor = block.first.weight.detach().to_sparse_coo()
     return coordinates
@@ -286,8 +273,8 @@ class SparseRows(nn.Module):
     """The first linear layer as a client computes with it: the coordinates that it was sent.
 
     Neither the layer nor its gradient takes room for the columns of the other clients. Put in the
-    place of ``first`` in a :class:`~leakatlas.blocks.surgery.SplitImprint`, it gives the same
-    outputs and, at the coordinates, the same gradient.
+    place of ``first`` in the layers of a :class:`~leakatlas.fl.edits.SplitImprint`, it gives the
+    same outputs and, at the coordinates, the same gradient.
 
     Args:
         weight: ``(k, C N H W)`` coordinates, from :func:`packed`.

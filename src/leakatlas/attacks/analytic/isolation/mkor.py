@@ -57,6 +57,7 @@ from leakatlas.attacks.api import (
     ActiveAttack,
     Outlook,
     Reconstruction,
+    TamperedModel,
     Tampering,
     attack,
     nothing_found,
@@ -134,7 +135,7 @@ class MKOR(ActiveAttack):
         layout = plan(model, view.input_shape)
         set_convolutions(model, layout, view.box)
         set_head(model, layout, view.box, sink=self.isolate == "sink")
-        return Tampering(sent=model, key={})
+        return Tampering(sent=TamperedModel.of(model), key={})
 
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
         """Labels, features, images."""

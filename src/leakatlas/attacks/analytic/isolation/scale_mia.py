@@ -56,6 +56,7 @@ from leakatlas.attacks.api import (
     ActiveAttack,
     Outlook,
     Reconstruction,
+    TamperedModel,
     Tampering,
     attack,
     nothing_found,
@@ -197,7 +198,7 @@ class ScaleMIA(ActiveAttack):
         write_bins(parts, edges, generator)
         key = {n: t for n, t in learned.items() if not n.startswith("encoder/")}
         return Tampering(
-            sent=model,
+            sent=TamperedModel.of(model),
             key={**key, "thresholds": edges, "latent": torch.tensor(parts.latent)},
         )
 

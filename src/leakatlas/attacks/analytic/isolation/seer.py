@@ -64,7 +64,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from leakatlas.attacks.api import ActiveAttack, Outlook, Reconstruction, Tampering, attack
+from leakatlas.attacks.api import (
+    ActiveAttack,
+    Outlook,
+    Reconstruction,
+    TamperedModel,
+    Tampering,
+    attack,
+)
 from leakatlas.blocks import surgery
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import ImageSet
@@ -328,7 +335,7 @@ class SEER(ActiveAttack):
             for images in view.surrogate.images.split(256):
                 model(view.box.normalize(images.to(like)))
             model.train(mode)
-        return Tampering(sent=model, key=key)
+        return Tampering(sent=TamperedModel.of(model), key=key)
 
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
         """One linear map of the kept entries of the summed gradient."""

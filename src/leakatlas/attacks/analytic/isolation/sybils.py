@@ -44,6 +44,7 @@ from leakatlas.attacks.api import (
     ActiveAttack,
     Outlook,
     Reconstruction,
+    TamperedModel,
     Tampering,
     attack,
     nothing_found,
@@ -114,7 +115,12 @@ class Sybils(ActiveAttack):
             "scaling": torch.tensor(s, dtype=torch.float64),
             "layer": torch.tensor(path.index),
         }
-        return Tampering(sent=model, key=key, cohort=(view.target,), sybils=self.cohort_size - 1)
+        return Tampering(
+            sent=TamperedModel.of(model),
+            key=key,
+            cohort=(view.target,),
+            sybils=self.cohort_size - 1,
+        )
 
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
         """Noise level, clusters of rows, one image per cluster."""

@@ -47,6 +47,7 @@ from leakatlas.attacks.api import (
     ActiveAttack,
     Outlook,
     Reconstruction,
+    TamperedModel,
     Tampering,
     attack,
     nothing_found,
@@ -116,7 +117,7 @@ class Fishing(ActiveAttack):
         if move is None:
             return None
         set_head(model, head, move)
-        return Tampering(sent=model, key={"move": move.to_tensor()})
+        return Tampering(sent=TamperedModel.of(model), key={"move": move.to_tensor()})
 
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
         """Check that one example is alone, and invert its gradient."""

@@ -48,13 +48,14 @@ from leakatlas.attacks.api import (
     ActiveAttack,
     Outlook,
     Reconstruction,
+    TamperedModel,
     Tampering,
     attack,
     nothing_found,
 )
-from leakatlas.blocks import readout, surgery
+from leakatlas.blocks import readout
 from leakatlas.blocks.watch import Watch
-from leakatlas.fl import View
+from leakatlas.fl import View, edits
 from leakatlas.params import NonNegativeInt, Positive, PositiveInt
 from leakatlas.threat import Knowledge
 
@@ -84,7 +85,7 @@ class RobbingTheFed(ActiveAttack):
     """
 
     bins: PositiveInt = 64
-    form: surgery.Form = "cumulative"
+    form: Literal["cumulative", "sparse"] = "cumulative"
     direction: readout.Measurement = "random"
     quantiles: readout.Quantiles = "empirical"
     connection: Literal["linear", "addition"] = "linear"
@@ -106,13 +107,12 @@ class RobbingTheFed(ActiveAttack):
         """Put the imprint block in front of the global model; one round is enough."""
         if view.rounds:
             return None
-        model = view.model
-        like = next(model.parameters()).detach()
+        like = next(view.model.parameters()).detach()
         shape = tuple(view.input_shape)
         w = readout.measurement(self.direction, shape, like=like, generator=generator)
         h = view.box.normalize(view.surrogate.images.to(like)).flatten(1) @ w
         edges = self.edges(h)
-        block = surgery.Imprint(
+        block = edits.Imprint(
             w,
             edges.to(like),
             form=self.form,
@@ -120,9 +120,7 @@ class RobbingTheFed(ActiveAttack):
             gain=self.gain,
             spread=self.spread,
         )
-        return Tampering(
-            sent=surgery.Imprinted(block, model), key={"w": w, "edges": edges.to(like)}
-        )
+        return Tampering(sent=TamperedModel(edits=(block,)), key={"w": w, "edges": edges.to(like)})
 
     def edges(self, h: Tensor) -> Tensor:
         """Bin edges for surrogate measurements ``(S,)``: of k bins, or around the one-shot bin."""

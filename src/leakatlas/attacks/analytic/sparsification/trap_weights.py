@@ -46,6 +46,7 @@ from leakatlas.attacks.api import (
     ActiveAttack,
     Outlook,
     Reconstruction,
+    TamperedModel,
     Tampering,
     attack,
     nothing_found,
@@ -53,7 +54,7 @@ from leakatlas.attacks.api import (
 from leakatlas.blocks import readout, surgery
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import UnsupportedModel
-from leakatlas.fl import Update, View
+from leakatlas.fl import Update, View, edits
 from leakatlas.models.structure import linear_layers
 from leakatlas.params import NonNegative, NonNegativeInt, OpenFraction, Positive
 from leakatlas.threat import Knowledge, Vantage
@@ -121,7 +122,7 @@ class TrapWeights(ActiveAttack):
             carried = tuple(view.input_shape)
             block = self.block(view, self.tuned_or_given(view, carried, generator), generator)
             key = {"carried": torch.tensor(carried), "layer": torch.tensor(-1)}
-            return Tampering(sent=surgery.Imprinted(block, view.model), key=key)
+            return Tampering(sent=TamperedModel(edits=(block,)), key=key)
         model = view.model
         path = trap_path(view, model)
         surgery.set_traps(
@@ -137,7 +138,7 @@ class TrapWeights(ActiveAttack):
             "layer": torch.tensor(path.index),
             "copied": torch.tensor(bool(path.convolutions)),
         }
-        return Tampering(sent=model, key=key)
+        return Tampering(sent=TamperedModel.of(model), key=key)
 
     def tuned_or_given(
         self, view: View, carried: tuple[int, ...], generator: torch.Generator
@@ -148,7 +149,7 @@ class TrapWeights(ActiveAttack):
         images = F.interpolate(view.surrogate.images, size=carried[1:], mode="area")
         return surgery.tuned_scaling(images, min(view.num_examples, len(images)), generator)
 
-    def block(self, view: View, s: float, generator: torch.Generator) -> TrapBlock:
+    def block(self, view: View, s: float, generator: torch.Generator) -> edits.TrapBlock:
         """A block whose traps see pixels in [0, 1] whatever the model's input space."""
         like = next(view.model.parameters()).detach()
         shape = tuple(view.input_shape)
@@ -161,7 +162,7 @@ class TrapWeights(ActiveAttack):
         back = torch.randn(traps.shape[1], len(traps), generator=generator, dtype=torch.float64).to(
             like
         )
-        return TrapBlock(traps * std, traps @ mean, back / len(traps))
+        return edits.TrapBlock(traps * std, traps @ mean, back / len(traps))
 
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
         """Ratios of the rows that fired; equal ones once, the most agreed upon first."""
@@ -201,33 +202,6 @@ class TrapWeights(ActiveAttack):
             return BLOCK
         names = list(linear_layers(view.model))
         return names[int(view.key["layer"])]
-
-
-class TrapBlock(nn.Module):
-    """``x + W2 ReLU(W1 x + b1)``.
-
-    Args:
-        weight: ``(k, n)`` the traps.
-        bias: ``(k,)``.
-        back: ``(n, k)`` W2.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor, back: Tensor) -> None:
-        super().__init__()
-        k, n = weight.shape
-        self.first = nn.utils.skip_init(nn.Linear, n, k, dtype=weight.dtype)
-        self.second = nn.utils.skip_init(nn.Linear, k, n, dtype=weight.dtype)
-        with torch.no_grad():
-            self.first.weight.copy_(weight)
-            self.first.bias.copy_(bias)
-            self.second.weight.copy_(back)
-            self.second.bias.zero_()
-        self.to(weight.device)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(N, C, H, W)`` to ``(N, C, H, W)``."""
-        y: Tensor = self.second(F.relu(self.first(x.flatten(1))))
-        return x + y.reshape(x.shape)
 
 
 def trap_path(view: View, model: nn.Module | None = None) -> surgery.TrapPath:
