@@ -16,11 +16,14 @@ from leakatlas.fl import (
     FedAVG,
     FedSGD,
     Message,
+    ModelRef,
     RoundView,
+    Scenario,
     Stage,
     Update,
     View,
     model_state,
+    stage,
     state_hash,
 )
 from leakatlas.fl.view import SOURCES
@@ -111,8 +114,8 @@ def test_a_field_that_is_not_given_cannot_be_smuggled_in() -> None:
 def test_what_is_allowed_but_not_there_says_why() -> None:
     with pytest.raises(NotGranted, match="names no `surrogate` data"):
         _ = _view("D", public=None).surrogate
-    with pytest.raises(NotGranted, match="single example"):
-        _ = _view("E", examples=1).distribution
+    with pytest.raises(NotGranted, match="other images of the population"):
+        _ = _view("E", public=None).distribution
     with pytest.raises(NotGranted, match="once a round was played"):
         _ = _stage("A", ALL).view().batch_order
 
@@ -130,16 +133,33 @@ def test_the_values_are_right() -> None:
     stage = _stage("E", ALL)
     record = stage.federation.play_round()
     view = stage.view([record], target=1)
-    client = stage.federation.clients[1]
     assert view.num_examples == 3 and view.batch_shape == (3, 3, 8, 8) and view.classes == 10
     assert view.box == BOX and view.protocol == stage.scenario.protocol and view.defenses == ()
     assert torch.equal(view.labels, torch.tensor([3, 4, 5]))
     assert torch.equal(torch.cat(view.batch_order), torch.cat(record.order[1]))
-    assert torch.allclose(view.distribution.mean, client.x.mean(0))
-    assert torch.allclose(view.distribution.std, client.x.std(0, correction=0))
-    frequencies = torch.zeros(10, dtype=torch.float64).index_fill(0, client.y, 1 / 3)
-    assert torch.allclose(view.distribution.class_frequencies, frequencies)
+    public = surrogate()
+    x = BOX.normalize(public.images.double())
+    assert torch.allclose(view.distribution.mean, x.mean(0))
+    assert torch.allclose(view.distribution.std, x.std(0, correction=0))
+    counts = torch.bincount(public.labels[public.labels < 10], minlength=10).double()
+    assert torch.allclose(view.distribution.class_frequencies, counts / counts.sum())
     assert view.surrogate.fingerprint() == surrogate().fingerprint()
+
+
+def test_the_distribution_is_computed_without_any_private_image() -> None:
+    """Mean and spread of two images are the two images, pixel by pixel."""
+    model = ModelRef("builtin", "fc", {"size": 8, "in_channels": 1})
+    played = stage(Scenario(model=model, data="digits", examples=2, clients=2, letter="E"))
+    assert played.others is not None and len(played.others) > 1_000
+    known = played.view().distribution
+    assert torch.equal(known.mean, played.others.images.mean(0))
+    others = {image.numpy().tobytes() for image in played.others.images}
+    for client, held in played.victims.items():
+        assert not others & {image.numpy().tobytes() for image in held.images}, client
+        low, high = held.images.amin(0), held.images.amax(0)
+        assert float((known.mean - known.std - low).abs().max()) > 0.1
+        assert float((known.mean + known.std - high).abs().max()) > 0.1
+    assert float(known.class_frequencies.sum()) == pytest.approx(1)
 
 
 def test_batch_statistics_belong_to_the_target_and_its_received_model() -> None:

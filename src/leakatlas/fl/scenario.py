@@ -30,7 +30,10 @@ from leakatlas.fl.view import (
     protocol_from_json,
     protocol_json,
 )
-from leakatlas.threat import Grant, Vantage, threat_model
+from leakatlas.threat import Grant, Knowledge, Vantage, threat_model
+
+POPULATION = 2_000
+"""Images of a data set that its statistics are taken from, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +153,8 @@ class Stage:
         victims: Private images of every client.
         box: Pixel space of the model.
         surrogate: Public images, in the victims' shape.
+        others: More images of the victims' population, from which DISTRIBUTION is computed; the
+            surrogate images if None. Copies of a private image are left out.
     """
 
     def __init__(
@@ -159,11 +164,13 @@ class Stage:
         victims: Mapping[int, ImageSet],
         box: Box,
         surrogate: ImageSet | None = None,
+        others: ImageSet | None = None,
     ) -> None:
         self.scenario = scenario
         self.victims = dict(victims)
         self.box = box
         self.surrogate = surrogate
+        self.others = surrogate if others is None else _without(others, self.victims)
         _check_disjoint(self.victims, surrogate)
         first = next(iter(self.victims.values()))
         self.input_shape = tuple(first.images.shape[1:])
@@ -230,8 +237,9 @@ class Stage:
         if self.surrogate is not None:
             offered["surrogate"] = self.surrogate
         client = federation.clients[target]
-        if "distribution" in wanted and len(client.x) > 1:  # the mean of one image is the image
-            offered["distribution"] = _distribution(client.x, client.y, self.classes)
+        if "distribution" in wanted and self.others is not None and len(self.others) > 1:
+            others = self.box.normalize(self.others.images.to(client.x))
+            offered["distribution"] = _distribution(others, self.others.labels, self.classes)
         if "labels" in wanted:
             summed = records and scenario.vantage is Vantage.AGGREGATE
             members = (
@@ -347,8 +355,12 @@ def stage(
             else models.load_state(scenario.weights)
         )
         model = state.load_into(model, held)
+    others = None
     if victims is None:
         loaded = data.load(scenario.data)
+        if threat_model(scenario.letter).knowledge & Knowledge.DISTRIBUTION:
+            drawn = torch.randperm(len(loaded), generator=stream(scenario.seed, "population"))
+            others = loaded.subset(drawn[:POPULATION])
         needed = scenario.examples * scenario.clients
         chosen = _choose(loaded, needed, scenario)
         dealt = {
@@ -371,7 +383,7 @@ def stage(
     if surrogate is None and scenario.surrogate is not None:
         surrogate = data.load(scenario.surrogate)
     channels = next(iter(dealt.values())).images.shape[1]
-    return Stage(scenario, model, dealt, box or Box.unit(channels), surrogate)
+    return Stage(scenario, model, dealt, box or Box.unit(channels), surrogate, others)
 
 
 def _choose(images: ImageSet, needed: int, scenario: Scenario) -> list[int]:
@@ -410,6 +422,14 @@ def _check_disjoint(victims: Mapping[int, ImageSet], surrogate: ImageSet | None)
             )
 
 
+def _without(images: ImageSet, victims: Mapping[int, ImageSet]) -> ImageSet:
+    """``images`` but for the private ones."""
+    private = {image.numpy().tobytes() for held in victims.values() for image in held.images}
+    return images.subset(
+        [i for i, image in enumerate(images.images) if image.numpy().tobytes() not in private]
+    )
+
+
 def _check_model(model: nn.Module, x: Tensor, images: ImageSet) -> int:
     """Number of classes, after one forward pass that must work and give ``(1, K)`` logits."""
     training = model.training
@@ -439,5 +459,6 @@ def _check_model(model: nn.Module, x: Tensor, images: ImageSet) -> int:
 
 
 def _distribution(x: Tensor, y: Tensor, classes: int) -> Distribution:
-    counts = torch.bincount(y, minlength=classes).to(x.dtype)
-    return Distribution(counts / counts.sum(), x.mean(0), x.std(0, correction=0))
+    # Public images may have classes that the model lacks.
+    counts = torch.bincount(y[y < classes], minlength=classes).to(x.dtype)
+    return Distribution(counts / counts.sum().clamp(min=1), x.mean(0), x.std(0, correction=0))

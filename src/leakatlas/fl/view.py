@@ -71,10 +71,13 @@ Statistics = Mapping[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Distribution:
-    """What is known of a client's data under ``Knowledge.DISTRIBUTION``.
+    """What is known of a client's population under ``Knowledge.DISTRIBUTION``.
+
+    Computed from other images than any client's: the statistics of a batch nearly are the batch
+    (of two images, mean and spread give both).
 
     Args:
-        class_frequencies: ``(K,)``, sums to 1.
+        class_frequencies: ``(K,)``, sums to 1; zeros if no class of the images is the model's.
         mean: Per-pixel mean ``(C, H, W)``, model space.
         std: Per-pixel standard deviation ``(C, H, W)``, model space.
     """
@@ -530,7 +533,7 @@ def _absence(name: str) -> str:
         case "surrogate":
             return "the scenario names no `surrogate` data"
         case "distribution":
-            return "the statistics of a single example are the example; the client needs two"
+            return "it takes other images of the population, or `surrogate` data; there are none"
         case _:
             return "this view holds none (it may exist only once a round was played)"
 
