@@ -531,7 +531,7 @@ def page(result: dict[str, Any], calibration: dict[str, Any], study: Study) -> s
     """``docs/lint.md``."""
     value = {m["name"]: m for m in result["measures"]}
     keys = list(dict.fromkeys(one.kind for one in study.tampered))
-    numbers = {key: loader.attack(key).number for key in keys}
+    numbers = {key: loader.printed_number(loader.attack(key)) for key in keys}
     title = [f"[{numbers[key]}] {key}" for key in keys]
 
     def cell(measure: dict[str, Any]) -> str:
@@ -745,7 +745,7 @@ def fresh_section(result: dict[str, Any]) -> str:
         names = ("", "/initialisation", "/checkpoint", "/independent")
         cells = " | ".join(cell(f"false_alarm/{holding}{name}") for name in names)
         lines.append(f"| {holding} | {cells} |")
-    title = [f"[{loader.attack(key).number}] {key}" for key in keys]
+    title = [f"[{loader.printed_number(loader.attack(key))}] {key}" for key in keys]
     lines += ["", f"| hits | {' | '.join(title)} |", "|---|" + "---|" * len(keys)]
     for holding in HOLDINGS:
         cells = " | ".join(cell(f"hit/{key}/{holding}") for key in keys)

@@ -8,23 +8,20 @@ import pytest
 from leakatlas.catalogue import loader
 
 ROW = """[[reference]]
-number = 60
 key = "doe2026lantern"
 entry = "inproceedings"
 title = "Lantern"
 authors = ["Doe, Jane", "Roe, Richard"]
 year = 2026
 venue = "A Conference"
-printed = "Lantern."
 [[reference.links]]
 label = "paper"
 url = "https://example.org/lantern.pdf"
 
 [[attack]]
-number = 37
 key = "lantern"
 name = "Lantern"
-reference = 60
+reference = "doe2026lantern"
 category = "optimization"
 technique = "basic"
 mechanism = "gradient-matching"
@@ -41,18 +38,27 @@ planned = true
 """
 
 DEFENSE = """[[defense]]
-works = [45]
+works = ["sun2021soteria"]
 key = "curtain"
 name = "Curtain"
 category = "heuristic"
 technique = "model"
 where = "client"
 hooks = ["update"]
-stance = { A = "holds", B = "holds", C = "holds", D = "holds", E = "holds", F = "fails", G = "fails", H = "fails" }
 intuition = "Hides."
 weakness = "Tears."
 planned = true
-"""  # noqa: E501 - an inline table stands on one line
+[[defense.evidence]]
+letters = ["F"]
+stance = "fails"
+works = ["sun2021soteria"]
+text = "Tears in the wind."
+"""
+
+STANCE = (
+    'stance = { A = "holds", B = "holds", C = "holds", D = "fails", '
+    'E = "fails", F = "fails", G = "fails", H = "fails" }\n'
+)
 
 
 def change(old: str, new: str) -> Callable[[str], str]:
@@ -77,6 +83,18 @@ def add(text: str) -> Callable[[str], str]:
     return lambda row: row + text
 
 
+def published(change: Callable[[str], str]) -> Callable[[str], str]:
+    """The same to a row that the systematization would print."""
+
+    def apply(row: str) -> str:
+        row = row.replace(
+            "[[reference.links]]", 'number = 1060\nprinted = "L."\n[[reference.links]]'
+        )
+        return change(row.replace("[[attack]]", '[[attack]]\norigin = "published"'))
+
+    return apply
+
+
 CORRECTION = '[[attack.corrections]]\nfield = "{}"\nprinted = {}\ncorrected = {}\nreason = "r"\n'
 
 # name: (what is done to the row, row named, field named, words of the message)
@@ -91,7 +109,8 @@ BROKEN: dict[str, tuple[Callable[[str], str], str, str, tuple[str, ...]]] = {
         change('"B"', '"Z"'), "lantern", "threat_model", ("'Z' is not allowed", "A, B, C"),
     ),
     "lower-case letter": (
-        change('"B"', '"b"'), "lantern", "threat_model", ("'b' is not allowed", "A, B, C"),
+        change('"B"', '"b"'), "lantern", "threat_model",
+        ("'b' is not allowed", "did you mean 'B'?"),
     ),
     "letter as a list": (
         change('"B"', '["B"]'), "lantern", "threat_model", ("['B']", "A, B, C"),
@@ -115,12 +134,49 @@ BROKEN: dict[str, tuple[Callable[[str], str], str, str, tuple[str, ...]]] = {
     "fedavg without local work": (
         change('"fedsgd"', '"fedavg"'), "lantern", "batch", ("fedavg", "epochs = 5, size = 8"),
     ),
-    "dead reference number": (
-        change("reference = 60", "reference = 99"), "lantern", "reference",
-        ("no reference 99", "[[reference]]"),
+    "dead reference": (
+        change('reference = "doe2026lantern"', 'reference = "doe2026lantrn"'), "lantern",
+        "reference", ("no reference 'doe2026lantrn'", "[[reference]]", "mean 'doe2026lantern'"),
     ),
-    "reference as text": (
-        change("reference = 60", 'reference = "60"'), "lantern", "reference", ("'60'", "whole"),
+    "reference as a number": (
+        change('reference = "doe2026lantern"', "reference = 60"), "lantern", "reference",
+        ("60", "text", "zhu2019deep"),
+    ),
+    "duplicate reference": (
+        change('key = "doe2026lantern"', 'key = "zhu2019deep"'), "zhu2019deep", "key",
+        ("taken", "references.toml"),
+    ),
+    "number of a reference": (
+        change('key = "doe2026lantern"', 'key = "doe2026lantern"\nnumber = 60'), "doe2026lantern",
+        "printed", ("belong together", "neither for any other"),
+    ),
+    "printed although it is not": (
+        change('name = "Lantern"', 'name = "Lantern"\norigin = "published"'), "lantern", "origin",
+        ("no such row", "leave it out"),
+    ),
+    "a deployed attack": (
+        change('name = "Lantern"', 'name = "Lantern"\norigin = "deployed"'), "lantern", "origin",
+        ("not deployed",),
+    ),
+    "unknown origin": (
+        change('name = "Lantern"', 'name = "Lantern"\norigin = "new"'), "lantern", "origin",
+        ("'new' is not allowed", "newer"),
+    ),
+    "superseded by nothing": (
+        change('name = "Lantern"', 'name = "Lantern"\nsuperseded_by = "gidf"'), "lantern",
+        "superseded_by", ("no attack 'gidf'", "did you mean 'gifd'"),
+    ),
+    "superseded by itself": (
+        change('name = "Lantern"', 'name = "Lantern"\nsuperseded_by = "lantern"'), "lantern",
+        "superseded_by", ("itself",),
+    ),
+    "unknown payload": (
+        change('name = "Lantern"', 'name = "Lantern"\npayload = "heads"'), "lantern", "payload",
+        ("did you mean 'head'",),
+    ),
+    "name of another row": (
+        change('name = "Lantern"', 'name = "Lantern"\naliases = ["deep leakage from gradients"]'),
+        "lantern", "name", ("taken", 'attack "dlg"'),
     ),
     "duplicate key": (
         change('key = "lantern"', 'key = "dlg"'), "dlg", "key",
@@ -128,9 +184,6 @@ BROKEN: dict[str, tuple[Callable[[str], str], str, str, tuple[str, ...]]] = {
     ),
     "key of a defense": (
         change('key = "lantern"', 'key = "soteria"'), "soteria", "key", ("taken", "defenses.toml"),
-    ),
-    "duplicate number": (
-        change("number = 37", "number = 3"), "lantern", "number", ("taken", "inverting_gradients"),
     ),
     "key with capitals": (
         change('key = "lantern"', 'key = "Lantern-1"'), "Lantern-1", "key",
@@ -160,12 +213,12 @@ BROKEN: dict[str, tuple[Callable[[str], str], str, str, tuple[str, ...]]] = {
         change('{ kind = "new" }', '"★"'), "lantern", "label_recovery", ('kind = "new"',),
     ),
     "labels of a dead row": (
-        change('{ kind = "new" }', '{ kind = "row", row = 70 }'), "lantern",
-        "label_recovery.row", ("no attack 70", "row's number"),
+        change('{ kind = "new" }', '{ kind = "row", row = "idgl" }'), "lantern",
+        "label_recovery.row", ("no attack 'idgl'", "row's key", "'idlg'"),
     ),
     "labels of row nothing": (
         change('{ kind = "new" }', '{ kind = "row" }'), "lantern", "label_recovery.row",
-        ("missing", 'kind = "row", row = 2'),
+        ("missing", 'kind = "row", row = "idlg"'),
     ),
     "link without an address": (
         change(', url = "https://example.org/lantern" }', " }"), "lantern", "code.url",
@@ -179,25 +232,35 @@ BROKEN: dict[str, tuple[Callable[[str], str], str, str, tuple[str, ...]]] = {
         change("mechanism =", "mechanizm ="), "lantern", "mechanizm", ("no field", "'mechanism'"),
     ),
     "authors as text": (
-        change('["Doe, Jane", "Roe, Richard"]', '"Jane Doe"'), "60", "authors",
+        change('["Doe, Jane", "Roe, Richard"]', '"Jane Doe"'), "doe2026lantern", "authors",
         ("Jane Doe", "Family, Given"),
     ),
-    "year as text": (change("year = 2026", 'year = "2026"'), "60", "year", ("'2026'", "whole")),
-    "year too late": (change("year = 2026", "year = 20266"), "60", "year", ("2100",)),
+    "year as text": (
+        change("year = 2026", 'year = "2026"'), "doe2026lantern", "year", ("'2026'", "whole"),
+    ),
+    "year too late": (
+        change("year = 2026", "year = 20266"), "doe2026lantern", "year", ("2100",),
+    ),
+    "correction of what is not printed": (
+        add(CORRECTION.format("threat_model", '"B"', '"A"')), "lantern", "corrections",
+        ("a print that there is not", "into the field itself"),
+    ),
     "correction of nothing": (
-        add(CORRECTION.format("threatmodel", '"B"', '"A"')), "lantern", "corrections[1].field",
+        published(add(CORRECTION.format("threatmodel", '"B"', '"A"'))), "lantern",
+        "corrections[1].field",
         ("no field", "'threat_model'"),
     ),
     "correction that misquotes": (
-        add(CORRECTION.format("threat_model", '"C"', '"A"')), "lantern", "corrections[1].printed",
+        published(add(CORRECTION.format("threat_model", '"C"', '"A"'))), "lantern",
+        "corrections[1].printed",
         ("does not repeat", 'printed = "B"'),
     ),
     "correction of the wrong type": (
-        add(CORRECTION.format("batch", "{ size = 8 }", '"nine"')), "lantern",
+        published(add(CORRECTION.format("batch", "{ size = 8 }", '"nine"'))), "lantern",
         "corrections[1].corrected", ("no value for batch", "{ size = 8 }"),
     ),
     "correction that changes nothing": (
-        add(CORRECTION.format("threat_model", '"B"', '"B"')), "lantern",
+        published(add(CORRECTION.format("threat_model", '"B"', '"B"'))), "lantern",
         "corrections[1].corrected", ("equals the printed value", "remove"),
     ),
     "unknown kind of row": (
@@ -210,19 +273,33 @@ BROKEN: dict[str, tuple[Callable[[str], str], str, str, tuple[str, ...]]] = {
         change('name = "Lantern"', "name = Lantern"), "", "", ("no valid TOML", "line"),
     ),
     "unclosed text": (change('"LeNet"', '"LeNet'), "", "", ("no valid TOML", "line")),
-    "stance without a letter": (
-        lambda _: DEFENSE.replace(', H = "fails"', ""), "curtain", "stance.H", ("missing",),
-    ),
     "stance as a colour": (
-        lambda _: DEFENSE.replace('A = "holds"', 'A = "green"'), "curtain", "stance.A",
-        ("'green'", "holds, partial, fails"),
+        lambda _: DEFENSE.replace("where", STANCE.replace('A = "holds"', 'A = "green"') + "where"),
+        "curtain", "stance.A", ("'green'", "holds, partial, fails"),
+    ),
+    "stance that nobody printed": (
+        lambda _: DEFENSE.replace("where", STANCE + "where"), "curtain", "stance",
+        ("not", "[[defense.evidence]]"),
+    ),
+    "deployed nowhere": (
+        lambda _: DEFENSE.replace("where =", 'origin = "deployed"\nwhere ='), "curtain",
+        "ships_in", ("deployed defenses", "ships_in ="),
+    ),
+    "defense without a work": (
+        lambda _: DEFENSE.replace('works = ["sun2021soteria"]\nkey', "key"), "curtain", "works",
+        ("missing", "sun2021soteria"),
+    ),
+    "evidence of a dead work": (
+        lambda _: DEFENSE.replace('works = ["sun2021soteria"]\ntext', 'works = ["x"]\ntext'),
+        "curtain", "evidence[1].works", ("no reference 'x'",),
     ),
     "unknown hook": (
         lambda _: DEFENSE.replace('["update"]', '["updates"]'), "curtain", "hooks",
         ("updates", "'update'"),
     ),
     "defense of a dead work": (
-        lambda _: DEFENSE.replace("[45]", "[45, 98]"), "curtain", "works", ("no reference 98",),
+        lambda _: DEFENSE.replace('["sun2021soteria"]\nkey', '["sun2021sotera"]\nkey'), "curtain",
+        "works", ("no reference 'sun2021sotera'", "'sun2021soteria'"),
     ),
 }  # fmt: skip
 
@@ -267,7 +344,28 @@ def test_every_problem_is_given_at_once(tmp_path: Path) -> None:
 
 def test_a_file_named_like_a_shipped_one_takes_its_place(tmp_path: Path) -> None:
     path = tmp_path / "attacks.toml"
-    path.write_text(loader.shipped_text("attack"), encoding="utf-8")
+    path.write_text(loader.shipped_texts()["attacks.toml"], encoding="utf-8")
     catalogue, problems = loader.check_files([path])
     assert problems == []
-    assert len(catalogue.attack) == 36
+    assert catalogue.attack == loader.attacks()
+
+
+def test_a_file_of_the_catalogue_is_checked_in_its_place() -> None:
+    for name in loader.shipped_texts():
+        catalogue, problems = loader.check_files([loader.HERE / name])
+        assert problems == []
+        assert catalogue.attack == loader.attacks()
+
+
+def test_a_mistake_in_one_field_hides_no_other_mistake(tmp_path: Path) -> None:
+    text = BROKEN["unknown letter"][0](ROW)
+    text = BROKEN["dead reference"][0](text)
+    text = BROKEN["technique of another category"][0](text)
+    text = BROKEN["duplicate key"][0](text)
+    text = BROKEN["epochs with fedsgd"][0](text)
+    path = tmp_path / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    _, problems = loader.check_files([path])
+    assert {p.field for p in problems} == {
+        "threat_model", "reference", "technique", "key", "batch"
+    }  # fmt: skip

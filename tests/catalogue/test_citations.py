@@ -7,22 +7,22 @@ from pathlib import Path
 import pytest
 
 from leakatlas import catalogue
-from leakatlas.catalogue import citations
+from leakatlas.catalogue import citations, loader
 from leakatlas.errors import InvalidInput, UnknownName
 
 
 def test_every_work_has_a_well_formed_entry() -> None:
-    keys = set()
+    keys = []
     for work in catalogue.references():
         text = citations.bibtex(work)
         head = re.match(r"@(\w+)\{(\w+),\n", text)
         assert head is not None
-        keys.add(head[2])
+        keys.append(head[2])
         assert text.count("{") == text.count("}")
         assert "title = {{" in text and "author = {" in text and f"year = {{{work.year}}}" in text
         assert ".paper}" not in text  # the link is the corrected one
         assert not re.search(r"(?<!\\)[&%#](?!.*url)", text.split("  url")[0])
-    assert len(keys) == 59
+    assert len(set(keys)) == len(keys) == len(catalogue.references())
 
 
 def test_pages_are_never_invented() -> None:
@@ -67,6 +67,14 @@ def test_a_run_cites_what_it_really_used(report: Path) -> None:
     for key in ("carletti2025sok", "zhu2019deep", "zhu2021rgap", "sun2021soteria"):
         assert text.count(f"{{{key},") == 1
     assert "% soteria (defense)" in text
+
+
+def test_a_deployed_defense_without_a_paper_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = catalogue.defense("clipping")
+    bare = row.model_copy(update={"works": (), "ships_in": "Framework 1.0: module.Class"})
+    monkeypatch.setattr(loader, "defense", lambda key: bare)
+    text = citations.bibliography({"bare": ("defense",)})
+    assert "% bare (defense): no paper; ships in Framework 1.0: module.Class" in text
 
 
 def test_a_work_behind_two_rows_is_given_once() -> None:

@@ -11,19 +11,23 @@ from leakatlas.catalogue import export, tables
 PUBLISHED: dict[str, Any] = json.loads(
     (Path(__file__).parent / "published_tables.json").read_text(encoding="utf-8")
 )
-COUNTS = {"threat_models": 8, "attacks": 36, "defenses": 21}
+TABLES = ("threat_models", "attacks", "defenses")
 
 
 @pytest.fixture(scope="module")
 def exported() -> dict[str, list[dict[str, Any]]]:
-    return export.export()
+    """What is in print; rows that were added have nothing under ``printed``."""
+    everything = export.export()
+    return {
+        name: [row for row in rows if row["printed"] is not None]
+        for name, rows in everything.items()
+    }
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", TABLES)
 def test_every_printed_fact_cell_is_the_published_one(
     name: str, exported: dict[str, list[dict[str, Any]]]
 ) -> None:
-    assert len(PUBLISHED[name]) == len(exported[name]) == COUNTS[name]
     for published, row in zip(PUBLISHED[name], exported[name], strict=True):
         assert published == {column: row["printed"][column] for column in published}
 
@@ -34,15 +38,15 @@ def test_every_reference_is_printed_with_its_links(
     assert {str(row["number"]): row["printed"] for row in exported["references"]} == PUBLISHED[
         "references"
     ]
-    assert len(exported["references"]) == 59
 
 
-@pytest.mark.parametrize("name", [name.replace("_", "-") for name in COUNTS])
+@pytest.mark.parametrize("name", [name.replace("_", "-") for name in TABLES])
 def test_the_markdown_table_holds_the_published_cells(name: str) -> None:
     lines = tables.render(tables.table(name, "printed"), "markdown").splitlines()
     published = PUBLISHED[name.replace("-", "_")]
     header = [cell.strip() for cell in lines[0].strip("|").split("|")]
-    for row, line in zip(published, lines[2:], strict=False):
+    rows = [line for line in lines[2:] if line.startswith("| ")]
+    for row, line in zip(published, rows, strict=True):
         cells = dict(zip(header, (c.strip() for c in line.strip("|").split("|")), strict=True))
         assert row == {column: cells[column] for column in row}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,23 +54,24 @@ def bibtex(row: Reference) -> str:
 
 
 def references_of(name: str) -> tuple[Reference, ...]:
-    """The works behind an attack or defense (key, alias) or a reference number.
+    """The works behind an attack or defense (key, alias), or one reference (key, number).
 
     Raises:
         UnknownName: If nothing has that name.
     """
-    if name.strip("[]").isdigit():
-        return (loader.reference(int(name.strip("[]"))),)
-    try:
-        return (loader.reference(loader.attack(name).reference),)
-    except UnknownName:
-        pass
-    try:
+    readers: tuple[Callable[[], tuple[str, ...]], ...] = (
+        lambda: (loader.reference(name).key,),
+        lambda: (loader.attack(name).reference,),
         # what the row really rests on, not what is printed beside it
-        return tuple(loader.reference(number) for number in loader.defense(name).corrected().works)
-    except UnknownName:
-        known = [row.key for row in (*loader.attacks(), *loader.defenses())]
-        raise UnknownName("attack, defense or reference", name, known) from None
+        lambda: loader.defense(name).corrected().works,
+    )
+    for keys in readers:
+        try:
+            return tuple(map(loader.reference, keys()))
+        except UnknownName:
+            continue
+    known = [row.key for row in (*loader.attacks(), *loader.defenses())]
+    raise UnknownName("attack, defense or reference", name, known)
 
 
 def used_in(run: Path) -> dict[str, tuple[str, ...]]:
@@ -127,9 +129,13 @@ def bibliography(names: dict[str, tuple[str, ...]]) -> str:
         UnknownName: If a name has no row.
     """
     entries: dict[str, tuple[Reference, list[str]]] = {}
+    texts = []
     for name, reasons in names.items():
-        for work in references_of(name):
-            why = f"{name} ({', '.join(reasons)})" if reasons else name
+        why = f"{name} ({', '.join(reasons)})" if reasons else name
+        works = references_of(name)
+        if not works:  # only a deployed defense may have none
+            texts.append(f"% {why}: no paper; ships in {loader.defense(name).ships_in}\n")
+        for work in works:
             entries.setdefault(work.key, (work, []))[1].append(why)
-    texts = [f"% {', '.join(why)}\n{bibtex(work)}" for work, why in entries.values()]
+    texts += [f"% {', '.join(why)}\n{bibtex(work)}" for work, why in entries.values()]
     return "\n".join([f"% threat models and tables\n{SYSTEMATIZATION}", *texts])

@@ -12,9 +12,10 @@ from leakatlas.catalogue.schema import LETTERS, Attack, Defense, Reference, Row,
 def export(results_folder: Path | None = None) -> dict[str, list[dict[str, Any]]]:
     """The whole catalogue: ``threat_models``, ``attacks``, ``defenses``, ``references``.
 
-    Every row carries ``printed`` and ``corrected`` (cells under the published column names),
-    its typed values with corrections applied, the corrections, and what LeakAtlas adds:
-    ``implemented``, ``tested``, ``measured``.
+    Every row carries ``printed`` and ``corrected`` (cells under the published column names;
+    ``printed`` is null where the systematization has no such row), its typed values with
+    corrections applied, the corrections, and what LeakAtlas adds: ``implemented``, ``tested``,
+    ``measured``.
 
     Args:
         results_folder: Where measured values lie; the checkout's ``results/`` if None.
@@ -36,11 +37,7 @@ def _typed(row: Row) -> dict[str, Any]:
 
 def threat_model(row: ThreatModel) -> dict[str, Any]:
     """One threat model as JSON."""
-    return {
-        **_typed(row),
-        "printed": tables.threat_model_cells(row),
-        "corrected": tables.threat_model_cells(row.corrected()),
-    }
+    return {**_typed(row), **_cells(row)}
 
 
 def attack(row: Attack, measured: tuple[results.Result, ...]) -> dict[str, Any]:
@@ -48,30 +45,30 @@ def attack(row: Attack, measured: tuple[results.Result, ...]) -> dict[str, Any]:
     work = loader.reference(row.reference)
     return {
         **_typed(row),
+        "number": loader.printed_number(row),
         **_work(work),
         "implemented": registry.implemented(row.key),
         "tested": results.test_file("attack", row.key) is not None,
         "measured": _measured(measured, "attack", row.key),
-        "printed": tables.attack_cells(row),
-        "corrected": tables.attack_cells(row.corrected()),
+        **_cells(row),
     }
 
 
 def defense(row: Defense, measured: tuple[results.Result, ...]) -> dict[str, Any]:
     """One defense as JSON."""
+    works = [loader.reference(key) for key in row.corrected().works]
     return {
         **_typed(row),
-        "number": row.works[0],
-        "colours": {letter: tables.COLOURS[row.stance.of(letter)] for letter in LETTERS},
+        "number": works[0].number if works else None,
+        "colours": {
+            letter: tables.COLOURS[row.stance.of(letter)] for letter in LETTERS if row.stance
+        },
         "measured_stance": results.measured_stances(measured, row.key),
-        "bibtex": "\n".join(
-            citations.bibtex(loader.reference(number)) for number in row.corrected().works
-        ),
+        "bibtex": "\n".join(map(citations.bibtex, works)),
         "implemented": registry.implemented(row.key),
         "tested": results.test_file("defense", row.key) is not None,
         "measured": _measured(measured, "defense", row.key),
-        "printed": tables.defense_cells(row),
-        "corrected": tables.defense_cells(row.corrected()),
+        **_cells(row),
     }
 
 
@@ -80,8 +77,15 @@ def reference(row: Reference) -> dict[str, Any]:
     return {
         **_typed(row),
         "bibtex": citations.bibtex(row),
-        "printed": tables.reference_text(row),
+        "printed": tables.reference_text(row) if tables.is_printed(row) else None,
         "corrected": tables.reference_text(row.corrected()),
+    }
+
+
+def _cells(row: Row) -> dict[str, Any]:
+    return {
+        "printed": tables.cells_of(row) if tables.is_printed(row) else None,
+        "corrected": tables.cells_of(row.corrected()),
     }
 
 

@@ -20,7 +20,8 @@ def attack(row: Attack, *, printed: bool = False) -> Record:
     return {
         "kind": "attack",
         "key": row.key,
-        "number": row.number,
+        "number": loader.printed_number(row),
+        "origin": row.origin,
         "name": row.name,
         "aliases": list(row.aliases),
         "work": f"{work.authors[0].partition(',')[0]} et al. ({work.year})",
@@ -30,6 +31,9 @@ def attack(row: Attack, *, printed: bool = False) -> Record:
         "category": row.category,
         "technique": row.technique,
         "mechanism": row.mechanism,
+        "modality": row.modality,
+        "payload": row.payload,
+        "superseded_by": row.superseded_by,
         "threat_model": shown.threat_model,
         "knowledge": list(letter.knowledge),
         "algorithm": ["fedsgd", "fedavg"] if shown.algorithm == "both" else [shown.algorithm],
@@ -50,21 +54,26 @@ def attack(row: Attack, *, printed: bool = False) -> Record:
 def defense(row: Defense, *, printed: bool = False) -> Record:
     """The columns of a defense, with corrections applied unless ``printed``."""
     shown = row if printed else row.corrected()
-    works = [loader.reference(number).corrected() for number in shown.works]
-    stances = shown.stance.model_dump()
+    works = [loader.reference(key).corrected() for key in shown.works]
+    stances = shown.stance.model_dump() if shown.stance is not None else {}
     return {
         "kind": "defense",
         "key": row.key,
-        "number": row.works[0],
+        "number": works[0].number if works else None,
+        "origin": row.origin,
         "name": row.name,
         "aliases": list(row.aliases),
         "work": ", ".join(
             f"{work.authors[0].partition(',')[0]} et al. ({work.year})" for work in works
-        ),
+        )
+        or row.ships_in,
         "title": "; ".join(work.title for work in works),
-        "year": shown.year,
+        "year": shown.year or (works[0].year if works and row.origin != "published" else None),
         "category": row.category,
         "technique": row.technique,
+        "modality": row.modality,
+        "payload": row.payload,
+        "superseded_by": row.superseded_by,
         "where": row.where,
         "hooks": list(row.hooks),
         "holds": [letter for letter, stance in stances.items() if stance == "holds"],
@@ -80,11 +89,12 @@ def defense(row: Defense, *, printed: bool = False) -> Record:
 
 
 def records(*, printed: bool = False) -> list[Record]:
-    """Every attack, then every defense."""
-    return [
+    """Every attack, then every defense; only what the systematization prints if ``printed``."""
+    rows = [
         *(attack(row, printed=printed) for row in loader.attacks()),
         *(defense(row, printed=printed) for row in loader.defenses()),
     ]
+    return [row for row in rows if not printed or row["origin"] == "published"]
 
 
 def select(rows: Iterable[Record], wanted: Mapping[str, Any], search: str = "") -> list[Record]:

@@ -1,7 +1,8 @@
 """Reading and checking the rows.
 
-The shipped files are read once and must be without fault; :func:`check_files` reads any others
-and returns every problem at once.
+Four files hold the systematization, one a kind of row; every work that LeakAtlas adds is a file of
+its own in ``added/``, with its reference. They are read once and must be without fault;
+:func:`check_files` reads any others and returns every problem at once.
 """
 
 from __future__ import annotations
@@ -15,17 +16,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from leakatlas.errors import CatalogueError, UnknownName
 
 if TYPE_CHECKING:
+    from leakatlas.catalogue.checks import Draft
     from leakatlas.catalogue.problems import Problem
     from leakatlas.catalogue.schema import Attack, Catalogue, Defense, Reference, Row, ThreatModel
 
 T = TypeVar("T")
 
+HERE = Path(__file__).resolve().parent
 FILES = {
     "threat_model": "threat_models.toml",
     "attack": "attacks.toml",
     "defense": "defenses.toml",
     "reference": "references.toml",
 }
+ADDED = "added"
+"""Folder of the works that the systematization lacks, beside its four files."""
 
 
 def threat_models() -> tuple[ThreatModel, ...]:
@@ -34,18 +39,26 @@ def threat_models() -> tuple[ThreatModel, ...]:
 
 
 def attacks() -> tuple[Attack, ...]:
-    """The attack rows, in the order of the table."""
+    """The attacks: the published rows in the order of the table, then what was added."""
     return _shipped().attack
 
 
 def defenses() -> tuple[Defense, ...]:
-    """The defense rows, in the order of the table."""
+    """The defenses: the published rows in the order of the table, then what was added."""
     return _shipped().defense
 
 
 def references() -> tuple[Reference, ...]:
-    """The works, by number."""
+    """The works: the printed ones by number, then what was added."""
     return _shipped().reference
+
+
+def printed_number(row: Attack) -> int | None:
+    """The number of an attack in the published table, or None for an added one.
+
+    The table numbers its attacks by their references.
+    """
+    return reference(row.reference).number if row.origin == "published" else None
 
 
 def threat_model(letter: str) -> ThreatModel:
@@ -66,7 +79,9 @@ def attack(key: str) -> Attack:
     """
     by_name = {row.key: row for row in attacks()}
     for row in attacks():
-        for name in (row.name, *row.aliases, str(row.number), f"[{row.number}]"):
+        number = printed_number(row)
+        numbered = () if number is None else (str(number), f"[{number}]")
+        for name in (row.name, *row.aliases, *numbered):
             by_name.setdefault(name.casefold(), row)
     return _find("attack", key, by_name, [row.key for row in attacks()])
 
@@ -84,13 +99,17 @@ def defense(key: str) -> Defense:
     return _find("defense", key, by_name, [row.key for row in defenses()])
 
 
-def reference(number: int) -> Reference:
-    """The work with this number.
+def reference(name: str) -> Reference:
+    """The work with this key or printed number (``"zhu2019deep"``, ``"1"``, ``"[1]"``).
 
     Raises:
-        UnknownName: If there is none.
+        UnknownName: If there is none, with the nearest keys.
     """
-    return _find("reference", str(number), {str(row.number): row for row in references()})
+    by_name = {row.key: row for row in references()}
+    for row in references():
+        if row.number is not None:
+            by_name[str(row.number)] = by_name[f"[{row.number}]"] = row
+    return _find("reference", name, by_name, [row.key for row in references()])
 
 
 def _find(kind: str, name: str, rows: dict[str, T], shown: Iterable[str] | None = None) -> T:
@@ -100,15 +119,15 @@ def _find(kind: str, name: str, rows: dict[str, T], shown: Iterable[str] | None 
         raise UnknownName(kind, name, rows if shown is None else shown) from None
 
 
-def shipped_text(kind: str) -> str:
-    """The text of one of the shipped files."""
-    return (Path(__file__).parent / FILES[kind]).read_text(encoding="utf-8")
+def shipped_texts() -> dict[str, str]:
+    """The text of every shipped file by its path in the catalogue; the four tables come first."""
+    names = [*FILES.values(), *sorted(f"{ADDED}/{p.name}" for p in (HERE / ADDED).glob("*.toml"))]
+    return {name: (HERE / name).read_text(encoding="utf-8") for name in names}
 
 
 @functools.cache
 def _shipped() -> Catalogue:
-    texts = {name: shipped_text(kind) for kind, name in FILES.items()}
-    catalogue, problems = check_texts(texts)
+    catalogue, problems = check_texts(shipped_texts())
     if problems:
         raise CatalogueError("\n".join(map(str, problems)))
     return catalogue
@@ -117,13 +136,20 @@ def _shipped() -> Catalogue:
 def check_files(paths: Sequence[Path]) -> tuple[Catalogue, list[Problem]]:
     """The shipped catalogue with these files added, and everything that is wrong with them.
 
-    A file named like a shipped one (``attacks.toml``) stands in its place; any other is added to
-    the catalogue, so that a single new row can be checked before it moves in.
+    A file that lies in the catalogue, or is named like one of the four (``attacks.toml``), stands
+    in its place; any other is added, so that a new row can be checked before it moves in.
     """
-    texts = {name: shipped_text(kind) for kind, name in FILES.items()}
+    texts = shipped_texts()
     for path in paths:
-        texts[path.name if path.name in texts else str(path)] = path.read_text(encoding="utf-8")
+        texts[_place(path)] = path.read_text(encoding="utf-8")
     return check_texts(texts)
+
+
+def _place(path: Path) -> str:
+    """The name under which a file is checked."""
+    if path.resolve().is_relative_to(HERE):
+        return path.resolve().relative_to(HERE).as_posix()
+    return path.name if path.name in FILES.values() else str(path)
 
 
 def check_texts(texts: dict[str, str]) -> tuple[Catalogue, list[Problem]]:
@@ -133,27 +159,22 @@ def check_texts(texts: dict[str, str]) -> tuple[Catalogue, list[Problem]]:
     from leakatlas.catalogue.schema import ROW_TYPES, Catalogue
 
     problems: list[Problem] = []
-    rows: dict[str, list[Row]] = {kind: [] for kind in ROW_TYPES}
-    origins: dict[int, tuple[str, str]] = {}
-    declared: set[int] = set()  # also by rows that are refused: one mistake, one message
+    drafts: list[Draft] = []
     for file, text in texts.items():
         for kind, entry, raw in _tables(file, text, problems):
-            if kind == "reference" and isinstance(raw.get("number"), int):
-                declared.add(raw["number"])
-            row = _row(kind, raw, file, entry, problems)
-            if row is not None:
-                rows[kind].append(row)
-                origins[id(row)] = (file, label(kind, raw, entry))
-    sound: dict[str, Any] = {kind: tuple(found) for kind, found in rows.items()}
-    catalogue = Catalogue.model_construct(**sound)
-    problems += cross_check(catalogue, origins, declared)
-    return catalogue, problems
+            drafts.append(_draft(kind, raw, file, entry, problems))
+    sound: dict[str, Any] = {
+        kind: tuple(d.row for d in drafts if d.kind == kind and d.row is not None)
+        for kind in ROW_TYPES
+    }
+    problems += cross_check(drafts)
+    return Catalogue.model_construct(**sound), problems
 
 
 def label(kind: str, raw: dict[str, Any], entry: int) -> str:
-    """How a row is named in messages: by letter, number or key, else by its place."""
-    for name in ("letter", "number" if kind == "reference" else "key"):
-        if isinstance(raw.get(name), (str, int)):
+    """How a row is named in messages: by letter or key, else by its place."""
+    for name in ("letter", "key"):
+        if isinstance(raw.get(name), str):
             return f'{kind} "{raw[name]}"'
     return f"{kind} (entry {entry})"
 
@@ -198,17 +219,20 @@ def _tables(
                 yield kind, number, raw
 
 
-def _row(
-    kind: str, raw: dict[str, Any], file: str, entry: int, problems: list[Problem]
-) -> Row | None:
+def _draft(kind: str, raw: dict[str, Any], file: str, entry: int, problems: list[Problem]) -> Draft:
     from pydantic import ValidationError
 
+    from leakatlas.catalogue.checks import Draft, sound_fields
     from leakatlas.catalogue.problems import from_validation
     from leakatlas.catalogue.schema import ROW_TYPES
 
     model = ROW_TYPES[kind]
+    name = label(kind, raw, entry)
+    row: Row | None = None
     try:
-        return model.model_validate(raw)
+        row = model.model_validate(raw)
+        fields = {field: getattr(row, field) for field in model.model_fields}
     except ValidationError as failure:
-        problems += from_validation(failure, model, file=file, row=label(kind, raw, entry))
-        return None
+        problems += from_validation(failure, model, file=file, row=name)
+        fields = sound_fields(model, raw)
+    return Draft(kind=kind, file=file, label=name, model=model, fields=fields, row=row)

@@ -120,7 +120,7 @@ def _table(name: str, base: str) -> str:
         cells.insert(at, link)
         lines.append("| " + " | ".join(cells) + " |")
     text = "\n".join(lines) + "\n"
-    for line in tables.LEGEND[name]:
+    for line in content.legend:
         text += f"\n{line}\n"
     if content.reasons:
         text += "\n<details><summary>† what was corrected, and why</summary>\n\n"
@@ -149,7 +149,7 @@ def threat_model_page(row: ThreatModel) -> str:
     lines += ["## Attacks of this letter", "", *_bullets("attacks", own)]
     lines += ["", "## Attacks that need less", "", *_bullets("attacks", within)]
     for stance, title in (("holds", "hold"), ("partial", "hold in part"), ("fails", "fail")):
-        found = [d for d in loader.defenses() if d.stance.of(row.letter) == stance]
+        found = [d for d in loader.defenses() if d.stance_against(row.letter) == stance]
         lines += ["", f"## Defenses that {title} (printed)", "", *_bullets("defenses", found)]
     return "\n".join(lines) + "\n"
 
@@ -163,7 +163,8 @@ def attack_page(row: Attack, measured: tuple[results.Result, ...]) -> str:
     """The page of an attack."""
     work = loader.reference(row.reference).corrected()
     shown = row.corrected()
-    lines = [NOTICE, f"# {tables.name_of(row)}", "", f"{row.summary}", ""]
+    lines = [NOTICE, f"# {tables.name_of(row)}", "", row.summary, ""]
+    lines += _standing("attacks", row)
     lines += [f"{people(work.authors)}: *{work.title}*. {work.venue}, {work.year}.", ""]
     links = [f"[{link.label}]({link.url})" for link in work.links]
     if shown.code.url:
@@ -188,13 +189,14 @@ def attack_page(row: Attack, measured: tuple[results.Result, ...]) -> str:
 def defense_page(row: Defense, measured: tuple[results.Result, ...]) -> str:
     """The page of a defense."""
     shown = row.corrected()
-    works = [loader.reference(number).corrected() for number in shown.works]
+    works = [loader.reference(key).corrected() for key in shown.works]
     lines = [NOTICE, f"# {tables.name_of(row)}", "", row.intuition, ""]
+    lines += _standing("defenses", row)
     lines += [f"**Weakness.** {row.weakness}", ""]
     for work in works:
         links = " · ".join(f"[{link.label}]({link.url})" for link in work.links)
         lines.append(
-            f"- [{work.number}] {people(work.authors)}: *{work.title}*. {work.venue}, "
+            f"- [{tables.mark(work.key)}] {people(work.authors)}: *{work.title}*. {work.venue}, "
             f"{work.year}. {links}"
         )
     lines += ["", *_reconstructed(row.reconstructed), "## Facts", "", *_facts(row)]
@@ -205,17 +207,18 @@ def defense_page(row: Defense, measured: tuple[results.Result, ...]) -> str:
     ]
     lines += ["", "## Stance by threat model", "", *_stances(row, measured)]
     if row.evidence:
-        lines += ["", "## Evidence of other works", ""]
+        lines += ["", "## What works say of it", ""]
         for evidence in row.evidence:
-            cited = ", ".join(map(str, evidence.works))
+            cited = ", ".join(map(tables.mark, evidence.works))
             lines.append(
                 f"- [{cited}] on {', '.join(evidence.letters)} ({evidence.stance}): {evidence.text}"
             )
     lines += _notes(row.notes)
     lines += _implementation("defense", row.key, row.planned)
     lines += _numbers(row.reported, results.of_row(measured, "defense", row.key))
-    entries = "\n\n".join(citations.bibtex(work).strip() for work in works)
-    lines += ["", "## Cite", "", "```bibtex", entries, "```"]
+    if works:
+        entries = "\n\n".join(citations.bibtex(work).strip() for work in works)
+        lines += ["", "## Cite", "", "```bibtex", entries, "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -231,6 +234,22 @@ def people(authors: tuple[str, ...]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
+def _standing(folder: str, row: Attack | Defense) -> list[str]:
+    """What a reader must know of a row's place among the others."""
+    lines = []
+    if row.origin == "newer":
+        lines.append("Added by LeakAtlas: the published tables hold no such row.")
+    if row.origin == "deployed" and isinstance(row, Defense):
+        lines.append(f"Added by LeakAtlas: ships in {row.ships_in}.")
+    if row.superseded_by is not None:
+        found = loader.attack if folder == "attacks" else loader.defense
+        later = found(row.superseded_by)
+        lines.append(f"Superseded by [{later.name}]({later.key}.md).")
+    if (row.modality, row.payload) != ("image", "full"):
+        lines.append(f"Reconstructs: {row.modality}. Of the model travels: {row.payload}.")
+    return [f"> {' '.join(lines)}", ""] if lines else []
+
+
 def _reconstructed(reason: str) -> list[str]:
     return [f"> **Reconstructed.** {reason}", ""] if reason else []
 
@@ -238,6 +257,12 @@ def _reconstructed(reason: str) -> list[str]:
 def _facts(row: Attack | Defense) -> list[str]:
     printed, corrected = tables.cells_of(row), tables.cells_of(row.corrected())
     prose = ("Intuition", "Main Weakness")
+    if not tables.is_printed(row):
+        cells = [(column, cell) for column, cell in printed.items() if column not in prose]
+        return [
+            "| Column | Value |", "|---|---|",
+            *(f"| {column} | {_escape(cell)} |" for column, cell in cells),
+        ]  # fmt: skip
     lines = ["| Column | Printed | Corrected |", "|---|---|---|"]
     for column, cell in printed.items():
         if column not in prose:
@@ -257,8 +282,10 @@ def _notes(notes: tuple[str, ...]) -> list[str]:
 def _stances(row: Defense, measured: tuple[results.Result, ...]) -> list[str]:
     found = results.measured_stances(measured, row.key)
     lines = ["| | " + " | ".join(LETTERS) + " |", "|---|" + "---|" * len(LETTERS)]
-    printed = (f"{row.stance.of(x)} ({tables.COLOURS[row.stance.of(x)]})" for x in LETTERS)
-    lines.append("| Printed | " + " | ".join(printed) + " |")
+    if row.stance is not None:
+        stances = [row.stance.of(letter) for letter in LETTERS]
+        printed = (f"{stance} ({tables.COLOURS[stance]})" for stance in stances)
+        lines.append("| Printed | " + " | ".join(printed) + " |")
     lines.append("| Measured | " + " | ".join(found.get(x, "not yet") for x in LETTERS) + " |")
     lines += [
         "",

@@ -70,11 +70,19 @@ def from_validation(
     return list(problems.values())
 
 
-def closest(name: object, known: Iterable[str]) -> str:
-    """``Did you mean 'x'?`` where something known is close, else the list of what is known."""
-    known = list(known)
-    close = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(known)}."
+def closest(name: object, known: Iterable[str], *, several: bool = True) -> str:
+    """``did you mean 'x'?`` where something known is close, without regard to case.
+
+    Args:
+        name: What was written.
+        known: What could have been meant.
+        several: Whether to list what is known where nothing is close.
+    """
+    spelled = {str(one).casefold(): str(one) for one in known}
+    close = difflib.get_close_matches(str(name).casefold(), spelled, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {spelled[close[0]]!r}?"
+    return f"one of: {', '.join(spelled.values())}." if several else "none is spelled alike."
 
 
 def _resolve(

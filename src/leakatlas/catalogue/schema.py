@@ -1,10 +1,14 @@
 """The types of the catalogue's rows.
 
-Every row holds what the systematization *prints*, typed: numbers are numbers, choices are closed.
-Where the print is wrong, a :class:`Correction` stands beside it with both values and the reason;
-:meth:`Row.corrected` is the row with all of them applied. The JSON Schemas that editors use are
-generated from these classes, and so are the hints in the messages of ``leakatlas validate``: a
-field's ``description`` and ``examples`` are what a contributor is shown.
+A *published* row holds what the systematization prints, typed: numbers are numbers, choices are
+closed. Where the print is wrong, a :class:`Correction` stands beside it with both values and the
+reason; :meth:`Row.corrected` is the row with all of them applied. Rows that LeakAtlas adds are
+*newer* works or *deployed* defenses; nothing of theirs is printed, so they are corrected in place.
+Rows name one another by key: only references carry numbers, and only those that are printed.
+
+The JSON Schema that editors use is generated from these classes, and so are the hints in the
+messages of ``leakatlas validate``: a field's ``description`` and ``examples`` are what a
+contributor is shown.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ KnowledgeName = Literal[
     "updates", "basic", "training", "surrogate", "distribution", "manipulation", "selection"
 ]
 Stance = Literal["holds", "partial", "fails"]
+Modality = Literal["image", "text", "tabular", "series", "graph", "speech"]
+Payload = Literal["full", "head", "adapter", "embedding"]
 Algorithm = Literal["fedsgd", "fedavg", "both"]
 AttackCategory = Literal["optimization", "generative", "analytic"]
 AttackTechnique = Literal[
@@ -94,10 +100,12 @@ Year = Annotated[
     int,
     Field(ge=1990, le=2100, strict=True, description="Year of publication.", examples=[2024]),
 ]
-ReferenceNumber = Annotated[
-    int,
-    Field(gt=0, strict=True, description="Number of a row in references.toml.", examples=[4]),
+BibKey = Annotated[
+    str,
+    StringConstraints(pattern=r"^[a-z0-9]+$"),
+    Field(description="BibTeX key: family name, year, word.", examples=["zhu2019deep"]),
 ]
+ReferenceKey = Annotated[str, Field(description="Key of a reference.", examples=["zhu2019deep"])]
 
 
 class Strict(BaseModel):
@@ -147,8 +155,14 @@ class Code(Strict):
     """Whether the authors' code can be had."""
 
     kind: Annotated[
-        Literal["none", "link", "colab", "various"],
-        Field(description="none, a link, a colab, or various implementations.", examples=["link"]),
+        Literal["none", "link", "colab", "various", "promised", "gone"],
+        Field(
+            description=(
+                "none; a link; a colab; various implementations; promised but not there yet; or "
+                "gone, the address no longer answers."
+            ),
+            examples=["link"],
+        ),
     ] = "none"
     url: Annotated[
         Url | None,
@@ -190,14 +204,14 @@ class LabelRecovery(Strict):
         Field(
             description=(
                 "new: proposes a method; assumed: labels are given; optimised: found together "
-                "with the images; none: not needed or not treated; row: uses the method of row n; "
+                "with the images; none: not needed or not treated; row: uses another row's method; "
                 "outside: uses a work that is no row."
             ),
             examples=["new"],
         ),
     ]
     row: Annotated[
-        ReferenceNumber | None, Field(description="Which attack, for kind = 'row'.", examples=[2])
+        str | None, Field(description="Key of that attack, for kind = 'row'.", examples=["idlg"])
     ] = None
     url: Annotated[Url | None, Field(description="Which work, for kind = 'outside'.")] = None
 
@@ -238,6 +252,31 @@ class Unit(Row):
     """What an attack and a defense share: a place in the code, and claims about it."""
 
     key: Key
+    origin: Annotated[
+        Literal["published", "newer", "deployed"],
+        Field(
+            description=(
+                "published: a row of the systematization's tables; newer: a work that they lack; "
+                "deployed: what a framework ships. Whoever adds a row leaves it out or says "
+                "deployed."
+            ),
+            examples=["newer"],
+        ),
+    ] = "newer"
+    superseded_by: Annotated[
+        Key | None,
+        Field(description="The row that does the same better.", examples=["gifd"]),
+    ] = None
+    modality: Annotated[
+        Modality, Field(description="What is reconstructed.", examples=["image"])
+    ] = "image"
+    payload: Annotated[
+        Payload,
+        Field(
+            description="What of the model travels: all of it, its head, adapters, embeddings.",
+            examples=["full"],
+        ),
+    ] = "full"
     name: Annotated[Text, Field(description="Short name for people.", examples=["GIFD"])]
     aliases: Annotated[tuple[Text, ...], Field(description="Other names in use.")] = ()
     category: str
@@ -251,12 +290,9 @@ class Unit(Row):
 
 
 class Attack(Unit):
-    """One row of the attack table."""
+    """One attack."""
 
-    number: Annotated[
-        int, Field(gt=0, strict=True, description="Number in the table.", examples=[37])
-    ]
-    reference: ReferenceNumber
+    reference: ReferenceKey
     category: Annotated[
         AttackCategory, Field(description="First folder of the path.", examples=["optimization"])
     ]
@@ -283,7 +319,7 @@ class Attack(Unit):
         Field(description="Shared models of the experiments.", examples=[["ResNet-18"]]),
     ]
     tasks: Annotated[
-        tuple[Literal["object", "face", "x-ray"], ...],
+        tuple[Literal["object", "face", "x-ray", "medical", "text", "tabular"], ...],
         Field(min_length=1, description="Learning tasks.", examples=[["object"]]),
     ]
     label_recovery: Annotated[
@@ -326,18 +362,25 @@ class Evidence(Strict):
     ]
     stance: Annotated[Stance, Field(description="What it supports.", examples=["fails"])]
     works: Annotated[
-        tuple[ReferenceNumber, ...], Field(min_length=1, description="Which references say so.")
+        tuple[ReferenceKey, ...], Field(min_length=1, description="Which references say so.")
     ]
     text: Annotated[Text, Field(description="What they show, in our own words.")]
 
 
 class Defense(Unit):
-    """One row of the defense table."""
+    """One defense."""
 
     works: Annotated[
-        tuple[ReferenceNumber, ...],
-        Field(min_length=1, description="References of the row.", examples=[[42, 43]]),
-    ]
+        tuple[ReferenceKey, ...],
+        Field(description="Keys of its references.", examples=[["sun2021soteria"]]),
+    ] = ()
+    ships_in: Annotated[
+        str,
+        Field(
+            description="Framework, version and class of a deployed defense.",
+            examples=["Flower 1.42: flwr.clientapp.mod.LocalDpMod"],
+        ),
+    ] = ""
     label: Annotated[str, Field(description="Word printed before the reference, if any.")] = ""
     category: Annotated[
         DefenseCategory, Field(description="First folder of the path.", examples=["heuristic"])
@@ -345,7 +388,9 @@ class Defense(Unit):
     technique: Annotated[
         DefenseTechnique, Field(description="Second folder of the path.", examples=["model"])
     ]
-    year: Annotated[Year | None, Field(description="Printed year; leave out for N/A.")] = None
+    year: Annotated[
+        Year | None, Field(description="Printed year, or of the release; leave out for N/A.")
+    ] = None
     where: Annotated[
         Literal["client", "server"], Field(description="Who applies it.", examples=["client"])
     ]
@@ -354,18 +399,27 @@ class Defense(Unit):
         Field(min_length=1, description="Where in the round it acts.", examples=[["update"]]),
     ]
     stance: Annotated[
-        Stances,
+        Stances | None,
         Field(
-            description="holds, partial or fails for every letter (printed green, orange, red).",
+            description=(
+                "holds, partial or fails for every letter, as printed (green, orange, red). Rows "
+                "that are not printed leave it out: claims are `evidence`, colours are measured."
+            ),
             examples=[dict.fromkeys(LETTERS, "partial")],
         ),
-    ]
+    ] = None
     stance_breaks: Annotated[
         tuple[Letter, ...], Field(description="Letters after which the print breaks the line.")
     ] = ()
     intuition: Annotated[Text, Field(description="Why it should work, in our own words.")]
     weakness: Annotated[Text, Field(description="Where it fails, in our own words.")]
-    evidence: Annotated[tuple[Evidence, ...], Field(description="Other works on it.")] = ()
+    evidence: Annotated[
+        tuple[Evidence, ...], Field(description="What works say of it, its own among them.")
+    ] = ()
+
+    def stance_against(self, letter: str) -> Stance | None:
+        """The printed stance against one letter, or None for a row that is not printed."""
+        return None if self.stance is None else self.stance.of(letter)
 
 
 class Link(Strict):
@@ -378,12 +432,16 @@ class Link(Strict):
 class Reference(Row):
     """One work."""
 
-    number: Annotated[int, Field(gt=0, strict=True, description="Printed number.", examples=[60])]
-    key: Annotated[
-        str,
-        StringConstraints(pattern=r"^[a-z0-9]+$"),
-        Field(description="BibTeX key: family name, year, word.", examples=["zhu2019deep"]),
-    ]
+    number: Annotated[
+        int | None,
+        Field(
+            gt=0,
+            strict=True,
+            description="Number that the systematization prints; others have none.",
+            examples=[59],
+        ),
+    ] = None
+    key: BibKey
     entry: Annotated[
         Literal["article", "inproceedings", "incollection", "misc"],
         Field(description="BibTeX entry type.", examples=["inproceedings"]),
@@ -403,8 +461,17 @@ class Reference(Row):
     issue: str = ""
     eprint: Annotated[str, Field(description="arXiv identifier.", examples=["1906.08935"])] = ""
     doi: Annotated[str, Field(description="DOI.", examples=["10.1145/3592800"])] = ""
-    printed: Annotated[Text, Field(description="The printed text before the links.")]
-    links: Annotated[tuple[Link, ...], Field(min_length=1, description="Printed links, in order.")]
+    printed: Annotated[
+        Text | None, Field(description="The printed text before the links, for a printed number.")
+    ] = None
+    links: Annotated[
+        tuple[Link, ...],
+        Field(
+            min_length=1,
+            description="Links, in the printed order.",
+            examples=[[{"label": "paper", "url": "https://arxiv.org/abs/1906.08935"}]],
+        ),
+    ]
 
 
 class Catalogue(Strict):

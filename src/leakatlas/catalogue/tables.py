@@ -1,7 +1,8 @@
 """The published tables, cell by cell, from typed rows.
 
 ``mode="printed"`` gives back the cells of the systematization exactly (its prose columns are in our
-own words); ``mode="corrected"`` applies the corrections and marks every changed cell.
+own words) and holds no other row; ``mode="corrected"`` applies the corrections, marks every changed
+cell, and goes on with the rows that LeakAtlas added, each marked as such.
 """
 
 from __future__ import annotations
@@ -66,11 +67,21 @@ TECHNIQUES = {
     "model": "Model Modification",
 }
 ALGORITHMS = {"fedsgd": "FedSGD", "fedavg": "FedAVG", "both": "Both"}
-TASKS = {"object": "Object", "face": "Face", "x-ray": "X-Ray Image"}
+TASKS = {
+    "object": "Object",
+    "face": "Face",
+    "x-ray": "X-Ray Image",
+    "medical": "Medical Image",
+    "text": "Text",
+    "tabular": "Tabular",
+}
 LABELS = {"new": "🆕", "assumed": "◦", "optimised": "★", "none": "-"}
 COLOURS = {"holds": "green", "partial": "orange", "fails": "red"}
 FOOTNOTES = {2: "²", 3: "³"}
 YES, NO = "✔️", "✗"
+ADDED = " ‡"
+"""Stands behind the work of a row that the systematization does not print."""
+ADDED_LEGEND = "‡ added by LeakAtlas: a newer work, or a defense that a framework ships."
 
 LEGEND = {
     "threat-models": (
@@ -103,6 +114,7 @@ class Table:
         rows: One tuple of cells a row.
         changed: The (row, column) positions that a correction changed.
         reasons: What was corrected and why, one sentence a correction.
+        added: The rows that LeakAtlas added.
     """
 
     name: str
@@ -111,6 +123,12 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     changed: frozenset[tuple[int, int]]
     reasons: tuple[str, ...]
+    added: frozenset[int] = frozenset()
+
+    @property
+    def legend(self) -> tuple[str, ...]:
+        """What the symbols mean."""
+        return (*LEGEND[self.name], *((ADDED_LEGEND,) if self.added else ()))
 
 
 def table(name: str, mode: Mode = "corrected") -> Table:
@@ -127,7 +145,7 @@ def table(name: str, mode: Mode = "corrected") -> Table:
         "defenses": loader.defenses,
         "references": loader.references,
     }
-    rows = readers[name]()
+    rows = [row for row in readers[name]() if mode == "corrected" or is_printed(row)]
     printed = [cells_of(row) for row in rows]
     shown = printed if mode == "printed" else [cells_of(row.corrected()) for row in rows]
     columns = tuple(shown[0])
@@ -153,19 +171,38 @@ def table(name: str, mode: Mode = "corrected") -> Table:
         rows=tuple(tuple(row[column] for column in columns) for row in shown),
         changed=frozenset(changed),
         reasons=reasons,
+        added=frozenset(r for r, row in enumerate(rows) if not is_printed(row)),
     )
 
 
+def is_printed(row: Row) -> bool:
+    """Whether the systematization prints this row."""
+    from leakatlas.catalogue.schema import Reference, Unit
+
+    if isinstance(row, Unit):
+        return row.origin == "published"
+    return not isinstance(row, Reference) or row.number is not None
+
+
+def mark(key: str) -> str:
+    """How a reference is cited: its printed number, else its key."""
+    number = loader.reference(key).number
+    return key if number is None else str(number)
+
+
 def name_of(row: Row) -> str:
-    """How a row is named among people: ``DLG [1]``, ``Soteria [45]``, ``A``, ``[45]``."""
+    """How a row is named among people: ``DLG [1]``, ``Soteria [45]``, ``A``, ``[45]``.
+
+    A reference that is not printed is cited by its key.
+    """
     from leakatlas.catalogue.schema import Attack, Defense, Reference, ThreatModel
 
     if isinstance(row, Attack):
-        return f"{row.name} [{row.number}]"
+        return f"{row.name} [{mark(row.reference)}]"
     if isinstance(row, Defense):
-        return f"{row.name} {works_cell(row)}"
+        return " ".join(part for part in (row.name, works_cell(row)) if part)
     if isinstance(row, Reference):
-        return f"[{row.number}]"
+        return f"[{mark(row.key)}]"
     assert isinstance(row, ThreatModel)
     return row.letter
 
@@ -253,13 +290,16 @@ def attack_cells(row: Attack) -> dict[str, str]:
 
 def defense_cells(row: Defense) -> dict[str, str]:
     """The cells of one defense; the two prose columns hold our own words."""
+    printed = row.origin == "published"
+    name = row.label if printed else row.name  # the table prints most rows by number alone
     return {
         "Cat.": CATEGORIES[row.category],
         "Technique": TECHNIQUES[row.technique],
-        "Work": " ".join(part for part in (row.label, works_cell(row)) if part),
+        "Work": " ".join(part for part in (name, works_cell(row)) if part)
+        + ("" if printed else ADDED),
         "Year": "N/A" if row.year is None else str(row.year),
         "Where": row.where.capitalize(),
-        "Threat Models": stance_cell(row.stance, row.stance_breaks),
+        "Threat Models": "-" if row.stance is None else stance_cell(row.stance, row.stance_breaks),
         "Intuition": row.intuition,
         "Main Weakness": row.weakness,
         "Open Source": code_cell(row.code),
@@ -268,25 +308,26 @@ def defense_cells(row: Defense) -> dict[str, str]:
 
 def reference_cells(row: Reference) -> dict[str, str]:
     """A reference as printed, or with corrected title and links."""
-    return {"Number": str(row.number), "Reference": reference_text(row)}
+    return {"Number": mark(row.key), "Reference": reference_text(row)}
 
 
 def reference_text(row: Reference) -> str:
-    """The printed line of a reference: text, then links."""
+    """The printed line of a reference, or its title: text, then links."""
     links = " ".join(f"[{link.label}]({link.url})" for link in row.links)
-    return f"{row.printed} {links}"
+    return f"{row.printed or row.title} {links}"
 
 
 def work_cell(row: Attack) -> str:
-    """``Zhu et al. (2019) [1]``."""
+    """``Zhu et al. (2019) [1]``; marked where LeakAtlas added the row."""
     work = loader.reference(row.reference)
     family = work.authors[0].partition(",")[0]
-    return f"{family} et al. ({work.year}) [{row.number}]"
+    added = "" if row.origin == "published" else ADDED
+    return f"{family} et al. ({work.year}) [{mark(work.key)}]{added}"
 
 
 def works_cell(row: Defense) -> str:
-    """``[42,43]``."""
-    return f"[{','.join(map(str, row.works))}]"
+    """``[42,43]``, or nothing for a deployed defense without a paper."""
+    return f"[{','.join(map(mark, row.works))}]" if row.works else ""
 
 
 def resolution_cell(resolution: tuple[int, int] | Literal["input", "unknown"]) -> str:
@@ -315,14 +356,17 @@ def batch_cell(batch: Batch) -> str:
 def label_cell(label: LabelRecovery) -> str:
     """The symbol, ``[n]`` or a link."""
     if label.kind == "row":
-        return f"[{label.row}]"
+        assert label.row is not None  # checked with the row
+        return f"[{mark(loader.attack(label.row).reference)}]"
     if label.kind == "outside":
         return f"[link]({label.url})"
     return LABELS[label.kind]
 
 
 def code_cell(code: Code) -> str:
-    """A link, ``✗`` or ``~``."""
+    """A link, ``✗``, ``~``, or what became of it."""
+    if code.kind in ("promised", "gone"):
+        return code.kind
     if code.url is None:
         return "~" if code.kind == "various" else NO
     return f"[{code.kind if code.official else 'third party'}]({code.url})"
@@ -382,7 +426,7 @@ def _markdown(content: Table) -> str:
         cells = (_marked(content, r, c) for c in range(len(content.columns)))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     text = "\n".join(lines) + "\n"
-    for line in LEGEND[content.name]:
+    for line in content.legend:
         text += f"\n{line}\n"
     if content.reasons:
         text += "\n† corrected:\n\n" + "".join(f"- {reason}\n" for reason in content.reasons)
@@ -443,6 +487,7 @@ _LATEX_TEXT = {
     "✔": r"\checkmark",
     "🆕": r"\textsc{new}",
     "†": r"$^\dagger$",
+    "‡": r"$^\ddagger$",
     "—": "---",
     "\ufe0f": "",
 }

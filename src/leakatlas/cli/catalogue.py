@@ -139,7 +139,7 @@ def list_rows(
         attack = row["kind"] == "attack"
         grid.add_row(
             row["key"],
-            str(row["number"]),
+            "" if row["number"] is None else str(row["number"]),
             f"{row['name']}, {row['year'] or 'n/a'}",
             f"{row['category']}/{row['technique']}",
             row["threat_model"] if attack else f"holds: {''.join(row['holds']) or 'none'}",
@@ -183,6 +183,11 @@ def show(
         }
         _emit(values[kind]())
         return
+    if printed and not tables.is_printed(row):
+        raise InvalidInput(
+            f"{tables.name_of(row)} was added by LeakAtlas; nothing of it is printed. "
+            "Leave --printed out."
+        )
     shown = row if printed else row.corrected()
     cells = tables.cells_of(shown)
     console = Console()
@@ -197,7 +202,7 @@ def show(
     if kind in ("attack", "defense"):
         _show_code(grid, "attack" if kind == "attack" else "defense", row)
     for evidence in getattr(row, "evidence", ()):
-        works = ", ".join(map(str, evidence.works))
+        works = ", ".join(map(tables.mark, evidence.works))
         grid.add_row(
             f"\\[{works}] on {', '.join(evidence.letters)}",
             escape(f"{evidence.stance}: {evidence.text}"),
@@ -231,13 +236,15 @@ def _row(key: str) -> tuple[str, Any]:
             return kind, find(key)
         except UnknownName:
             continue
-    if key.strip("[]").isdigit():
-        number = int(key.strip("[]"))
-        for defense in loader.defenses():
-            if number in defense.works:
-                return "defense", defense
-        return "reference", loader.reference(number)
-    raise UnknownName("row", key, [row.key for row in (*loader.attacks(), *loader.defenses())])
+    try:
+        work = loader.reference(key)
+    except UnknownName:
+        known = [row.key for row in (*loader.attacks(), *loader.defenses())]
+        raise UnknownName("row", key, known) from None
+    for defense in loader.defenses():
+        if work.key in defense.works:
+            return "defense", defense
+    return "reference", work
 
 
 def _show_code(grid: Table, kind: Any, row: Any) -> None:

@@ -44,6 +44,11 @@ LABEL_NAMES = {
     "row": "another row's",
     "outside": "another work's",
 }
+ORIGIN_NAMES = {
+    "published": "in the published tables",
+    "newer": "newer work",
+    "deployed": "shipped by a framework",
+}
 LABEL_SHORT = {**LABEL_NAMES, "new": "new", "assumed": "assumed", "outside": "other work"}
 VERIFIED_NAMES = {
     "measured": "measured and tested",
@@ -112,12 +117,15 @@ def _environment() -> jinja2.Environment:
         category_names=CATEGORY_NAMES,
         technique_names=TECHNIQUE_NAMES,
         label_names=LABEL_NAMES,
+        origin_names=ORIGIN_NAMES,
+        mark=tables.mark,
         label_short=LABEL_SHORT,
         verified_names=VERIFIED_NAMES,
         interval=pages.interval,
     )
     environment.filters["inline"] = prose.inline
     environment.filters["linked"] = linked
+    environment.filters["mark"] = tables.mark
     environment.filters["twice"] = lambda values: [(value, value) for value in values]
     environment.filters["named"] = lambda values, names: [(v, names[v]) for v in values]
     return environment
@@ -133,7 +141,7 @@ def _pages(measured: tuple[results.Result, ...]) -> list[tuple[str, str, dict[st
     shared = {"attacks": attacks, "defenses": defenses, "threats": threats}
     found: list[tuple[str, str, dict[str, Any]]] = [
         ("index.html", "index.html", {**shared, "data": _switch_data(attacks, defenses)}),
-        ("attacks.html", "attacks.html", {**shared, "legend": tables.LEGEND["attacks"]}),
+        ("attacks.html", "attacks.html", {**shared, "legend": tables.table("attacks").legend}),
         ("defenses.html", "defenses.html", shared),
         ("matrix.html", "matrix.html", {**shared, "reach": _reach()}),
         ("threat-models.html", "threat_models.html", shared),
@@ -162,7 +170,7 @@ def _pages(measured: tuple[results.Result, ...]) -> list[tuple[str, str, dict[st
                         and set(a["facets"]["knowledge"]) <= held
                     ],
                     "by_stance": {
-                        stance: [d for d in defenses if d["row"].stance.of(letter) == stance]
+                        stance: [d for d in defenses if d["stances"].get(letter) == stance]
                         for stance in ("holds", "partial", "fails")
                     },
                 },
@@ -183,6 +191,7 @@ def _attack(row: Attack, measured: tuple[results.Result, ...]) -> dict[str, Any]
     return {
         **_common("attack", row, measured),
         "shown": shown,
+        "number": loader.printed_number(row),
         "facets": facets.attack(row),
         "facets_printed": facets.attack(row, printed=True),
         "works": [_work(loader.reference(row.reference))],
@@ -199,7 +208,8 @@ def _defense(row: Defense, measured: tuple[results.Result, ...]) -> dict[str, An
         **_common("defense", row, measured),
         "shown": shown,
         "facets": facets.defense(row),
-        "works": [_work(loader.reference(number)) for number in shown.works],
+        "works": [_work(loader.reference(key)) for key in shown.works],
+        "stances": row.stance.model_dump() if row.stance is not None else {},
         "title": tables.name_of(row),
         "measured_stance": results.measured_stances(measured, row.key),
     }
@@ -217,9 +227,14 @@ def _common(
         verified = "stale"
     else:
         verified = "tested" if test is not None else "no"
+    later = None
+    if row.superseded_by is not None:
+        later = (loader.attack if kind == "attack" else loader.defense)(row.superseded_by)
     return {
         "kind": kind,
         "row": row,
+        "later": later,
+        "in_print": tables.is_printed(row),
         "printed": tables.cells_of(row),
         "corrected": tables.cells_of(row.corrected()),
         "changes": tables.changes(row),
@@ -237,7 +252,9 @@ def _work(row: Reference) -> dict[str, Any]:
     work = row.corrected()
     return {
         "row": row,
+        "key": work.key,
         "number": work.number,
+        "mark": tables.mark(work.key),
         "title": work.title,
         "authors": pages.people(work.authors),
         "venue": work.venue,
@@ -268,7 +285,7 @@ def _switch_data(attacks: list[dict[str, Any]], defenses: list[dict[str, Any]]) 
         },
         "defenses": {
             entry["row"].key: {
-                "printed": entry["row"].stance.model_dump(),
+                "printed": entry["stances"],
                 "measured": entry["measured_stance"],
             }
             for entry in defenses

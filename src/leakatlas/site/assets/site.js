@@ -76,6 +76,7 @@
       let count = 0;
       for (const row of rows) {
         const fits =
+          (mode?.value !== "printed" || row.dataset.origin === "published") &&
           words.every((word) => texts.get(row).includes(word)) &&
           filters.every((f) => !f.value || value(row, f.dataset.filter).includes(f.value));
         row.hidden = !fits;
@@ -206,7 +207,7 @@
         const stance = letters.length ? worst(stances, letters) : "holds";
         item.classList.remove("holds", "partial", "fails");
         if (stance) item.classList.add(stance);
-        item.querySelector(".status").textContent = stance ?? "not measured";
+        item.querySelector(".status").textContent = stance ?? `not ${source.value}`;
         holding += stance === "holds";
       }
       const attacks = document.querySelectorAll("[data-attack]").length;
