@@ -22,7 +22,18 @@ from leakatlas.fl import FedAVG, FedSGD, Stage, Update, View
 from leakatlas.models import LeNet, ViT
 from leakatlas.models.vit import Block, DirectBlock
 from tests.attacks.analytic.support import errors, same_after_saving, small_stage
+from tests.attacks.case import Case
 from tests.conftest import BOX, gradients_at
+
+CASE = Case(
+    {},
+    {
+        "model": "vit",
+        "settings": {"first_block": "april", "dim": 48, "depth": 1, "patch": 4},
+        "examples": 1,
+    },
+    boxed=True,
+)
 
 EXACT = 1e-9
 ROOT = Path(__file__).resolve().parents[4]

@@ -29,7 +29,13 @@ from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import FedAVG, Stage, View
 from leakatlas.models import build
 from tests.attacks.analytic.support import crops, errors, psnr, same_after_saving, small_stage
+from tests.attacks.case import Case
 from tests.conftest import BOX
+
+CASE = Case(
+    {},
+    {"settings": {"widths": (220,), "act": "leaky_relu", "bias": False}, "examples": 1},
+)
 
 
 def _one(label: int = 1, size: int = 16, index: int = 0) -> ImageSet:

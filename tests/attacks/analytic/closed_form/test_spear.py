@@ -29,6 +29,12 @@ from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import FedAVG, Stage, View
 from leakatlas.models import ConvNet, FCNet
 from tests.attacks.analytic.support import UNIT, crops, errors, same_after_saving, small_stage
+from tests.attacks.case import Case
+
+CASE = Case(
+    {"samples": 50_000, "chunk": 1_000},
+    {"settings": {"widths": (128,), "act": "relu"}, "examples": 3},
+)
 
 NORMAL = Box(mean=(0.49, 0.48, 0.45), std=(0.25, 0.24, 0.26))
 PRECISE = Precision.of(torch.float64)

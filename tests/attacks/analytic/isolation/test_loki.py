@@ -21,7 +21,10 @@ from tests.attacks.analytic.support import (
     same_after_saving,
     small_stage,
 )
+from tests.attacks.case import LENET, Case
 from tests.conftest import BOX
+
+CASE = Case({"bins": 8}, {**LENET, "clients": 2})
 
 AVERAGING = FedAVG(epochs=1, batch_size=2, lr=1e-2)
 

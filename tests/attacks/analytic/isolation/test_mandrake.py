@@ -35,7 +35,10 @@ from tests.attacks.analytic.support import (
     same_after_saving,
     small_stage,
 )
+from tests.attacks.case import LENET, Case
 from tests.conftest import BOX
+
+CASE = Case({"bins": 8}, {**LENET, "clients": 2}, boxed=True)
 
 CLIENTS = 4
 

@@ -34,7 +34,10 @@ from tests.attacks.analytic.support import (
     same_after_saving,
     small_stage,
 )
+from tests.attacks.case import Case
 from tests.conftest import BOX, gradients_at
+
+CASE = Case({}, {"model": "lenet", "settings": {}}, boxed=True)
 
 EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "strided": ("lenet", {"width": 48}),

@@ -27,7 +27,10 @@ from leakatlas.errors import NotGranted, UnsupportedModel
 from leakatlas.fl import FedAVG, Stage, TamperedModel, View
 from leakatlas.threat import Vantage
 from tests.attacks.analytic.support import UNIT, crops, errors, same_after_saving, small_stage
+from tests.attacks.case import Case
 from tests.conftest import BOX
+
+CASE = Case({"epochs": 1}, {"settings": {"widths": (32,), "act": "relu"}}, boxed=True)
 
 FAST = ScaleMIA(epochs=4, quantiles="empirical")
 FC = {"widths": (160, 32), "act": "relu"}

@@ -27,7 +27,14 @@ from leakatlas.fl import FedAVG, FedSGD, Stage
 from leakatlas.models import build
 from leakatlas.threat import Vantage
 from tests.attacks.analytic.support import crops, same_after_saving, small_stage
+from tests.attacks.case import Case
 from tests.conftest import BOX
+
+CASE = Case(
+    {"steps": 2, "batches": 2, "entries": 50},
+    {"model": "convnet-bn", "settings": {"width": 2}},
+    boxed=True,
+)
 
 SHORT = SEER(steps=120, batches=4, lr=3e-3, entries=300, batch_size=4)
 

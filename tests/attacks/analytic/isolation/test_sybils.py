@@ -22,7 +22,10 @@ from leakatlas.errors import NotGranted, UnsupportedModel
 from leakatlas.fl import Stage
 from leakatlas.threat import Vantage
 from tests.attacks.analytic.support import UNIT, crops, errors, psnr, same_after_saving, small_stage
+from tests.attacks.case import Case
 from tests.conftest import BOX
+
+CASE = Case({"cohort_size": 3}, {"settings": {"widths": (32,), "act": "relu"}})
 
 FC = {"widths": (160, 32), "act": "relu"}
 

@@ -29,7 +29,10 @@ from leakatlas.fl import FedAVG, Stage, View, replay
 from leakatlas.models import build
 from leakatlas.threat import Vantage
 from tests.attacks.analytic.support import crops, errors, same_after_saving, small_stage
+from tests.attacks.case import LENET, Case
 from tests.conftest import BOX
+
+CASE = Case({"steps": 3}, {**LENET, "examples": 3}, boxed=True)
 
 FC = {"widths": (64, 32), "act": "relu"}
 

@@ -17,7 +17,10 @@ from leakatlas.fl import FedAVG, FedSGD
 from leakatlas.fl.edits import Imprint, ImprintLayers
 from leakatlas.threat import Vantage
 from tests.attacks.analytic.support import alone_in_bin, errors, same_after_saving, small_stage
+from tests.attacks.case import LENET, Case
 from tests.conftest import BOX
+
+CASE = Case({"bins": 8}, {**LENET, "examples": 3})
 
 
 def _alone(trial: Trial, box: Any) -> Tensor:

@@ -16,7 +16,10 @@ from leakatlas.fl import FedAVG, Stage
 from leakatlas.fl.edits import TrapBlock
 from leakatlas.threat import Vantage
 from tests.attacks.analytic.support import UNIT, crops, errors, same_after_saving, small_stage
+from tests.attacks.case import Case
 from tests.conftest import BOX
+
+CASE = Case({}, {"settings": {"widths": (32,), "act": "relu"}}, boxed=True)
 
 FC = {"widths": (160, 32), "act": "relu"}
 

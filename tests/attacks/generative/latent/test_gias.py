@@ -24,7 +24,12 @@ from leakatlas.errors import InvalidInput, NotGranted
 from leakatlas.fl import FedAVG, ModelRef, Protocol, Scenario, Stage, stage
 from leakatlas.models import Generator
 from leakatlas.threat import Grant
+from tests.attacks.case import LENET, Case
 from tests.conftest import BOX, build_stage, photos, surrogate
+
+CASE = Case(
+    {"latent_steps": 2, "generator_steps": 2, "restarts": 2}, {**LENET, "size": 8}, boxed=True
+)
 
 SIZE = 16
 SMALL: dict[str, dict[str, Any]] = {

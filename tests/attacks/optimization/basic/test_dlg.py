@@ -13,7 +13,10 @@ from leakatlas.bench import harness
 from leakatlas.blocks import descent, labels, matching
 from leakatlas.blocks.watch import Watch
 from leakatlas.fl import Stage, View
+from tests.attacks.case import LENET, Case
 from tests.conftest import build_stage
+
+CASE = Case({"steps": 2, "inner": 3}, LENET)
 
 LENET = {"width": 6}
 TANH = {"widths": (12,), "act": "tanh"}

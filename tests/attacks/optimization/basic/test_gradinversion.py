@@ -15,7 +15,10 @@ from leakatlas.blocks.watch import Step, Watch
 from leakatlas.errors import NotGranted, UnsupportedModel
 from leakatlas.fl import FedSGD, Stage
 from leakatlas.threat import Grant
+from tests.attacks.case import Case
 from tests.conftest import build_stage
+
+CASE = Case({"steps": 3, "seeds": 2}, {"model": "convnet-bn", "settings": {}})
 
 BN = frozenset({Grant.BATCH_BN})
 SHORT = GradInversion(steps=3, seeds=2)

@@ -12,7 +12,10 @@ from leakatlas.bench import harness
 from leakatlas.blocks import labels
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import replay
+from tests.attacks.case import LENET, Case
 from tests.conftest import build_stage
+
+CASE = Case({"steps": 2, "inner": 3}, {**LENET, "examples": 1})
 
 Rule = Literal["paper", "bias", "sum"]
 RULES: tuple[Rule, ...] = ("paper", "bias", "sum")

@@ -13,7 +13,10 @@ from leakatlas.errors import InvalidParameter, NotGranted
 from leakatlas.fl import FedAVG, FedSGD, Stage, View
 from leakatlas.metrics import images as image_metrics
 from leakatlas.threat import Grant, Knowledge
+from tests.attacks.case import LENET, Case
 from tests.conftest import build_stage, photos
+
+CASE = Case({"steps": 3, "restarts": 2}, LENET, boxed=True)
 
 LABELS = frozenset({Grant.LABELS})
 
