@@ -104,9 +104,9 @@ def _resolve(
             if current is None:
                 break  # an entry of a plain tuple: the field itself says what belongs there
             kept.append(part)
-        elif current is not None and part in current.model_fields:
+        elif current is not None and part in (fields := _written(current)):
             kept.append(part)
-            info, owner = current.model_fields[part], current
+            info, owner = fields[part], current
             current = _nested(info.annotation)
         elif current is not None and foreign and number == len(loc) - 1:
             kept.append(part)
@@ -114,6 +114,11 @@ def _resolve(
         elif current is None:
             break
     return tuple(kept), info, owner
+
+
+def _written(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a model under the names that files use."""
+    return {info.alias or name: info for name, info in model.model_fields.items()}
 
 
 def _nested(annotation: Any) -> type[BaseModel] | None:
@@ -145,7 +150,7 @@ def _explain(
     if kind == "missing":
         return "is missing.", f"add {_example(name, info, yaml)}"
     if kind == "extra_forbidden":
-        return f"is no {'key' if yaml else 'field of this row'}.", closest(name, owner.model_fields)
+        return f"is no {'key' if yaml else 'field of this row'}.", closest(name, _written(owner))
     if kind == "literal_error":
         expected = re.findall(r"'([^']*)'", error["ctx"]["expected"])
         return f"{got} is not allowed.", closest(error.get("input"), expected)
