@@ -125,11 +125,21 @@ def test_d11_measures_jumps_beyond_chance() -> None:
     y = torch.zeros(4, dtype=torch.int64)
     wrong = even.clone()
     wrong[:, 1] = 100.0
-    g = {"w": torch.ones(4)}
-    same = behaviour.d11_dynamics(even, even, y, g, g)
+    same = behaviour.d11_dynamics(even, even, y, 1.0, 1.0)
     assert one(same, "D11/loss").value == 0 and one(same, "D11/gradient").value == 0
-    jump = behaviour.d11_dynamics(wrong, even, y, {"w": 100 * g["w"]}, g)
+    jump = behaviour.d11_dynamics(wrong, even, y, 100.0, 1.0)
     assert one(jump, "D11/loss").value > 0.98
     assert one(jump, "D11/gradient").value == pytest.approx(math.log(100) / (1 + math.log(100)))
-    from_nothing = behaviour.d11_dynamics(even, even, y, g, {"w": torch.zeros(4)})
-    assert one(from_nothing, "D11/gradient").value == 1
+    from_nothing = behaviour.d11_dynamics(even, even, y, 1.0, 0.0)
+    assert [score.statistic for score in from_nothing] == ["D11/loss"]
+
+
+def test_the_size_of_a_gradient_is_that_of_any_rescaled_network() -> None:
+    weights = {"0.weight": torch.ones(3, 2), "0.bias": torch.ones(3), "2.weight": torch.ones(1, 3)}
+    gradient = {name: 0.5 * w for name, w in weights.items()}
+    plain = behaviour.relative_size(gradient, weights)
+    assert plain == pytest.approx(0.5 * math.sqrt(6**2 + 3**2 + 3**2))
+    s = {"0.weight": 1e25, "0.bias": 1e25, "2.weight": 1e-25}
+    scaled = {n: w * s[n] for n, w in weights.items()}
+    inverse = {n: g / s[n] for n, g in gradient.items()}
+    assert behaviour.relative_size(inverse, scaled) == pytest.approx(plain)

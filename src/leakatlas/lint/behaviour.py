@@ -3,6 +3,10 @@
 Per-example gradients come from ``torch.func``, reduced to norms inside the map, so that nothing of
 the size of (examples x weights) is kept. They are taken in eval mode: in train mode a batch
 normalisation mixes examples, and there is no gradient of one of them.
+
+Where ``s w`` stands in one layer and ``w' / s`` in the next, their gradients are ``g / s`` and
+``s g'``. Norms are taken in float64, which holds what float32 cannot square; every statistic
+compares gradients of one tensor, or weighs a tensor's gradient with its weights.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from torch.func import functional_call, grad, vmap
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import replay, task_loss
 from leakatlas.fl.state import buffers, parameters
-from leakatlas.lint.findings import Score
+from leakatlas.lint.findings import Score, share_of
 
 EXAMPLES = 64
 """Per-example gradients are taken of at most so many examples, the first ones."""
@@ -47,7 +51,7 @@ class Batch:
 
 
 def row_norms(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Norm of every row of every example's gradient, ``(N, m)`` by weight name.
+    """Norm of every row of every example's gradient, ``(N, m)`` in float64 by weight name.
 
     Weights with one dimension (biases, norms) are left out.
     """
@@ -61,7 +65,8 @@ def row_norms(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return task_loss(logits, target[None])
 
     def rows(one: Tensor, target: Tensor) -> dict[str, Tensor]:
-        return {n: g.flatten(1).norm(dim=1) for n, g in grad(loss)(weights, one, target).items()}
+        found = grad(loss)(weights, one, target)
+        return {n: g.flatten(1).double().norm(dim=1) for n, g in found.items()}
 
     modes = {module: module.training for module in model.modules()}
     try:
@@ -147,7 +152,7 @@ def d8_d_snr(norms: Mapping[str, Tensor]) -> list[Score]:
     """
     shares = {}
     for name, rows in norms.items():
-        size = rows.double().norm(dim=1)
+        size = rows.norm(dim=1)
         if len(size) >= FEWEST and bool(size.max() > 0):
             shares[name] = float(size.max() / size.sum())
     if not shares:
@@ -222,7 +227,8 @@ def d10_gradient_sparsity(gradient: Mapping[str, Tensor]) -> list[Score]:
 
 def effective_rank(g: Tensor) -> float:
     """``exp`` of the entropy of the normalised squared singular values of ``(m, n)``."""
-    gram = (g @ g.T if g.shape[0] <= g.shape[1] else g.T @ g).double()
+    g = g.double() / g.abs().max()
+    gram = g @ g.T if g.shape[0] <= g.shape[1] else g.T @ g
     if len(gram) > 1024:  # the energy beyond a thousand rows does not change the picture
         keep = gram.diagonal().topk(1024).indices
         gram = gram[keep][:, keep]
@@ -236,44 +242,56 @@ def d11_dynamics(
     logits: Tensor,
     before: Tensor,
     y: Tensor,
-    gradient: Mapping[str, Tensor],
-    gradient_before: Mapping[str, Tensor],
+    size: float,
+    size_before: float,
 ) -> list[Score]:
-    """D11: loss and gradient norm against the previous round's model, on the same batch.
+    """D11: loss and gradient against the previous round's model, on the same batch.
 
     The loss counts as far as it exceeds both the previous one and chance, in nats, as
-    ``d / (1 + d)``; the gradient norm as ``log r / (1 + log r)`` of its growth r.
+    ``d / (1 + d)``; the gradient as ``log r / (1 + log r)`` of the growth r of its size.
 
     Args:
         logits: ``(N, K)`` of the received model.
         before: ``(N, K)`` of the previous one.
         y: Labels.
-        gradient: Batch gradient of the received model.
-        gradient_before: Of the previous one.
+        size: :func:`relative_size` of the received model's gradient.
+        size_before: Of the previous one's.
     """
     loss, earlier = float(task_loss(logits, y)), float(task_loss(before, y))
     excess = max(loss - max(earlier, math.log(logits.shape[1])), 0.0)
-    size, size_before = _norm(gradient), _norm(gradient_before)
-    growth = math.inf if size_before == 0 < size else size / size_before if size_before else 1.0
-    jump = max(math.log(growth), 0.0)
-    return [
+    scores = [
         Score(
             "D11/loss",
             "",
-            excess / (1 + excess),
+            share_of(excess),
             f"loss {loss:.3g} on the own batch, after {earlier:.3g} with the previous model",
-        ),
-        Score(
-            "D11/gradient",
-            "",
-            1.0 if math.isinf(jump) else jump / (1 + jump),
-            f"gradient norm {growth:.3g} times the previous model's",
-        ),
+        )
     ]
+    if size_before > 0:  # a head that starts at zero gives no size to compare with
+        growth = size / size_before
+        jump = max(math.log(growth), 0.0) if growth > 0 else growth  # NaN stays NaN
+        scores.append(
+            Score(
+                "D11/gradient",
+                "",
+                share_of(jump),
+                f"gradient {growth:.3g} times the previous model's, in units of the weights",
+            )
+        )
+    return scores
 
 
-def _norm(gradient: Mapping[str, Tensor]) -> float:
-    return math.sqrt(sum(float(g.double().square().sum()) for g in gradient.values()))
+def relative_size(gradient: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> float:
+    r""":math:`\sqrt{\sum_l |w_l|^2 |g_l|^2}` over all tensors: no rescaling of layers changes it.
+
+    Args:
+        gradient: By parameter name.
+        weights: Likewise; may hold more.
+    """
+    total = 0.0
+    for name, g in gradient.items():
+        total += float(g.double().norm() * weights[name].detach().double().norm()) ** 2
+    return math.sqrt(total)
 
 
 def _longest_run(flags: Tensor) -> int:

@@ -85,6 +85,11 @@ def measure(
     scores = static.check_weights(body, box)
     if not body.ordered:
         skipped["D1/detour"] = "the names are sorted, so the order of the layers is unknown"
+    rough = [layer.name for layer in body.linear if static.coarse(layer)]
+    if rough:
+        skipped["D5/fingerprint"] = f"too few different values in {static.some(rough)}"
+    if body.passed_over:
+        skipped["integers"] = f"by their names no weights: {static.some(body.passed_over)}"
     module = _module(model, body.state, reference)
     if reference is None:
         skipped["D1/reference"] = "no reference"
@@ -158,7 +163,7 @@ def _on_batch(
     hidden = frozenset(f"{layer.name}.weight" for layer in body.linear if layer.name != body.head)
     norms = behaviour.row_norms(module, batch)
     gradient = behaviour.batch_gradient(module, batch)
-    linear = {layer.parameter: gradient[layer.parameter] for layer in body.linear}
+    linear = {p: gradient[p] for p in (x.parameter for x in body.linear) if p in gradient}
     scores = behaviour.d7_saturation(logits, batch.y)
     scores += behaviour.d8_d_snr(norms)
     scores += behaviour.d9_activations(norms, hidden)
@@ -170,8 +175,10 @@ def _on_batch(
             logits,
             behaviour.logits_of(previous, batch.x),
             batch.y,
-            gradient,
-            behaviour.batch_gradient(previous, batch),
+            behaviour.relative_size(gradient, parameters(module)),
+            behaviour.relative_size(
+                behaviour.batch_gradient(previous, batch), parameters(previous)
+            ),
         )
     if len(batch.x) < behaviour.FEWEST:
         skipped["D8"] = skipped["D9"] = f"{len(batch.x)} examples are too few"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 STATISTICS: dict[str, str] = {
@@ -76,6 +77,11 @@ class Score:
     def check(self) -> str:
         """``D1`` ... ``D14``."""
         return self.statistic.partition("/")[0]
+
+
+def share_of(size: float) -> float:
+    """``size / (1 + size)``: from [0, infinity] to [0, 1]."""
+    return 1.0 if math.isinf(size) else size / (1 + size)
 
 
 @dataclass(frozen=True)
@@ -164,15 +170,23 @@ def judge(
     skipped: Mapping[str, str],
     notes: tuple[str, ...] = (),
 ) -> Verdict:
-    """Compare scores with thresholds; one finding for each statistic and place."""
-    findings = [
-        Finding(score, thresholds[score.statistic])
-        for score in scores
-        if score.value > thresholds[score.statistic]
-    ]
+    """Compare scores with thresholds; one finding for each statistic and place.
+
+    A score that is not finite is a finding whatever the threshold: its numbers were chosen out of
+    range, as no training does.
+    """
+    findings, seen = [], []
+    for score in scores:
+        finite = math.isfinite(score.value)
+        if not finite:
+            words = f"a number beyond all range ({score.value}); {score.words}"
+            score = replace(score, value=1.0, words=words)
+        seen.append(score)
+        if not finite or score.value > thresholds[score.statistic]:
+            findings.append(Finding(score, thresholds[score.statistic]))
     findings.sort(key=lambda f: (-f.score.value, int(f.score.check[1:]), f.score.statistic))
     largest: dict[str, Score] = {}
-    for score in scores:
+    for score in seen:
         if score.statistic not in largest or score.value > largest[score.statistic].value:
             largest[score.statistic] = score
     return Verdict(tuple(findings), largest, dict(skipped), notes)

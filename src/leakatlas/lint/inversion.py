@@ -12,6 +12,9 @@ knows no attack; it knows only that ``G_W[i] = sum_s delta_i(s) x_s``. The read-
 * single rows, and differences of neighbours, up to a factor (weight-only forms; weight changes
   that are too small for the rounding of the biases).
 
+Gradients and inputs are first brought to size one by a power of two, which changes no bit of what
+follows: weights out of a usual range would let float32 norms overflow, or vanish.
+
 The layer's own inputs are compared: pixels for a first layer, copies of pixels behind identity
 convolutions, features or latents further on (fishing, latent binning).
 
@@ -27,6 +30,7 @@ SPEAR is left out: that it succeeds says nothing against the model.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -37,6 +41,7 @@ from leakatlas.blocks import readout
 from leakatlas.fl import stream
 from leakatlas.lint.behaviour import Batch, batch_gradient
 from leakatlas.lint.findings import Score
+from leakatlas.lint.layers import norms
 
 CLOSE = 0.1418
 """``sqrt(2 - 2 * 0.99)``: the distance of two unit vectors with cosine 0.99."""
@@ -123,11 +128,14 @@ def self_inversion(model: nn.Module, batch: Batch, gradient: Mapping[str, Tensor
         weight, bias = f"{name}.weight".lstrip("."), f"{name}.bias".lstrip(".")
         if weight not in gradient or not bool(gradient[weight].abs().max() > 0):
             continue
-        g_w = gradient[weight].detach()
+        size = power_of_two(gradient[weight])
+        g_w = gradient[weight].detach() / size
         ways: dict[str, Tensor] = {"rows scaled": match_directions(energetic(g_w), x)}
         if bias in gradient and bool(gradient[bias].abs().max() > 0):
-            g_b = gradient[bias].detach()
-            threshold = -state[bias].detach() / state[weight].detach().norm(dim=1).clamp(min=1e-30)
+            g_b = gradient[bias].detach() / size
+            length = norms(state[weight].detach().double())
+            live = length.clamp(min=torch.finfo(torch.float64).tiny)
+            threshold = -state[bias].detach().double() / live
             ways["single rows"] = match(readout.ratio_readout(g_w, g_b).x, x)
             ways["differences of neighbouring rows"] = match(
                 readout.cumulative_readout(g_w, g_b, threshold).x, x
@@ -178,6 +186,12 @@ def _noting(
     return note
 
 
+def power_of_two(values: Tensor) -> float:
+    """The power of two at or below the largest magnitude; 1 if all are zero or one is infinite."""
+    largest = float(values.detach().abs().max())
+    return 2.0 ** (math.frexp(largest)[1] - 1) if 0 < largest < math.inf else 1.0
+
+
 def energetic(g_w: Tensor) -> Tensor:
     """Rows that are more than rounding."""
     return g_w[readout.energetic_rows(g_w, readout.relative_tolerance(g_w.dtype))]
@@ -202,10 +216,13 @@ def pair_differences(g_w: Tensor, g_b: Tensor) -> Tensor:
 
 def match(candidates: Tensor, x: Tensor) -> Tensor:
     """Which inputs ``(N, n)`` some candidate ``(M, n)`` equals, ``(N,)``."""
+    size = power_of_two(x)
+    x = x / size
     centred = x - x.mean(dim=0)
     spread = centred.norm(dim=1)
     found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for part in candidates.split(max(CHUNK // x.shape[1], 1)):
+        part = part / size
         finite = part[torch.isfinite(part).all(dim=1)].to(x) - x.mean(dim=0)
         if len(finite):
             found |= torch.cdist(centred, finite).amin(dim=1) < CLOSE * spread
@@ -215,6 +232,7 @@ def match(candidates: Tensor, x: Tensor) -> Tensor:
 
 def match_directions(rows: Tensor, x: Tensor) -> Tensor:
     """Which inputs ``(N, n)`` some row ``(M, n)`` equals up to a factor, ``(N,)``."""
+    x = x / power_of_two(x)
     spread = (x - x.mean(dim=0)).norm(dim=1)
     rows = rows.to(x)
     unit = rows / rows.norm(dim=1, keepdim=True)

@@ -3,6 +3,11 @@
 Every check returns scores in [0, 1] with the evidence in words; 1 is what a published tampering
 looks like, and ``thresholds.json`` says how far benign models come. Large layers are judged on
 evenly spaced rows and their most energetic columns, which a tampering that works cannot avoid.
+
+Every statistic is taken in float64 on rows of length 1, their columns at the size of what they
+are fed (:mod:`leakatlas.lint.layers`): ``s w`` in one layer and ``w' / s`` in the next change none
+of them. Only :func:`d4_value_entropy` reads the values as they are, since rounding is its matter;
+it does not change if a whole layer is scaled.
 """
 
 from __future__ import annotations
@@ -14,8 +19,8 @@ import torch
 from torch import Tensor
 
 from leakatlas.data import Box
-from leakatlas.lint.findings import Score
-from leakatlas.lint.layers import Anatomy, Layer
+from leakatlas.lint.findings import Score, share_of
+from leakatlas.lint.layers import Anatomy, Layer, unit_rows
 
 ROWS, COLUMNS = 1024, 4096
 """At most so much of a layer is looked at."""
@@ -49,9 +54,9 @@ def d1_reference(
     odd = [n for n in found if n in expected and found[n] != expected[n]]
     words = []
     if extra:
-        words.append(f"not in the reference: {_some(extra)}")
+        words.append(f"not in the reference: {some(extra)}")
     if missing:
-        words.append(f"missing: {_some(missing)}")
+        words.append(f"missing: {some(missing)}")
     if odd:
         words.append(f"{odd[0]} is {found[odd[0]]} and should be {expected[odd[0]]}")
     if types is not None and expected_types is not None and not words:
@@ -113,37 +118,38 @@ def _image(size: int) -> bool:
 
 
 def d2_repeated_rows(layer: Layer) -> list[Score]:
-    """D2: rows that are one direction, and the stable rank ``|W|_F^2 / |W|_2^2``.
+    """D2: rows that are one direction, and the stable rank ``|W|_F^2 / |W|_2^2`` of unit rows.
 
     All rows of an imprint are parallel (stable rank 1); default initialisation has 0.6 m.
     """
-    rows = _live(sample(layer.rows))
-    if not layer.linear or len(rows) < FEWEST or rows.shape[1] < FEWEST:
+    if not layer.linear:
         return []
-    unit = rows / rows.norm(dim=1, keepdim=True)
+    unit = sample(layer)
+    if len(unit) < FEWEST or unit.shape[1] < FEWEST:
+        return []
     cosine = (unit @ unit.T).abs()
     cosine.fill_diagonal_(0)
     parallel = cosine > PARALLEL
     partners = float(parallel.any(dim=1).double().mean())
     largest = int(parallel.sum(dim=1).max()) + 1 if bool(parallel.any()) else 1
-    rank = stable_rank(rows)
-    count = "all" if largest == len(rows) else f"{largest} of"
+    rank = stable_rank(unit)
+    count = "all" if largest == len(unit) else f"{largest} of"
     sampled = f" (of {len(layer.rows)}, sampled)" if len(layer.rows) > ROWS else ""
     return [
         Score(
             "D2/partners",
             layer.name,
             partners,
-            f"{count} {len(rows)} rows{sampled} are one direction",
+            f"{count} {len(unit)} rows{sampled} are one direction",
         ),
-        Score("D2/rank", layer.name, 1 / rank, f"stable rank {rank:.2f} of {min(rows.shape)}"),
+        Score("D2/rank", layer.name, 1 / rank, f"stable rank {rank:.2f} of {min(unit.shape)}"),
     ]
 
 
 def stable_rank(rows: Tensor) -> float:
     """``|W|_F^2 / |W|_2^2``, at least 1."""
+    rows = rows.double()
     gram = rows @ rows.T if rows.shape[0] <= rows.shape[1] else rows.T @ rows
-    gram = gram.double()
     top = torch.ones(len(gram), dtype=torch.float64, device=gram.device)
     for _ in range(50):  # power iteration: the leading eigenvalue is all that is asked for
         top = gram @ top
@@ -166,17 +172,17 @@ def d3_bias_pattern(layer: Layer) -> list[Score]:
     """
     if not layer.linear or layer.bias is None:
         return []
-    norms = layer.rows.norm(dim=1)
+    norms = layer.norms()
     live = norms > 0
     if int(live.sum()) < FEWEST or layer.rows.shape[1] < FEWEST:
         return []
-    threshold = (-layer.bias[live] / norms[live]).double()
+    threshold = -layer.bias.double()[live] / norms[live]
     spread = float(threshold.std()) * layer.rows.shape[1] ** 0.5
     scores = [
         Score(
             "D3/spread",
             layer.name,
-            spread / (1 + spread),
+            share_of(spread),
             f"biases spread {spread:.3g} times as wide as weights",
         )
     ]
@@ -198,6 +204,7 @@ def d3_bias_pattern(layer: Layer) -> list[Score]:
 def best_law(ordered: Tensor) -> tuple[str, float]:
     """The law whose quantiles fit sorted values ``(m,)`` best, and the R^2 of the inner 90 %."""
     m = len(ordered)
+    ordered = ordered / ordered.abs().max()
     p = (torch.arange(m, dtype=torch.float64, device=ordered.device) + 0.5) / m
     centred = p - 0.5
     laws = {
@@ -226,7 +233,8 @@ def d4_value_entropy(layer: Layer) -> list[Score]:
     A tensor that is zero altogether is a usual initialisation and carries nothing, so it is left
     out. Pruned or binarised models look the same to this check.
     """
-    rows = _live(_spaced(layer.rows, ROWS))
+    rows = _spaced(layer.rows, ROWS)
+    rows = rows[(rows != 0).any(dim=1)]
     if layer.weight.numel() < 8 * FEWEST or len(rows) == 0:
         return []
     zeros = float((layer.rows == 0).double().mean())
@@ -271,25 +279,13 @@ def d5_trap_fingerprint(layer: Layer, box: Box | None = None) -> list[Score]:
         layer: Linear layers only.
         box: Pixel space.
     """
-    rows = _live(_spaced(layer.rows, ROWS))
     n = layer.rows.shape[1]
-    if not layer.linear or len(rows) < FEWEST or n < 4 * FEWEST:
+    if not layer.linear or n < 4 * FEWEST:
         return []
-    best, best_s = 0.0, 1.0
-    for variant in _channel_sizes(rows, box):
-        judged = [_pairing(row) for row in _spaced(rows / variant, 64)]
-        value = float(torch.tensor([score for score, _ in judged]).median())
-        if value > best:
-            best = value
-            best_s = float(torch.tensor([s for _, s in judged]).median())
-    scores = [
-        Score(
-            "D5/fingerprint",
-            layer.name,
-            best,
-            f"positive weights are the negative ones times {best_s:.3g}, shuffled",
-        )
-    ]
+    rows = unit_rows(layer.sized(_spaced(layer.rows, ROWS)))
+    if len(rows) < FEWEST:
+        return []
+    scores = [] if coarse(layer) else [_fingerprint(layer.name, rows, box)]
     if len(rows) >= 4 * FEWEST:
         negative = float((rows.sum(dim=1) < 0).double().mean())
         share = max(negative, 1 - negative)
@@ -303,6 +299,37 @@ def d5_trap_fingerprint(layer: Layer, box: Box | None = None) -> list[Score]:
             )
         )
     return scores
+
+
+def coarse(layer: Layer) -> bool:
+    """Whether the rows hold so few different values that halves agree by rounding alone.
+
+    Sorted samples of k values agree up to about ``1 / sqrt(k)``; fewer than four values within
+    that (as weights of 8 bits have) say nothing of how the rows were made.
+    """
+    judged = []
+    for row in _spaced(layer.rows, 64):
+        positive = row[row > 0]
+        k = len(positive)
+        if min(k, int((row < 0).sum())) >= FEWEST:
+            judged.append(len(positive.unique()) < min(k, 4 * k**0.5))
+    return 2 * sum(judged) > len(judged)
+
+
+def _fingerprint(place: str, rows: Tensor, box: Box | None) -> Score:
+    best, best_s = 0.0, 1.0
+    for variant in _channel_sizes(rows, box):
+        judged = [_pairing(row) for row in _spaced(rows / variant, 64)]
+        value = float(torch.tensor([score for score, _ in judged]).median())
+        if value > best:
+            best = value
+            best_s = float(torch.tensor([s for _, s in judged]).median())
+    return Score(
+        "D5/fingerprint",
+        place,
+        best,
+        f"positive weights are the negative ones times {best_s:.3g}, shuffled",
+    )
 
 
 def _channel_sizes(rows: Tensor, box: Box | None) -> list[Tensor]:
@@ -343,12 +370,11 @@ def d6_transmit_snr(layer: Layer, *, first: bool) -> list[Score]:
         layer: Convolutions only; every filter is judged, zero ones apart.
         first: Whether this is the first convolution.
     """
-    rows = _live(layer.rows)
-    if layer.linear or len(rows) == 0 or rows.shape[1] <= FEWEST:
+    if layer.linear or layer.rows.shape[1] <= FEWEST or (_depthwise(layer) and not first):
         return []
-    if _depthwise(layer) and not first:
+    size = unit_rows(layer.sized(layer.rows)).abs()
+    if len(size) == 0:
         return []
-    size = rows.abs()
     share = size.max(dim=1).values / size.sum(dim=1)
     copies = int((share > 0.5).sum())
     value = float(share.max())
@@ -372,7 +398,7 @@ def d7_head(layer: Layer) -> list[Score]:
     Args:
         layer: The head.
     """
-    norms = layer.rows.norm(dim=1).double()
+    norms = layer.norms()
     if len(norms) < 2 or not bool(norms.max() > 0):
         return []
     zero = float((norms == 0).double().mean())
@@ -394,13 +420,14 @@ def d7_head(layer: Layer) -> list[Score]:
         ),
     ]
     if layer.bias is not None:
-        size = float(norms.square().mean().sqrt())
-        reach = float(layer.bias.max() - layer.bias.min()) / size
+        size = top * (norms / top).square().mean().sqrt()
+        bias = layer.bias.double()
+        reach = float((bias.max() - bias.min()) / size)
         scores.append(
             Score(
                 "D7/biases",
                 layer.name,
-                reach / (1 + reach),
+                share_of(reach),
                 f"head biases differ by {reach:.3g} row norms",
             )
         )
@@ -424,21 +451,18 @@ def check_weights(body: Anatomy, box: Box | None = None) -> list[Score]:
 # -- shared ----------------------------------------------------------------------------------------
 
 
-def sample(rows: Tensor) -> Tensor:
-    """Evenly spaced rows and the most energetic columns of a large matrix."""
-    rows = _spaced(rows, ROWS)
-    if rows.shape[1] > COLUMNS:
-        rows = rows[:, rows.square().sum(dim=0).topk(COLUMNS).indices]
-    return rows
+def sample(layer: Layer) -> Tensor:
+    """Unit rows of a layer: evenly spaced ones, and the most energetic columns, if it is large."""
+    unit = unit_rows(layer.sized(_spaced(layer.rows, ROWS)))
+    if unit.shape[1] > COLUMNS:
+        unit = unit_rows(unit[:, unit.square().sum(dim=0).topk(COLUMNS).indices])
+    return unit
 
 
 def _spaced(rows: Tensor, most: int) -> Tensor:
     return rows if len(rows) <= most else rows[torch.linspace(0, len(rows) - 1, most).long()]
 
 
-def _live(rows: Tensor) -> Tensor:
-    return rows[rows.abs().sum(dim=1) > 0]
-
-
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first three names, and how many more."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
