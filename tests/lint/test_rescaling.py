@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from leakatlas.blocks import readout, surgery
+from leakatlas.fl import edits
 from leakatlas.lint import behaviour, examine, findings, lint
 from leakatlas.lint.findings import Score
 
@@ -41,7 +42,7 @@ def binning() -> nn.Sequential:
     """An imprint behind a hidden layer."""
     model = chain()
     edges = readout.bin_edges("normal", 32)
-    weight, bias = surgery.binning_rows(torch.rand(64), edges, "cumulative")
+    weight, bias = edits.binning_rows(torch.rand(64), edges, "cumulative")
     put(model, "6.weight", weight)
     put(model, "6.bias", bias)
     return model
@@ -138,8 +139,10 @@ def test_scaling_neurons_changes_no_score_but_that_of_equal_values(
 @pytest.mark.parametrize("s", [1e-30, 1e-25, 1e-3, 1e25, 1e30])
 def test_an_imprint_scaled_out_of_range_still_rings(s: float, dtype: torch.dtype) -> None:
     """Field report: an imprint times 1e25, undone behind it, once lost four of five alarms."""
-    block = surgery.Imprint(torch.full((PIXELS,), 1 / PIXELS), readout.bin_edges("normal", 64))
-    state = dict(nn.Sequential(block, nn.Flatten(), nn.Linear(PIXELS, 10)).to(dtype).state_dict())
+    block = edits.Imprint(torch.full((PIXELS,), 1 / PIXELS), readout.bin_edges("normal", 64))
+    state = dict(
+        nn.Sequential(block.layers(), nn.Flatten(), nn.Linear(PIXELS, 10)).to(dtype).state_dict()
+    )
     plain = lint(state)
     state["0.first.weight"], state["0.first.bias"] = (
         s * state["0.first.weight"],

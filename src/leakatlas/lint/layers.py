@@ -72,14 +72,16 @@ def norms(rows: Tensor) -> Tensor:
     """Norms ``(m,)`` of rows ``(m, n)`` in float64, right wherever the values themselves are."""
     largest = rows.abs().amax(dim=1)
     safe = torch.where(largest > 0, largest, torch.ones_like(largest))
-    return largest * (rows / safe[:, None]).norm(dim=1)
+    found: Tensor = largest * (rows / safe[:, None]).norm(dim=1)
+    return found
 
 
 def unit_rows(rows: Tensor) -> Tensor:
     """The rows ``(m, n)`` that are not zero, at length 1."""
     largest = rows.abs().amax(dim=1)
     rows = rows[largest > 0] / largest[largest > 0][:, None]
-    return rows / rows.norm(dim=1, keepdim=True)
+    found: Tensor = rows / rows.norm(dim=1, keepdim=True)
+    return found
 
 
 @dataclass(frozen=True)

@@ -307,7 +307,7 @@ def coarse(layer: Layer) -> bool:
     Sorted samples of k values agree up to about ``1 / sqrt(k)``; fewer than four values within
     that (as weights of 8 bits have) say nothing of how the rows were made.
     """
-    judged = []
+    judged: list[bool] = []
     for row in _spaced(layer.rows, 64):
         positive = row[row > 0]
         k = len(positive)
