@@ -19,7 +19,7 @@ def test_the_path_is_category_technique_key() -> None:
 def test_implemented_is_read_from_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(registry, "PACKAGE", tmp_path)
     assert not registry.implemented("dlg")
     folder = tmp_path / "attacks" / "optimization" / "basic"
     folder.mkdir(parents=True)
@@ -48,7 +48,7 @@ def test_the_class_carries_the_key_as_its_name() -> None:
 def test_what_is_not_implemented_is_said_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(registry, "PACKAGE", tmp_path)
     registry._load.cache_clear()
     with pytest.raises(UnknownName, match="implemented attack 'dlg'"):
         registry.load_attack("dlg")

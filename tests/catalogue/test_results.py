@@ -59,6 +59,18 @@ def measure(**changes: Any) -> dict[str, Any]:
         ({"recipe": {}}, "recipe", "recipe"),
         ({"seeds": []}, "seeds", "seeds"),
         ({"date": "31.1.2026"}, "date", "2026-01-31"),
+        ({"date": "2026-02-31"}, "date", "no day of the calendar"),
+        (
+            {"recipe": {"attack": {"key": "dlg", "parameters": {"stepz": 3}}}},
+            "recipe.attack.parameters.stepz",
+            "did you mean 'steps'",
+        ),
+        ({"recipe": {"defaults": {"inner": 1, "rate": 2}}}, "recipe.defaults.rate", "dlg has no"),
+        (
+            {"recipe": {"scenario": {"defenses": [{"key": "clipping", "norm": 1}]}}},
+            "recipe.scenario.defenses[1].norm",
+            "did you mean 'max_norm'",
+        ),
         ({"measures": []}, "measures", "too short"),
         ({"surprise": 1}, "surprise", "no field"),
         (measure(interval=[21, 22]), "measures[1].interval", "does not contain"),

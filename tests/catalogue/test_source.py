@@ -46,7 +46,7 @@ def module(tmp_path: Path) -> Path:
 
 
 def test_everything_a_page_shows_is_found(module: Path) -> None:
-    found = source._read(module, "lantern")
+    found = source.read(module, "lantern")
     assert found is not None
     assert found.class_name == "Lantern"
     assert found.method.startswith("Lantern: annealed matching.")
@@ -62,18 +62,18 @@ def test_everything_a_page_shows_is_found(module: Path) -> None:
 
 
 def test_a_module_without_its_class_gives_nothing(module: Path) -> None:
-    assert source._read(module, "candle") is None
+    assert source.read(module, "candle") is None
 
 
 def test_a_version_that_is_not_written_is_the_first(tmp_path: Path) -> None:
     path = tmp_path / "plain.py"
     path.write_text("class Plain:\n    pass\n", encoding="utf-8")
-    found = source._read(path, "plain")
+    found = source.read(path, "plain")
     assert found is not None and (found.version, found.needs, found.parameters) == (1, (), ())
 
 
 def test_a_row_without_a_module_has_no_source(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(registry, "PACKAGE", tmp_path)
     assert source.of("attack", "dlg") is None

@@ -204,6 +204,23 @@ def test_validate_names_stale_results(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "1 stale" in result.stdout
 
 
+def test_validate_goes_on_after_a_result_about_no_row(tmp_path: Path) -> None:
+    document = {
+        "schema": "leakatlas/result/1", "kind": "attack", "key": "dgl", "code_version": 3,
+        "recipe": {"attack": {"key": "dlg"}}, "hardware": "2 CPU cores", "seeds": [0],
+        "measures": [{"name": "psnr", "value": 31.0, "unit": "dB", "interval": None, "n": 1}],
+        "command": "leakatlas bench study.yaml", "date": "2026-02-31",
+    }  # fmt: skip
+    (tmp_path / "first.json").write_text(json.dumps(document), encoding="utf-8")
+    (tmp_path / "second.json").write_text("{", encoding="utf-8")
+    result = run("validate", "--results", tmp_path)
+    assert result.exit_code == 1, result.output
+    assert "first.json: dgl: key: there is no attack 'dgl'. Fix: did you mean" in (result.stdout)
+    assert "first.json: dgl: date: 2026-02-31 is no day of the calendar" in result.stdout
+    assert "second.json: is no valid JSON" in result.stdout
+    assert "3 problems" in result.stdout
+
+
 def test_validate_refuses_other_files(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.touch()

@@ -136,13 +136,17 @@ def _shipped() -> Catalogue:
 def check_files(paths: Sequence[Path]) -> tuple[Catalogue, list[Problem]]:
     """The shipped catalogue with these files added, and everything that is wrong with them.
 
+    Rows are checked one by one, against each other, and against the modules of this copy.
     A file that lies in the catalogue, or is named like one of the four (``attacks.toml``), stands
     in its place; any other is added, so that a new row can be checked before it moves in.
     """
+    from leakatlas.catalogue import code_checks
+
     texts = shipped_texts()
     for path in paths:
         texts[_place(path)] = path.read_text(encoding="utf-8")
-    return check_texts(texts)
+    drafts, problems = read_texts(texts)
+    return _sound(drafts), problems + code_checks.check(drafts)
 
 
 def _place(path: Path) -> str:
@@ -154,21 +158,31 @@ def _place(path: Path) -> str:
 
 def check_texts(texts: dict[str, str]) -> tuple[Catalogue, list[Problem]]:
     """The rows of these TOML texts by file name, and every problem with them."""
+    drafts, problems = read_texts(texts)
+    return _sound(drafts), problems
+
+
+def read_texts(texts: dict[str, str]) -> tuple[list[Draft], list[Problem]]:
+    """The rows of these TOML texts as far as they are understood, and every problem with them."""
     # Imported here: pydantic costs more than the rest of the package, and `--help` needs no rows.
     from leakatlas.catalogue.checks import cross_check
-    from leakatlas.catalogue.schema import ROW_TYPES, Catalogue
 
     problems: list[Problem] = []
     drafts: list[Draft] = []
     for file, text in texts.items():
         for kind, entry, raw in _tables(file, text, problems):
             drafts.append(_draft(kind, raw, file, entry, problems))
-    sound: dict[str, Any] = {
+    return drafts, problems + cross_check(drafts)
+
+
+def _sound(drafts: list[Draft]) -> Catalogue:
+    from leakatlas.catalogue.schema import ROW_TYPES, Catalogue
+
+    rows: dict[str, Any] = {
         kind: tuple(d.row for d in drafts if d.kind == kind and d.row is not None)
         for kind in ROW_TYPES
     }
-    problems += cross_check(drafts)
-    return Catalogue.model_construct(**sound), problems
+    return Catalogue.model_construct(**rows)
 
 
 def label(kind: str, raw: dict[str, Any], entry: int) -> str:

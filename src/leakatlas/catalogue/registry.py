@@ -20,7 +20,7 @@ from leakatlas.errors import CatalogueError, UnknownName
 Kind = Literal["attack", "defense"]
 
 _ROOM: dict[str, str] = {"attack": "attacks", "defense": "defenses"}
-_PACKAGE = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def module_path(kind: Kind, key: str) -> str:
@@ -31,7 +31,7 @@ def module_path(kind: Kind, key: str) -> str:
 
 def module_file(kind: Kind, key: str) -> Path | None:
     """The source behind a row (a module, or a package's ``__init__``), if it exists."""
-    stem = _PACKAGE.joinpath(*module_path(kind, key).split(".")[1:])
+    stem = PACKAGE.joinpath(*module_path(kind, key).split(".")[1:])
     for path in (stem.with_suffix(".py"), stem / "__init__.py"):
         if path.is_file():
             return path
@@ -46,7 +46,7 @@ def implemented(key: str) -> bool:
 
 def modules(kind: Kind) -> dict[str, Path]:
     """Every attack or defense module in the package, as ``category/technique/key`` to its file."""
-    room = _PACKAGE / _ROOM[kind]
+    room = PACKAGE / _ROOM[kind]
     found = {}
     for path in sorted([*room.glob("*/*/*.py"), *room.glob("*/*/*/__init__.py")]):
         unit = path.parent if path.name == "__init__.py" else path

@@ -7,6 +7,8 @@ the class's ``version`` has moved on, the result is *stale* and shown as such.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -112,10 +114,14 @@ class Differential(Strict):
 
 def current_version(kind: str, key: str) -> int | None:
     """The ``version`` of the class behind a row, or None where there is none."""
-    if kind not in ("attack", "defense"):
+    if kind not in ("attack", "defense") or key not in _keys(kind):
         return None
     found = source.of("attack" if kind == "attack" else "defense", key)
     return None if found is None else found.version
+
+
+def _keys(kind: str) -> list[str]:
+    return [row.key for row in (loader.attacks() if kind == "attack" else loader.defenses())]
 
 
 def read(path: Path) -> tuple[Result | None, list[Problem]]:
@@ -134,13 +140,40 @@ def read(path: Path) -> tuple[Result | None, list[Problem]]:
     row = str(data.get("key", "")) if isinstance(data, dict) else ""
     try:
         if differential:
-            Differential.model_validate(data)
-            return None, []
+            found = Differential.model_validate(data)
+            return None, list(_check_common(found, path.name))
         result = Result.model_validate(data)
     except ValidationError as failure:
         schema = Differential if differential else Result
         return None, from_validation(failure, schema, file=path.name, row=row)
-    return result, _check(result, path.name)
+    return result, [*_check_common(result, path.name), *_check(result, path.name)]
+
+
+def _check_common(result: Result | Differential, file: str) -> Iterator[Problem]:
+    """What plain results and differentials have to get right alike."""
+    if result.kind != "measure" and result.kind != "benchmark":
+        keys = [*_keys("attack"), *_keys("defense")]
+        if result.kind != "differential":
+            keys = _keys(result.kind)
+        if result.key not in keys:
+            name = "row" if result.kind == "differential" else result.kind
+            yield Problem(
+                file=file,
+                row=result.key,
+                field="key",
+                message=f"there is no {name} {result.key!r}.",
+                fix=closest(result.key, keys),
+            )
+    try:
+        date.fromisoformat(result.date)
+    except ValueError:
+        yield Problem(
+            file=file,
+            row=result.key,
+            field="date",
+            message=f"{result.date} is no day of the calendar.",
+            fix="write the day of the run, like 2026-01-31.",
+        )
 
 
 def _check(result: Result, file: str) -> list[Problem]:
@@ -149,11 +182,12 @@ def _check(result: Result, file: str) -> list[Problem]:
     def report(field: str, message: str, fix: str) -> None:
         problems.append(Problem(file=file, row=result.key, field=field, message=message, fix=fix))
 
-    if result.kind in ("attack", "defense"):
-        rows = loader.attacks() if result.kind == "attack" else loader.defenses()
-        keys = [row.key for row in rows]
-        if result.key not in keys:
-            report("key", f"there is no {result.kind} {result.key!r}.", closest(result.key, keys))
+    if not result.stale:  # an older version may have had other parameters
+        for where, key, names in _named(result.recipe, "recipe", result.key):
+            known = _parameters(key)
+            for name in names:
+                if known is not None and name not in known:
+                    report(f"{where}.{name}", f"{key} has no such parameter.", closest(name, known))
     for number, measure in enumerate(result.measures, 1):
         if measure.interval is None:
             if measure.n > 1 and not measure.note:
@@ -169,6 +203,37 @@ def _check(result: Result, file: str) -> list[Problem]:
                 "write [low, high] around the value.",
             )
     return problems
+
+
+def _named(value: Any, where: str, owner: str) -> Iterator[tuple[str, str, list[str]]]:
+    """Parameters that a recipe names: where, of which row, and their names.
+
+    A recipe holds rows as ``{"key": ..., "parameters": {...}}`` or with the parameters beside the
+    key, and the parameters of the result's own row under ``defaults``.
+    """
+    if isinstance(value, list):
+        for number, item in enumerate(value, 1):
+            yield from _named(item, f"{where}[{number}]", owner)
+    if not isinstance(value, dict):
+        return
+    inside = value.get("parameters", value)
+    if isinstance(value.get("key"), str) and isinstance(inside, dict):
+        place = where if inside is value else f"{where}.parameters"
+        yield place, value["key"], [n for n in inside if n not in ("key", "version", "preset")]
+        return
+    if isinstance(value.get("defaults"), dict):
+        yield f"{where}.defaults", owner, list(value["defaults"])
+    for name, item in value.items():
+        yield from _named(item, f"{where}.{name}", owner)
+
+
+def _parameters(key: str) -> list[str] | None:
+    """The parameters of an implemented row, or None if there is no such row."""
+    for kind in ("attack", "defense"):
+        if key in _keys(kind):
+            found = source.of("attack" if kind == "attack" else "defense", key)
+            return None if found is None else [parameter.name for parameter in found.parameters]
+    return None
 
 
 def files(folder: Path) -> list[Path]:
@@ -222,13 +287,18 @@ def default_folder() -> Path:
 
 def test_file(kind: registry.Kind, key: str) -> Path | None:
     """The test of a row's module, if the checkout has one."""
-    root = repository_root()
-    if root is None:
+    module = registry.module_file(kind, key)
+    if module is None or repository_root() is None:
         return None
-    parts = registry.module_path(kind, key).split(".")[1:-1]
-    folder = root.joinpath("tests", *parts)
-    # A row that is a package has its tests in a folder of the same name.
-    for path in (folder / f"test_{key}.py", folder / key / f"test_{key}.py"):
-        if path.is_file():
-            return path
-    return None
+    test = test_beside(module)
+    return test if test.is_file() else None
+
+
+def test_beside(module: Path) -> Path:
+    """Where the test of a module of this checkout belongs: ``tests`` mirrors the package."""
+    package = registry.PACKAGE
+    tests = package.parents[1] / "tests"
+    if module.name == "__init__.py":  # a row that is a package has a folder of tests
+        folder = module.parent
+        return tests / folder.relative_to(package) / f"test_{folder.name}.py"
+    return tests / module.relative_to(package).parent / f"test_{module.name}"

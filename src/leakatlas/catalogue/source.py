@@ -45,6 +45,7 @@ class Source:
 
     Args:
         class_name: The class that carries the row's key.
+        key: What it is registered as: ``@attack("key")``, or the constant ``key`` of a defense.
         method: The module docstring.
         summary: First paragraph of the class docstring.
         parameters: The fields of the class.
@@ -56,6 +57,7 @@ class Source:
     """
 
     class_name: str
+    key: str
     method: str
     summary: str
     parameters: tuple[Parameter, ...]
@@ -69,11 +71,16 @@ class Source:
 def of(kind: Kind, key: str) -> Source | None:
     """The source facts of a row, or None where it has no module."""
     path = registry.module_file(kind, key)
-    return None if path is None else _read(path, key)
+    return None if path is None else read(path, key)
 
 
 @functools.cache
-def _read(path: Path, key: str) -> Source | None:
+def read(path: Path, key: str) -> Source | None:
+    """The source facts of a module, or None where no class carries the key.
+
+    Raises:
+        SyntaxError: If it is no Python.
+    """
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
     wanted = registry.class_name_matches(key)
     unit = next(
@@ -98,6 +105,7 @@ def _read(path: Path, key: str) -> Source | None:
     )
     return Source(
         class_name=unit.name,
+        key=_registered(unit) or _constant(unit, "key"),
         method=ast.get_docstring(tree) or "",
         summary=docstring.split("\n\n")[0].replace("\n", " "),
         parameters=parameters,
@@ -143,6 +151,16 @@ def _needs(unit: ast.ClassDef) -> tuple[str, ...]:
                         if isinstance(node, ast.Attribute) and node.attr.isupper()
                     )
     return ()
+
+
+def _registered(unit: ast.ClassDef) -> str:
+    """``key`` of the class decorator ``@attack("key", ...)``; empty if there is none."""
+    for decorator in unit.decorator_list:
+        if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == "attack":
+            first = decorator.args[0] if decorator.args else None
+            if isinstance(first, ast.Constant):
+                return str(first.value)
+    return ""
 
 
 def _reads(tree: ast.Module) -> tuple[str, ...]:

@@ -396,10 +396,10 @@ def validate(
     results_folder: ResultsFolder = None,
     as_json: Json = False,
 ) -> None:
-    """Check rows and results, and say everything that is wrong at once.
+    """Check rows, modules and results, and say everything that is wrong at once.
 
-    A file named like a shipped one (attacks.toml) is checked in its place; any other .toml is
-    checked as an addition to the catalogue.
+    A file of the catalogue, or named like one (attacks.toml), is checked in its place; any other
+    .toml is checked as an addition to the catalogue.
     """
     from leakatlas.catalogue import loader, results
 
@@ -432,7 +432,7 @@ def validate(
             console.print(escape(str(problem)), highlight=False)
         for note in stale:
             console.print(f"stale: {escape(note)}", highlight=False)
-        checked = len(measured) + (len(rows) if chosen else len(loader.FILES))
+        checked = len(measured) + (len(rows) if chosen else len(loader.shipped_texts()))
         console.print(f"{checked} files checked, {len(problems)} problems, {len(stale)} stale.")
     if problems:
         raise typer.Exit(1)
