@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import re
 
 import pytest
@@ -48,3 +49,31 @@ def test_an_unknown_name_far_from_all_is_not_guessed() -> None:
 def test_a_lookup_error_prints_its_message_without_quotes() -> None:
     # KeyError would show repr(message); LookupError shows the message itself.
     assert str(UnknownName("letter", "Z", "AB")).startswith("Unknown letter")
+
+
+def test_a_message_is_printable_and_bounded() -> None:
+    error = errors.InvalidInput("a\x1b[2Jb\udc80 " + "x" * 10_000)
+    assert str(error).startswith("a\\x1b[2Jb\\udc80 xxx")
+    assert str(error).endswith("... (6,008 more characters)")
+    assert len(str(UnknownName("attack", "x" * 5_000_000, ["dlg"]))) < 300
+
+
+def test_errors_cross_process_borders() -> None:
+    for error in (UnknownName("attack", "dgl", ["dlg"]), errors.InvalidInput("damaged")):
+        again = pickle.loads(pickle.dumps(error))
+        assert type(again) is type(error) and str(again) == str(error)
+
+
+class _Silent:
+    def __repr__(self) -> str:
+        raise ValueError
+
+
+def test_any_value_is_shown_in_a_short_line() -> None:
+    deep: list[object] = []
+    for _ in range(5000):
+        deep = [deep]
+    for value in (deep, "x" * 10**6, 16**5000, {"a": deep}, "a\nb\x00", [1] * 10**6, _Silent()):
+        text = errors.shown(value)
+        assert len(text) <= 160 and text.isprintable()
+    assert errors.shown(-3) == "-3" and errors.shown({"a": [1, "b"]}) == "{'a': [1, 'b']}"

@@ -13,17 +13,72 @@
     ├── Unavailable         (RuntimeError)    an optional asset or package is not on this machine
     └── CatalogueError      (ValueError)      a row of the published tables is malformed
 
-Messages say who, what was expected, what came instead, and the way out.
+Messages say who, what was expected, what came instead, and the way out. They may quote what a
+stranger wrote: unprintable characters are shown as escapes, and no message is longer than
+:data:`LONGEST`.
 """
 
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any, Self
+
+LONGEST = 4_000
+"""Characters of a message; a file of megabytes must not come back as its own error."""
 
 
 class LeakAtlasError(Exception):
     """The root of the tree; catch it to catch everything raised on purpose."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors cross process borders, and some take more than a message to be made.
+        return _again, (type(self), str(self))
+
+    @classmethod
+    def _saying(cls, message: str) -> Self:
+        error = cls.__new__(cls, message)
+        LeakAtlasError.__init__(error, message)
+        return error
+
+
+def _again(kind: type[LeakAtlasError], message: str) -> LeakAtlasError:
+    return kind._saying(message)
+
+
+def printable(text: str) -> str:
+    """``text`` without control characters and lone surrogates, cut to :data:`LONGEST`."""
+    over = len(text) - LONGEST
+    if over > 0:
+        text = f"{text[:LONGEST]}... ({over:,} more characters)"
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 80
+        self.maxlong = 40
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write whole numbers of more than 4,300 digits.
+        return super().repr_int(x, level) if x.bit_length() < 10_000 else "a huge number"
+
+
+def shown(value: object) -> str:
+    """A stranger's value as a message quotes it: one short line, whatever it is.
+
+    >>> shown("a" * 1000)
+    "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa'"
+    """
+    text = " ".join(_Short().repr(value).split())
+    return text if len(text) <= 160 else f"{text[:157]}..."
 
 
 class InvalidParameter(LeakAtlasError, ValueError):
@@ -45,9 +100,11 @@ class UnknownName(LeakAtlasError, LookupError):
 
     def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
         known = sorted(known)
-        close = difflib.get_close_matches(str(name).lower(), known, n=3, cutoff=0.5)
+        # A name of a megabyte is compared by its beginning.
+        asked = name[:80].lower() if isinstance(name, str) else ""
+        close = difflib.get_close_matches(asked, known, n=3, cutoff=0.5)
         hint = f"Did you mean {' or '.join(map(repr, close))}? " if close else ""
-        super().__init__(f"Unknown {kind} {name!r}. {hint}Known: {', '.join(known)}.")
+        super().__init__(f"Unknown {kind} {shown(name)}. {hint}Known: {', '.join(known)}.")
 
 
 class NotGranted(LeakAtlasError, AttributeError):

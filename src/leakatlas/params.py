@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Self, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from leakatlas.errors import InvalidParameter
+from leakatlas.errors import InvalidParameter, shown
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -51,7 +52,8 @@ class Configured:
             except ValidationError as problem:
                 reason = problem.errors()[0]["msg"]
                 raise InvalidParameter(
-                    f"{type(self).__name__}({name}={value!r}): {reason[:1].lower()}{reason[1:]}."
+                    f"{type(self).__name__}({name}={shown(value)}): "
+                    f"{reason[:1].lower()}{reason[1:]}."
                 ) from None
             object.__setattr__(self, name, checked)
 
@@ -63,16 +65,18 @@ class Configured:
         }
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
         """The object whose :meth:`to_json` is ``values``.
 
         Raises:
             InvalidParameter: If a name is unknown or a value is outside its range.
         """
+        if not isinstance(values, Mapping):
+            raise InvalidParameter(f"{cls.__name__} takes names with values; got {shown(values)}.")
         known = _adapters(cls)
-        unknown = sorted(set(values) - set(known))
+        unknown = [name for name in values if name not in known]
         if unknown:
             raise InvalidParameter(
-                f"{cls.__name__} has no parameter {unknown[0]!r}; it has: {', '.join(known)}."
+                f"{cls.__name__} has no parameter {shown(unknown[0])}; it has: {', '.join(known)}."
             )
         return cls(**values)

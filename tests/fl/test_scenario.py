@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from leakatlas import models
 from leakatlas.data import Box, ImageSet
-from leakatlas.errors import InvalidInput, InvalidParameter, UnknownName
+from leakatlas.errors import InvalidInput, InvalidParameter, LeakAtlasError, UnknownName
 from leakatlas.fl import FedAVG, FedSGD, ModelRef, Scenario, model_state, stage, state_hash
 from leakatlas.threat import Grant, Vantage
 from tests.conftest import BOX, build_stage, photos, surrogate
@@ -173,3 +174,32 @@ def test_public_data_that_hold_a_victim_are_refused() -> None:
 
 def test_the_default_protocol_is_fedsgd() -> None:
     assert _scenario().protocol == FedSGD()
+
+
+def test_a_described_scenario_runs_no_code_unless_told_to(tmp_path: Path) -> None:
+    canary = tmp_path / "owned"
+    values = Scenario(model=ModelRef("python", "os:mkdir", {"path": str(canary)})).to_json()
+    scenario = Scenario.from_json(values)
+    with pytest.raises(InvalidInput, match=r"was not run.*`model=`, or `trust_code=True`"):
+        stage(scenario)
+    assert not canary.exists()
+    with pytest.raises(InvalidInput, match="returned NoneType"):
+        stage(scenario, trust_code=True)
+    assert canary.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "lenet"}, {"model": {"kind": "shell", "name": "x"}},
+        {"model": {"kind": "builtin"}},
+        {"model": {"kind": "builtin", "name": ["lenet"]}}, {"examples": "x"}, {"examples": True},
+        {"clients": 1.5}, {"rounds": None}, {"defenses": [{"key": ["x"]}]}, {"defenses": [3]},
+        {"protocol": []}, {"protocol": {"algorithm": ["x"]}}, {"grants": "labels"},
+        {"vantage": 3}, {"letter": None}, {"data": 3}, {"seed": "x"},
+    ],
+)  # fmt: skip
+def test_a_description_of_another_shape_is_refused(change: dict[str, Any]) -> None:
+    values = Scenario(model=ModelRef("builtin", "lenet")).to_json() | change
+    with pytest.raises(LeakAtlasError):
+        Scenario.from_json(values)

@@ -348,6 +348,40 @@ def test_a_live_model_is_needed_where_the_description_cannot_build_one(tmp_path:
     assert state_hash(model_state(loaded.model)) == state_hash(model_state(view.model))
 
 
+@pytest.mark.parametrize("code", ["os:mkdir", "pathlib:Path.touch", "{folder}/net.py:make"])
+def test_a_view_never_runs_the_code_that_it_names(code: str, tmp_path: Path) -> None:
+    view = _view()
+    view.save(tmp_path)
+    canary = tmp_path / "owned"
+    (tmp_path / "net.py").write_text(f"from pathlib import Path\nPath({str(canary)!r}).touch()\n")
+    file = tmp_path / "view.json"
+    description = json.loads(file.read_text())
+    name = code.format(folder=tmp_path)
+    description["model"] = {"kind": "python", "name": name, "kwargs": {"path": str(canary)}}
+    file.write_text(json.dumps(description))
+    with pytest.raises(InvalidInput, match=r"was not run.*`model=`, or `trust_code=True`"):
+        View.load(tmp_path)
+    assert not canary.exists()
+    loaded = View.load(tmp_path, model=view.model.float())
+    assert state_hash(model_state(loaded.model)) == state_hash(model_state(view.model))
+    assert not canary.exists()
+
+
+def test_trusted_code_of_ones_own_is_run(tmp_path: Path) -> None:
+    view = _view()
+    view.save(tmp_path)
+    (tmp_path / "net.py").write_text(
+        "from leakatlas import models\ndef make(**settings):\n"
+        "    return models.build('convnet-bn', **settings)\n"
+    )
+    file = tmp_path / "view.json"
+    description = json.loads(file.read_text())
+    description["model"] |= {"kind": "python", "name": f"{tmp_path}/net.py:make"}
+    file.write_text(json.dumps(description))
+    loaded = View.load(tmp_path, trust_code=True)
+    assert state_hash(model_state(loaded.model)) == state_hash(model_state(view.model))
+
+
 def _damage(folder: Path, change: str) -> None:
     text, data = folder / "view.json", folder / "view.safetensors"
     description = json.loads(text.read_text())
@@ -399,21 +433,21 @@ def _damage(folder: Path, change: str) -> None:
     [
         ("no json", r"is not a saved view: .*view\.json.* is missing"),
         ("no tensors", "is missing|No such file"),
-        ("truncated json", "is damaged"),
-        ("binary json", "is damaged"),
+        ("truncated json", "cannot be read"),
+        ("binary json", "cannot be read"),
         ("a list", "is not the description of a view"),
-        ("truncated tensors", "is damaged"),
-        ("empty tensors", "is damaged"),
-        ("pickle", "is damaged"),
+        ("truncated tensors", "cannot be read"),
+        ("empty tensors", "cannot be read"),
+        ("pickle", "cannot be read"),
         ("other format", "format 'leakatlas/view/9', expected 'leakatlas/view/1'"),
-        ("missing key", "is damaged: KeyError: 'vantage'"),
+        ("missing key", "cannot be read: 'vantage' is missing"),
         ("unknown vantage", "Unknown vantage 'moon'"),
         ("unknown grant", "Unknown grant 'everything'"),
         ("unknown letter", "Unknown threat model 'Q'"),
         ("unknown field", "A view has no field 'private_images'"),
         ("a field too much", "is not given to threat model A"),
         ("another model", r"model expects \(11"),
-        ("labels without tensor", "is damaged: KeyError: 'labels'"),
+        ("labels without tensor", "cannot be read: 'labels' is missing"),
     ],
 )
 def test_a_damaged_view_is_refused_with_a_reason(change: str, message: str, tmp_path: Path) -> None:

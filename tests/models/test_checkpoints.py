@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from leakatlas import limits, tensorfiles
 from leakatlas.data import Box, parquet, photos
 from leakatlas.errors import InvalidInput, UnknownName
 from leakatlas.models import (
@@ -230,7 +231,7 @@ def test_whole_models_and_other_contents_are_refused(
         (torch.zeros(2), "found a Tensor"),
         ({}, "no tensor"),
         ({"a": 3}, "'a' is a int"),
-        ({0: torch.zeros(1)}, "0 is a Tensor"),
+        ({0: torch.zeros(1)}, "one is named 0"),
         ({"a": torch.eye(2).to_sparse()}, "sparse"),
         ({"a": torch.tensor([1.0, float("nan"), float("inf")])}, "a holds 2 values"),
     ]
@@ -294,3 +295,52 @@ def test_state_that_does_not_fit_changes_nothing(state: dict[str, Tensor]) -> No
         with pytest.raises(InvalidInput, match=word):
             apply_state(model, bad, source="user.pt")
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def exotic() -> dict[str, tuple[Any, str]]:
+    return {
+        "stride 0": (torch.zeros(1).expand(10**12), "stores only 4 bytes"),
+        "meta": (torch.zeros(3, device="meta"), "meta tensor"),
+        "sparse": (torch.eye(3).to_sparse(), "sparse or quantised"),
+        "complex": (torch.zeros(3, dtype=torch.complex64), "complex64; expected floats"),
+        "bits": (torch.zeros(3, dtype=torch.uint8).view(torch.bits8), "bits8; expected floats"),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(exotic()))
+def test_tensors_without_plain_values_are_refused(name: str, tmp_path: Path) -> None:
+    value, words = exotic()[name]
+    torch.save({"w": value}, tmp_path / "x.pt")
+    with pytest.raises(InvalidInput, match=words):
+        load_state(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("dtype", tensorfiles.DTYPES)
+def test_tensors_of_every_listed_type_are_read(dtype: torch.dtype, tmp_path: Path) -> None:
+    value = torch.ones(3).to(dtype)
+    torch.save({"w": value}, tmp_path / "x.pt")
+    read = load_state(tmp_path / "x.pt")["w"]
+    assert read.dtype == dtype and read.float().equal(torch.ones(3))
+    if dtype.is_floating_point:
+        torch.save({"w": torch.full((3,), torch.nan).to(dtype)}, tmp_path / "x.pt")
+        with pytest.raises(InvalidInput, match="3 values that are not finite"):
+            load_state(tmp_path / "x.pt")
+
+
+def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(100_000)}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as stored:
+        with zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+            for entry in stored.namelist():
+                bomb.writestr(entry, stored.read(entry))
+    with pytest.raises(InvalidInput, match="compressed archive"):
+        load_state(tmp_path / "y.pt")
+
+
+def test_a_file_beyond_the_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"w": torch.zeros(1000)}, tmp_path / "x.pt")
+    monkeypatch.setattr(limits, "memory", lambda: 4000)
+    with pytest.raises(InvalidInput, match="this machine's memory has 4 kB"):
+        load_state(tmp_path / "x.pt")

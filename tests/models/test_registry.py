@@ -1,5 +1,7 @@
 """What holds for every registered classifier."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -83,3 +85,31 @@ def test_unknown_names_and_settings_are_refused() -> None:
 def test_every_count_must_be_positive(name: str, setting: str, value: float) -> None:
     with pytest.raises(InvalidParameter, match=setting):
         build(name, **{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("fc", {"classes": 10**9}, "classes is larger than 16,777,216"),
+        ("fc", {"widths": [2**20] * 9}, "parameters x 4 bytes"),
+        ("convnet", {"size": 2**24}, "parameters x 4 bytes"),
+        ("resnet20", {"blocks": [10**6]}, "blocks asks for 1,000,000 layers"),
+        ("vit", {"depth": 5000}, "depth asks for 5,000 layers"),
+        ("fc", {"widths": [1] * 5000}, "widths asks for 5,000 layers"),
+        ("fc", {"widths": None}, "cannot be built"),
+        ("fc", {"seed": "x"}, "cannot be built"),
+        ("lenet", {"act": ["relu"]}, "cannot be built"),
+        ("lenet", {"init_range": float("nan")}, "cannot be built"),
+        ("fc", {"name": "x"}, "has no setting 'name'"),
+    ],
+)
+def test_settings_that_no_machine_can_build_are_refused(
+    name: str, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InvalidParameter, match=words):
+        build(name, **settings)
+
+
+def test_a_large_model_that_fits_is_built() -> None:
+    hidden = build("fc", size=8, widths=[300]).get_submodule("hidden.1")
+    assert isinstance(hidden, nn.Linear) and hidden.weight.shape == (300, 192)

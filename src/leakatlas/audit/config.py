@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from leakatlas import data, models
+from leakatlas import data, models, reading
 from leakatlas.audit.plan import Plan, Setting, parse_budget
 from leakatlas.blocks.watch import Execution
 from leakatlas.data import Box
-from leakatlas.errors import InvalidInput, UnknownName
+from leakatlas.errors import InvalidInput, UnknownName, shown
 from leakatlas.fl import ModelRef, Update
 from leakatlas.fl.state import load_into
 from leakatlas.fl.view import defense_from_json, protocol_from_json
@@ -89,37 +88,36 @@ def read_config(path: Path | str) -> AuditConfig:
         InvalidInput: If the file is missing, is not YAML, or has unknown keys or wrong values; all
             problems are named at once.
     """
-    path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InvalidInput(f"The configuration {str(path)!r} does not exist.") from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise InvalidInput(f"The configuration {str(path)!r} cannot be read: {problem}.") from None
-    except yaml.YAMLError as problem:
-        raise InvalidInput(f"{str(path)!r} is not YAML: {problem}") from None
+    content = reading.read_yaml(path, what="configuration")
     if not isinstance(content, dict):
         raise InvalidInput(
-            f"{str(path)!r} holds {type(content).__name__}, expected keys such as 'model:'."
+            f"{shown(str(path))} holds {shown(content)}, expected keys such as 'model:'."
         )
     try:
         return AuditConfig.model_validate(content)
     except ValidationError as problem:
-        lines = [_explain(error) for error in problem.errors()]
+        errors = problem.errors(include_url=False)
+        lines = [_explain(error) for error in errors[:MOST]]
+        if len(errors) > MOST:
+            lines.append(f"And {len(errors) - MOST} more.")
         raise InvalidInput(f"{path}: " + " ".join(lines)) from None
 
 
+MOST = 8
+"""Mistakes that are explained at once."""
+
+
 def _explain(error: Any) -> str:
-    place = ".".join(str(part) for part in error["loc"])
+    place = ".".join(str(part)[:40] for part in error["loc"])
     if error["type"] == "extra_forbidden":
         parent = error["loc"][:-1]
         known = _keys_at(parent)
-        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        close = difflib.get_close_matches(str(error["loc"][-1])[:40], known, n=1)
         hint = f" did you mean {close[0]!r}?" if close else ""
-        return f"unknown key {place!r};{hint} known: {', '.join(known)}."
+        return f"unknown key {shown(place)};{hint} known: {', '.join(known)}."
     if error["type"] == "missing":
         return f"key {place!r} is missing."
-    return f"{place}: {error['msg'][:1].lower()}{error['msg'][1:]}, got {error['input']!r}."
+    return f"{place}: {error['msg'][:1].lower()}{error['msg'][1:]}, got {shown(error['input'])}."
 
 
 def _keys_at(place: tuple[int | str, ...]) -> list[str]:
@@ -170,7 +168,7 @@ def make_setting(config: AuditConfig, *, base: Path) -> Setting:
         mean = config.data.mean or (0.0,) * channels
         std = config.data.std or (1.0,) * channels
         box = Box(mean=mean, std=std)
-    model = reference.build()
+    model = reference.build(trust_code=True)  # the person who starts an audit names this file
     if config.model.weights is not None:
         name = config.model.weights
         held = (
@@ -204,8 +202,6 @@ def captured_update(config: AuditConfig, *, base: Path) -> Update | None:
 
 
 def _defense(description: Mapping[str, Any]) -> Any:
-    if "key" not in description:
-        raise InvalidInput(f"A defense needs a 'key', got {dict(description)!r}.")
     return defense_from_json(description)
 
 

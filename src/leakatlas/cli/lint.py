@@ -120,7 +120,7 @@ def read_model(
             settings["classes"] = len(held["fc.weight"])
         module = ModelRef("builtin", name, settings).build()
     elif name and not Path(text).is_file():
-        module = ModelRef("python", text).build()
+        module = ModelRef("python", text).build(trust_code=True)
     elif weights is not None:
         raise InvalidInput(
             f"{option} {text!r} is a file of weights already; --weights goes with builtin:NAME or "

@@ -31,6 +31,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from leakatlas import limits
+from leakatlas.data import pictures
 from leakatlas.data.images import ImageSet
 from leakatlas.errors import InvalidParameter, UnknownName
 
@@ -92,6 +94,7 @@ def photos(size: int = 32, *, part: str = "victim") -> ImageSet:
         part: "victim" (8 photos), "surrogate" (8 others, 6 of them grey) or "all".
     """
     chosen = _part(part)
+    _require_room("photos", len(chosen), 3, size)
     images = torch.cat([_crop(_read(name), _PHOTOS[name].square, size) for name in chosen])
     return ImageSet(images, torch.arange(len(chosen)), chosen, f"photos-{size}-{part}")
 
@@ -111,6 +114,7 @@ def patches(size: int = 32, n: int = 256, *, part: str = "victim") -> ImageSet:
     if n < 1:
         raise InvalidParameter(f"patches(n={n}): expected a positive number.")
     chosen = _part(part)
+    _require_room("patches", n, 3, size)
     labels = torch.arange(n) % len(chosen)
     images = torch.empty(n, 3, size, size)
     for index, name in enumerate(chosen):
@@ -127,6 +131,7 @@ def faces(size: int = 25) -> ImageSet:
     Args:
         size: Side; 25 is the side of the files.
     """
+    _require_room("faces", 200, 1, size)
     crops = torch.from_numpy(np.asarray(_skimage("lfw_subset"), dtype=np.float32))
     labels = torch.arange(200) // 100
     classes = ("face", "background")
@@ -139,12 +144,20 @@ def digits(size: int = 8) -> ImageSet:
     Args:
         size: Side; 8 is the side of the files.
     """
+    _require_room("digits", 1797, 1, size)
     import sklearn.datasets
 
     bunch = sklearn.datasets.load_digits()
     images = torch.from_numpy(bunch.images.astype(np.float32) / 16.0)[:, None]
     labels = torch.from_numpy(bunch.target.astype(np.int64))
     return ImageSet(images, labels, tuple("0123456789"), f"digits-{size}").resize(size)
+
+
+def _require_room(name: str, count: int, channels: int, size: int) -> None:
+    pictures.require_side(size, f"{name}(size={size})")
+    arithmetic = f"{count:,} images x {channels} channels x {size:,}^2 pixels x 4 bytes, twice"
+    # Twice: the pictures before and after they are put together.
+    limits.require_memory(f"{name}(size={size})", 8.0 * count * channels * size**2, arithmetic)
 
 
 def _part(part: str) -> tuple[str, ...]:
@@ -166,8 +179,6 @@ def _read(name: str) -> Tensor:
 
 
 def _crop(photo: Tensor, square: tuple[int, int, int], size: int) -> Tensor:
-    if size < 1:
-        raise InvalidParameter(f"expected a positive image size; got {size}.")
     top, left, side = square
     region = photo[:, :, top : top + side, left : left + side]
     return F.interpolate(

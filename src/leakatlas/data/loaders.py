@@ -6,11 +6,10 @@ truncated, oversized or foreign file is refused with its name and row.
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shlex
-import warnings
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from leakatlas.data import bundled
+from leakatlas import limits, reading
+from leakatlas.data import bundled, pictures
 from leakatlas.data.images import ImageSet
-from leakatlas.errors import InvalidInput, InvalidParameter, Unavailable, UnknownName
+from leakatlas.errors import InvalidInput, InvalidParameter, Unavailable, UnknownName, shown
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+MAX_LABEL = 2**31
 MAX_CLASSES = 100_000  # ImageNet-21k has 21,843; one stray label must not allocate a name each
-MAX_PIXELS = 64_000_000  # of one file; above it, a decompression bomb is likelier than a photo
+
+# What pyarrow raises besides what reading can always meet.
+_ARROW = (pa.ArrowException, LookupError, TypeError, NotImplementedError, RuntimeError)
+
+# What torchvision's readers raise on damaged files.
+_FOREIGN = (LookupError, TypeError, AttributeError, AssertionError, EOFError, struct.error)
 
 # How torchvision's constructor of each set names its parts: a flag, or a word.
 _BY_FLAG = ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST", "KMNIST", "QMNIST", "USPS")
@@ -54,6 +58,7 @@ def parquet(
         InvalidInput: If the file or one of its images cannot be read; the message names the row.
     """
     path = Path(path)
+    _require_side(size, str(path))
     file = _open_parquet(path)
     columns = file.schema_arrow.names
     image_column = next((column for column in IMAGE_COLUMNS if column in columns), None)
@@ -68,13 +73,13 @@ def parquet(
             f"{path}: {label_column} must hold integers; it holds "
             f"{file.schema_arrow.field(label_column).type}."
         )
-    arrays: list[NDArray[np.uint8]] = []
+    arrays = _Arrays(str(path))
     labels: list[int] = []
     for image, label in _rows(file, path, image_column, label_column, limit):
         where = f"{path}, row {len(labels)}"
-        arrays.append(_decode(_cell_bytes(image, where), where, size))
-        if label is None:
-            raise InvalidInput(f"{where}: the label is missing.")
+        arrays.append(pictures.decode(_cell_bytes(image, where), where, size))
+        if label is None or not 0 <= label < MAX_LABEL:
+            raise InvalidInput(f"{where}: the label is {shown(label)}, expected 0, 1, 2, ...")
         labels.append(label)
     names = _class_names(file.schema_arrow.metadata, label_column)
     classes = names or _numbers(labels, str(path))
@@ -92,6 +97,25 @@ def image_folder(
         InvalidInput: If there is no such folder, no image in it, or an image is unreadable.
     """
     path = Path(path)
+    _require_side(size, str(path))
+    with reading.boundary(f"The folder {shown(str(path))}"):
+        files, classes = _walk(path, limit)
+    if not files:
+        raise InvalidInput(
+            f"{path}: no images; expected {path}/CLASS/IMAGE or {path}/IMAGE with one of "
+            f"{', '.join(pictures.SUFFIXES)}."
+        )
+    arrays = _Arrays(str(path))
+    for file, _ in files:
+        content = reading.read_bytes(file, what="image", limit=limits.PICTURE)
+        arrays.append(pictures.decode(content, str(file), size))
+    return _assemble(
+        arrays, [label for _, label in files], classes, name or path.resolve().name, str(path)
+    )
+
+
+def _walk(path: Path, limit: int | None) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
+    """Images with the index of their class, and the names of the classes."""
     if not path.is_dir():
         raise InvalidInput(f"{path}: there is no such folder.")
     folders = sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
@@ -100,17 +124,9 @@ def image_folder(
         (file, label)
         for label, folder in enumerate(folders or [path])
         for file in sorted(folder.iterdir())
-        if file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES
+        if file.is_file() and file.suffix.lower() in pictures.SUFFIXES
     ][:limit]
-    if not files:
-        raise InvalidInput(
-            f"{path}: no images; expected {path}/CLASS/IMAGE or {path}/IMAGE with one of "
-            f"{', '.join(IMAGE_SUFFIXES)}."
-        )
-    arrays = [_decode(file.read_bytes(), str(file), size) for file, _ in files]
-    return _assemble(
-        arrays, [label for _, label in files], classes, name or path.resolve().name, str(path)
-    )
+    return files, classes
 
 
 def torchvision_set(
@@ -139,6 +155,7 @@ def torchvision_set(
     """
     if name not in TORCHVISION:
         raise UnknownName("torchvision data set", name, TORCHVISION)
+    _require_side(size, name)
     arguments: dict[str, Any] = {"root": str(root), "download": download}
     if name in _BY_FLAG:
         if split not in ("train", "test"):
@@ -149,27 +166,36 @@ def torchvision_set(
     # torchvision takes seconds to import; only who asks for one of its sets should wait.
     import torchvision
 
-    try:
-        dataset: Any = getattr(torchvision.datasets, name)(**arguments)
-    except ValueError as problem:
-        raise InvalidParameter(f"{name}(split={split!r}): {problem}") from None
-    except (RuntimeError, FileNotFoundError) as problem:
-        fetch = {**arguments, "download": True}
-        call = ", ".join(f"{key}={value!r}" for key, value in fetch.items())
-        script = f"from torchvision.datasets import {name}; {name}({call})"
-        raise Unavailable(
-            f"{name} ({split}) is not under {root} ({problem}). "
-            f"Fetch it with: python -c {shlex.quote(script)}"
-        ) from None
+    with reading.boundary(f"{name} under {root}", *_FOREIGN), pictures.only_known_formats():
+        dataset = _torchvision(getattr(torchvision.datasets, name), arguments)
     count = len(dataset) if limit is None else min(limit, len(dataset))
-    arrays, labels = [], []
+    arrays, labels = _Arrays(name), []
     for index in range(count):
-        image, label = dataset[index]
-        arrays.append(_pixels(image, f"{name} {split}, image {index}", size))
+        where = f"{name} {split}, image {index}"
+        with reading.boundary(where, *_FOREIGN), pictures.only_known_formats():
+            image, label = dataset[index]
+        arrays.append(pictures.pixels(image, where, size))
         labels.append(int(label))
     named = getattr(dataset, "classes", None)
     classes = tuple(map(str, named)) if named else _numbers(labels, name)
     return _assemble(arrays, labels, classes, f"{name} {split}", f"{name} under {root}")
+
+
+def _torchvision(make: Any, arguments: Mapping[str, Any]) -> Any:
+    try:
+        return make(**arguments)
+    except ValueError as problem:
+        split = arguments.get("split", "train" if arguments.get("train") else "test")
+        raise InvalidParameter(f"{make.__name__}(split={split!r}): {problem}") from None
+    except (RuntimeError, FileNotFoundError) as problem:
+        call = ", ".join(
+            f"{key}={value!r}" for key, value in {**arguments, "download": True}.items()
+        )
+        script = f"from torchvision.datasets import {make.__name__}; {make.__name__}({call})"
+        raise Unavailable(
+            f"{make.__name__} is not under {arguments['root']} ({problem}). "
+            f"Fetch it with: python -c {shlex.quote(script)}"
+        ) from None
 
 
 def load(spec: str, *, limit: int | None = None) -> ImageSet:
@@ -195,7 +221,7 @@ def load(spec: str, *, limit: int | None = None) -> ImageSet:
         Unavailable: If a torchvision set is not on this machine.
     """
     if limit is not None and limit < 1:
-        raise InvalidParameter(f"load({spec!r}): limit must be positive; got {limit}.")
+        raise InvalidParameter(f"load({shown(spec)}): limit must be positive; got {limit}.")
     kind, _, rest = spec.partition(":")
     if kind in ("photos", "patches", "digits", "faces"):
         images = _load_bundled(kind, rest, spec)
@@ -203,11 +229,11 @@ def load(spec: str, *, limit: int | None = None) -> ImageSet:
     if kind not in ("parquet", "folder", "torchvision"):
         known = ("photos", "patches", "digits", "faces", "parquet", "folder", "torchvision")
         raise UnknownName("data set", kind, known)
-    suffix = re.search(r"@(\d+)$", rest)
+    suffix = re.search(r"@([0-9]+)$", rest)
     size = _positive(suffix[1], spec) if suffix else None
     target = rest[: suffix.start()] if suffix else rest
     if not target:
-        raise InvalidParameter(f"{spec!r}: expected a path after {kind + ':'!r}.")
+        raise InvalidParameter(f"{shown(spec)}: expected a path after {kind + ':'!r}.")
     if kind == "parquet":
         return parquet(target, size, limit=limit)
     if kind == "folder":
@@ -216,7 +242,7 @@ def load(spec: str, *, limit: int | None = None) -> ImageSet:
     name, _, split = name.partition("/")
     if not root:
         raise InvalidParameter(
-            f"{spec!r}: expected torchvision:NAME:ROOT or torchvision:NAME/SPLIT:ROOT."
+            f"{shown(spec)}: expected torchvision:NAME:ROOT or torchvision:NAME/SPLIT:ROOT."
         )
     return torchvision_set(name, root, split or "test", size=size, limit=limit)
 
@@ -225,10 +251,10 @@ def _load_bundled(kind: str, rest: str, spec: str) -> ImageSet:
     words = rest.split(":") if rest else []
     numbers = 2 if kind == "patches" else 1
     part: str = "victim"
-    if kind in ("photos", "patches") and words and not words[-1].isdigit():
+    if kind in ("photos", "patches") and words and words[-1].isalpha():
         part = words.pop()
     if len(words) > numbers:
-        raise InvalidParameter(f"{spec!r}: {kind!r} does not take {words[numbers]!r}.")
+        raise InvalidParameter(f"{shown(spec)}: {kind!r} does not take {shown(words[numbers])}.")
     values = [_positive(word, spec) for word in words]
     if kind == "photos":
         return bundled.photos(*values, part=part)
@@ -238,33 +264,34 @@ def _load_bundled(kind: str, rest: str, spec: str) -> ImageSet:
 
 
 def _positive(word: str, spec: str) -> int:
-    if not word.isdigit() or int(word) < 1:
-        raise InvalidParameter(f"{spec!r}: expected a positive number; got {word!r}.")
+    if not re.fullmatch(r"0*[1-9][0-9]{0,9}", word):
+        raise InvalidParameter(
+            f"{shown(spec)}: expected a positive number of at most ten digits; got {shown(word)}."
+        )
     return int(word)
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
-    if not path.is_file():
-        raise InvalidInput(f"{path}: there is no such file.")
-    try:
+    with reading.boundary(f"The Parquet file {shown(str(path))}"):
+        if not path.is_file():
+            raise InvalidInput(f"{path}: there is no such file.")
+    way_out = "It may be truncated or no Parquet file."
+    with reading.boundary(f"The Parquet file {shown(str(path))}", *_ARROW, way_out=way_out):
         return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as problem:
-        raise InvalidInput(
-            f"{path}: not a readable Parquet file (truncated or of another kind): {problem}"
-        ) from None
 
 
 def _rows(
     file: pq.ParquetFile, path: Path, image: str, label: str, limit: int | None
 ) -> Iterator[tuple[Any, int | None]]:
     left = file.metadata.num_rows if limit is None else min(limit, file.metadata.num_rows)
-    batches = file.iter_batches(batch_size=1024, columns=[image, label])
+    batches = file.iter_batches(batch_size=min(max(left, 1), 1024), columns=[image, label])
     while left > 0:
-        try:
-            batch = next(batches)
-        except (pa.ArrowException, OSError) as problem:
-            raise InvalidInput(f"{path}: damaged Parquet data: {problem}") from None
-        for row in batch.slice(0, left).to_pylist():
+        with reading.boundary(f"{path}: damaged Parquet data, which", *_ARROW):
+            batch = next(batches, None)
+            if batch is None or batch.num_rows == 0:
+                raise InvalidInput(f"{path}: damaged Parquet data: {left} rows are missing.")
+            rows = batch.slice(0, left).to_pylist()
+        for row in rows:
             yield row[image], row[label]
         left -= batch.num_rows
 
@@ -285,7 +312,7 @@ def _class_names(metadata: Mapping[bytes, bytes] | None, column: str) -> tuple[s
         return ()
     try:
         names = json.loads(raw)["info"]["features"][column]["names"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return ()  # other writers put other things there; numbers then serve as names
     return tuple(map(str, names)) if isinstance(names, list) else ()
 
@@ -300,46 +327,24 @@ def _numbers(labels: Sequence[int], where: str) -> tuple[str, ...]:
     return tuple(map(str, range(max(highest, 0) + 1)))
 
 
-def _decode(content: bytes, where: str, size: int | None) -> NDArray[np.uint8]:
-    try:
-        # Pillow remarks on odd metadata and on large images; the pixels decide here.
-        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise InvalidInput(
-                    f"{where}: {image.width}x{image.height} pixels; the limit is {MAX_PIXELS:,}."
-                )
-            image.load()
-            return _pixels(image, where, size)
-    except InvalidInput:
-        raise
-    except UnidentifiedImageError:
-        raise InvalidInput(f"{where}: not an image ({len(content)} bytes).") from None
-    except (
-        OSError,
-        SyntaxError,  # Pillow's word for a broken PNG chunk
-        ValueError,
-        Image.DecompressionBombError,
-    ) as problem:
-        raise InvalidInput(f"{where}: damaged image: {problem}") from None
-
-
-def _pixels(image: Image.Image, where: str, size: int | None) -> NDArray[np.uint8]:
-    """The bytes of an image, ``(H, W)`` if grey and ``(H, W, 3)`` if not."""
-    if not isinstance(image, Image.Image):
-        raise InvalidInput(f"{where}: expected an image; got {type(image).__name__}.")
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":
-        raise InvalidInput(
-            f"{where}: {image.mode} pixels have no fixed range; save the image with 8 bits."
-        )
-    image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+def _require_side(size: int | None, who: str) -> None:
     if size is not None:
-        # Cropped before it is resized (ImageOps.fit is not), so that nothing outside bleeds in.
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image, dtype=np.uint8)
+        pictures.require_side(size, who)
+
+
+class _Arrays(list[NDArray[np.uint8]]):
+    """Decoded images; refuses the one with which they no longer fit into memory as floats."""
+
+    def __init__(self, who: str) -> None:
+        super().__init__()
+        self.who = who
+        self.values = 0
+
+    def append(self, array: NDArray[np.uint8]) -> None:
+        super().append(array)
+        self.values += array.size
+        arithmetic = f"{len(self)} images, the last {array.shape}, in float32 and in bytes"
+        limits.require_memory(self.who, 5 * self.values, arithmetic)
 
 
 def _assemble(

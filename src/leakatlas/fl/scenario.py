@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from leakatlas import data, models
 from leakatlas.data import Box, ImageSet
-from leakatlas.errors import InvalidInput, InvalidParameter
+from leakatlas.errors import InvalidInput, InvalidParameter, shown
 from leakatlas.fl import state
 from leakatlas.fl.hooks import Defense
 from leakatlas.fl.protocol import FedSGD, Protocol
@@ -84,11 +85,7 @@ class Scenario:
     def to_json(self) -> dict[str, Any]:
         """The scenario as plain JSON values."""
         return {
-            "model": {
-                "kind": self.model.kind,
-                "name": self.model.name,
-                "kwargs": self.model.kwargs,
-            },
+            "model": self.model.to_json(),
             "weights": self.weights,
             "data": self.data,
             "surrogate": self.surrogate,
@@ -113,13 +110,25 @@ class Scenario:
             UnknownName: If a defense, letter, grant or algorithm does not exist.
         """
         known = set(cls.__dataclass_fields__)
-        unknown = sorted(set(values) - known)
+        if not isinstance(values, Mapping):
+            raise InvalidParameter(f"A scenario is described by names; got {shown(values)}.")
+        unknown = [name for name in values if name not in known]
         if unknown:
             raise InvalidParameter(
-                f"A scenario has no key {unknown[0]!r}; it has: {', '.join(sorted(known))}."
+                f"A scenario has no key {shown(unknown[0])}; it has: {', '.join(sorted(known))}."
             )
+        if "model" not in values:
+            raise InvalidParameter("A scenario needs the key 'model'.")
+        for name, value in values.items():
+            try:
+                _SHAPES[name].validate_python(value, strict=True)
+            except ValidationError as problem:
+                reason = problem.errors(include_url=False)[0]["msg"]
+                raise InvalidParameter(
+                    f"Scenario({name}={shown(value)}): {reason[:1].lower()}{reason[1:]}."
+                ) from None
         plain = dict(values)
-        plain["model"] = ModelRef(**plain["model"])
+        plain["model"] = ModelRef.from_json(plain["model"])
         if "protocol" in plain:
             plain["protocol"] = protocol_from_json(plain["protocol"])
         if "defenses" in plain:
@@ -129,6 +138,19 @@ class Scenario:
         if "grants" in plain:
             plain["grants"] = frozenset(Grant.named(grant) for grant in plain["grants"])
         return cls(**plain)
+
+
+_SHAPES: dict[str, TypeAdapter[Any]] = {
+    "model": TypeAdapter(dict[str, Any]),
+    "protocol": TypeAdapter(dict[str, Any]),
+    "defenses": TypeAdapter(list[dict[str, Any]]),
+    "grants": TypeAdapter(list[str]),
+    "distinct_labels": TypeAdapter(bool),
+    **{name: TypeAdapter(str | None) for name in ("weights", "surrogate")},
+    **{name: TypeAdapter(str) for name in ("data", "letter", "vantage")},
+    **{name: TypeAdapter(int) for name in ("examples", "clients", "rounds", "seed")},
+}
+"""What each key of :meth:`Scenario.to_json` holds."""
 
 
 @dataclass(frozen=True)
@@ -333,6 +355,7 @@ def stage(
     victims: ImageSet | None = None,
     surrogate: ImageSet | None = None,
     box: Box | None = None,
+    trust_code: bool = False,
 ) -> Stage:
     """Bring a scenario to life.
 
@@ -342,12 +365,14 @@ def stage(
         victims: Live private images, dealt to the clients in order, instead of the named set.
         surrogate: Live public images, instead of the named set.
         box: Pixel space; plain [0, 1] if None.
+        trust_code: Whether Python code that the description names as its model may be run; it
+            is not if the description came from a file.
 
     Raises:
         InvalidInput: If there are too few images, or they do not fit the model.
     """
     if model is None:
-        model = scenario.model.build()
+        model = scenario.model.build(trust_code=trust_code)
     if scenario.weights is not None:
         held = (
             models.load_weights(scenario.weights)

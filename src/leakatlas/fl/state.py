@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
-import importlib.util
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from leakatlas import models
-from leakatlas.errors import InvalidInput, UnknownName
+from leakatlas.errors import InvalidInput, shown
+from leakatlas.fl import factory
 
 Tensors = Mapping[str, Tensor]
 
@@ -86,50 +83,52 @@ class ModelRef:
     name: str
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def build(self) -> nn.Module:
+    def build(self, *, trust_code: bool = False) -> nn.Module:
         """The architecture, freshly initialised.
 
+        Args:
+            trust_code: Whether Python code that the reference names may be run. Say so only where
+                a person named that code, never because a file does.
+
         Raises:
-            InvalidInput: If the factory cannot be found, or the model exists only as an object.
+            InvalidInput: If the factory cannot be run, the model exists only as an object, or it
+                is code that nobody trusted.
         """
         if self.kind == "builtin":
             return models.build(self.name, **self.kwargs)
         if self.kind == "object":
             raise InvalidInput(
-                f"The model {self.name!r} was given as a live object and cannot be rebuilt from "
-                "its description; pass it as `model=`, or describe it as 'file.py:factory'."
+                f"The model {shown(self.name)} was given as a live object and cannot be rebuilt "
+                "from its description; pass it as `model=`, or describe it as 'file.py:factory'."
             )
-        model = _factory(self.name)(**self.kwargs)
-        if not isinstance(model, nn.Module):
+        if not trust_code:
             raise InvalidInput(
-                f"{self.name!r} returned {type(model).__name__}, expected a torch.nn.Module."
+                f"The model is Python code, {shown(self.name)}, and was not run: a description "
+                "may come from a stranger. Pass the live model as `model=`, or `trust_code=True` "
+                "if that code is yours."
             )
-        return model
+        return factory.make(self.name, self.kwargs)
+
+    def to_json(self) -> dict[str, Any]:
+        """The reference as plain JSON values."""
+        return {"kind": self.kind, "name": self.name, "kwargs": self.kwargs}
+
+    @classmethod
+    def from_json(cls, values: Any) -> ModelRef:
+        """The reference whose :meth:`to_json` is ``values``; nothing is run.
+
+        Raises:
+            InvalidInput: If a key is missing or unknown, or a value is of the wrong type.
+        """
+        if isinstance(values, Mapping) and {"kind", "name"} <= values.keys() <= _KEYS:
+            kind, name, kwargs = values["kind"], values["name"], values.get("kwargs", {})
+            if kind in _KINDS and isinstance(name, str) and isinstance(kwargs, dict):
+                return cls(kind, name, kwargs)
+        raise InvalidInput(
+            f"A model is described by kind ({', '.join(_KINDS)}), name and kwargs; "
+            f"got {shown(values)}."
+        )
 
 
-def _factory(path: str) -> Callable[..., object]:
-    location, separator, attribute = path.rpartition(":")
-    if not separator:
-        raise InvalidInput(f"A model in Python code is 'file.py:factory', got {path!r}.")
-    if location.endswith(".py"):
-        file = Path(location)
-        if not file.is_file():
-            raise InvalidInput(f"The model file {location!r} does not exist (from {path!r}).")
-        spec = importlib.util.spec_from_file_location(f"leakatlas_user_{file.stem}", file)
-        if spec is None or spec.loader is None:
-            raise InvalidInput(f"{location!r} is not importable Python.")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(location)
-        except ModuleNotFoundError as problem:
-            raise InvalidInput(
-                f"The model module {location!r} is not importable: {problem}."
-            ) from None
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        names = [name for name in vars(module) if not name.startswith("_")]
-        raise UnknownName(f"model factory in {location}", attribute, names)
-    return factory  # type: ignore[no-any-return]  # checked callable just above
+_KINDS = ("builtin", "python", "object")
+_KEYS = {"kind", "name", "kwargs"}

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from leakatlas.errors import InvalidInput, InvalidParameter
+from leakatlas import reading, tensorfiles
+from leakatlas.errors import InvalidInput, InvalidParameter, shown
 from leakatlas.params import Configured, Positive, PositiveInt
 
 Kind = Literal["gradient", "delta", "weights"]
@@ -103,10 +103,9 @@ class Update:
         if not self.tensors:
             raise InvalidInput("The update holds no tensors.")
         for name, tensor in self.tensors.items():
-            if not tensor.is_floating_point():
+            if not tensor.is_floating_point() or tensor.element_size() == 1:
                 raise InvalidInput(f"Update tensor {name!r} is {tensor.dtype}, expected floats.")
-            bad = int((~torch.isfinite(tensor)).sum())
-            if bad:
+            if bad := tensorfiles.count_non_finite(tensor):
                 raise InvalidInput(
                     f"Update tensor {name!r} has {bad} non-finite of {tensor.numel()} values; "
                     "the client's training diverged or the message was damaged."
@@ -191,24 +190,12 @@ class Update:
         Raises:
             InvalidInput: If the file is missing, truncated, foreign, or holds non-finite values.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                facts = json.loads((file.metadata() or {}).get("leakatlas.update", "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except FileNotFoundError:
-            raise InvalidInput(f"The update file {str(path)!r} does not exist.") from None
-        except (SafetensorError, OSError) as problem:
-            raise InvalidInput(
-                f"{str(path)!r} is not a readable safetensors file ({problem}); it may be "
-                "truncated. Ask for it again."
-            ) from None
-        except json.JSONDecodeError as problem:
-            raise InvalidInput(
-                f"The update's description in {str(path)!r} is not JSON ({problem})."
-            ) from None
+        tensors, texts = tensorfiles.read_safetensors(path, what="update")
+        who = f"The update's description in {shown(str(path))}"
+        facts = reading.parse_json(texts.get("leakatlas.update", "null"), who=who)
         if not isinstance(facts, dict):
             raise InvalidInput(
-                f"{str(path)!r} is a safetensors file but not an update: its metadata lacks "
+                f"{shown(str(path))} is a safetensors file but not an update: its metadata lacks "
                 "'leakatlas.update'."
             )
         return cls.unpack(tensors, facts).check()

@@ -32,13 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from leakatlas import reading, tensorfiles
 from leakatlas.catalogue import registry
 from leakatlas.data import Box, ImageSet
-from leakatlas.errors import InvalidInput, LeakAtlasError, NotGranted, UnsupportedModel
+from leakatlas.errors import InvalidInput, NotGranted, UnknownName, UnsupportedModel, shown
 from leakatlas.fl import replay, state
 from leakatlas.fl.hooks import Defense
 from leakatlas.fl.protocol import PROTOCOLS, FedAVG, FedSGD, Protocol, task_loss
@@ -445,11 +445,7 @@ class View:
             "letter": self.letter,
             "vantage": self.vantage.value,
             "grants": sorted(grant.value for grant in self.grants),
-            "model": {
-                "kind": self._model_ref.kind,
-                "name": self._model_ref.name,
-                "kwargs": self._model_ref.kwargs,
-            },
+            "model": self._model_ref.to_json(),
             "mode": "train" if self._architecture.training else "eval",
             "architecture_defenses": [defense_json(d) for d in self._architecture_defenses],
             "fields": facts,
@@ -461,49 +457,50 @@ class View:
         (folder / "view.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path | str, *, model: nn.Module | None = None) -> View:
-        """Read what :meth:`save` wrote.
+    def load(
+        cls, folder: Path | str, *, model: nn.Module | None = None, trust_code: bool = False
+    ) -> View:
+        """Read what :meth:`save` wrote; nothing in it is run.
 
         Args:
             folder: Where it lies.
-            model: The undefended architecture, if the view names one that only exists live.
+            model: The undefended architecture, if the view names one that only exists live, or
+                one that is Python code.
+            trust_code: Whether Python code that the view names as its architecture may be run;
+                only for views that one saved oneself.
 
         Raises:
-            InvalidInput: If a file is missing, truncated, or not a view.
+            InvalidInput: If a file is missing, truncated, or not a view, or if its architecture
+                is code that nobody trusted.
             UnknownName: If it names a letter, vantage, grant or model that does not exist.
         """
         folder = Path(folder)
-        try:
-            description = json.loads((folder / "view.json").read_text(encoding="utf-8"))
-            tensors = load_file(folder / "view.safetensors")
-        except FileNotFoundError as problem:
-            raise InvalidInput(
-                f"{folder} is not a saved view: {problem.filename} is missing."
-            ) from None
-        except (SafetensorError, OSError, ValueError) as problem:
-            raise InvalidInput(f"The view in {folder} is damaged: {problem}.") from None
+        who = f"The view in {shown(str(folder))}"
+        for part in ("view.json", "view.safetensors"):
+            if not (folder / part).is_file():
+                raise InvalidInput(f"{shown(str(folder))} is not a saved view: {part} is missing.")
+        description = reading.read_json(folder / "view.json", what="view")
+        tensors = tensorfiles.read_safetensors(folder / "view.safetensors", what="view")[0]
         if not isinstance(description, dict):
             raise InvalidInput(f"{folder / 'view.json'} is not the description of a view.")
         if description.get("format") != "leakatlas/view/1":
             raise InvalidInput(
-                f"{folder / 'view.json'} has format {description.get('format')!r}, "
+                f"{folder / 'view.json'} has format {shown(description.get('format'))}, "
                 "expected 'leakatlas/view/1'."
             )
-        try:
-            return cls._from_file(description, tensors, model)
-        except LeakAtlasError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as problem:
-            raise InvalidInput(
-                f"The view in {folder} is damaged: {type(problem).__name__}: {problem}."
-            ) from problem
+        with reading.boundary(who, LookupError, TypeError, AttributeError, RuntimeError):
+            return cls._from_file(description, tensors, model, trust_code)
 
     @classmethod
     def _from_file(
-        cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module | None
+        cls,
+        description: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        model: nn.Module | None,
+        trust_code: bool,
     ) -> View:
-        reference = ModelRef(**description["model"])
-        architecture = model if model is not None else reference.build()
+        reference = ModelRef.from_json(description["model"])
+        architecture = model if model is not None else reference.build(trust_code=trust_code)
         defenses = [defense_from_json(d) for d in description["architecture_defenses"]]
         with torch.random.fork_rng(devices=[]):  # what is initialised here is overwritten below
             for defense in defenses:
@@ -551,8 +548,11 @@ def defense_from_json(description: Mapping[str, Any]) -> Defense:
 
     Raises:
         UnknownName: If no defense has that key.
+        InvalidInput: If the key is missing.
         InvalidParameter: If a parameter is unknown or outside its range.
     """
+    if not isinstance(description, Mapping) or not isinstance(description.get("key"), str):
+        raise InvalidInput(f"A defense needs its 'key' as text; got {shown(description)}.")
     values = dict(description)
     cls = registry.load_defense(values.pop("key"))
     return cls.from_json(values)  # type: ignore[no-any-return]  # the registry is torch-free, hence untyped
@@ -570,11 +570,12 @@ def protocol_from_json(description: Mapping[str, Any]) -> Protocol:
         UnknownName: If there is no such algorithm.
         InvalidParameter: If a parameter is unknown or outside its range.
     """
-    from leakatlas.errors import UnknownName
-
+    if not isinstance(description, Mapping):
+        raise InvalidInput(f"A protocol is described by names; got {shown(description)}.")
     values = dict(description)
-    algorithm = str(values.pop("algorithm", "fedsgd")).lower()
-    if algorithm not in PROTOCOLS:
+    algorithm = values.pop("algorithm", "fedsgd")
+    algorithm = algorithm.lower() if isinstance(algorithm, str) else algorithm
+    if not isinstance(algorithm, str) or algorithm not in PROTOCOLS:
         raise UnknownName("learning algorithm", algorithm, PROTOCOLS)
     return PROTOCOLS[algorithm].from_json(values)
 
@@ -644,9 +645,10 @@ def _pack(fields: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def _unpack(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    groups = _groups(tensors)
+
     def take(path: str) -> dict[str, Tensor]:
-        prefix = f"{path}/"
-        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        return dict(groups.get(path, {}))
 
     def take_update(path: str, description: Mapping[str, Any] | None) -> Update | None:
         return None if description is None else Update.unpack(take(path), description).check()
@@ -702,5 +704,15 @@ def _unpack(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
                 content = take(name)
                 fields[name] = tuple(content[str(step)] for step in range(value))
             case _:
-                raise InvalidInput(f"A view has no field {name!r}.")
+                raise InvalidInput(f"A view has no field {shown(name)}.")
     return fields
+
+
+def _groups(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors under each of the paths that :func:`_pack` makes (three parts at most)."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in tensors.items():
+        parts = path.split("/", 3)
+        for depth in range(1, len(parts)):
+            groups.setdefault("/".join(parts[:depth]), {})["/".join(parts[depth:])] = tensor
+    return groups

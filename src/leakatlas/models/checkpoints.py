@@ -9,39 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import pickle
-import struct
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from leakatlas.errors import InvalidInput, UnknownName
+from leakatlas import reading, tensorfiles
+from leakatlas.errors import InvalidInput, UnknownName, shown
 from leakatlas.models.registry import build
 
 WEIGHTS = Path(str(resources.files("leakatlas.models") / "weights"))
 
-# What torch.load raises on files that are damaged, foreign, or hold more than tensors.
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,  # its reader of the oldest format asserts what it read
-    struct.error,
-)
 _WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which trainers nest weights
 
 
@@ -96,9 +79,8 @@ def card(name: str) -> Card:
         raise UnknownName("shipped weights", name, shipped())
     path = WEIGHTS / f"{name}.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Card(**values)
-    except (OSError, ValueError, TypeError) as problem:
+        return Card(**reading.read_json(path, what="provenance card"))
+    except (InvalidInput, TypeError) as problem:
         raise InvalidInput(f"{path}: not a provenance card: {problem}; reinstall.") from None
 
 
@@ -169,13 +151,14 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
             code), or a value that is not finite.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InvalidInput(f"{path}: there is no such file.")
-    with path.open("rb") as file:
+    tensorfiles.require_room(path, what="weights")
+    with reading.boundary(f"The weights {shown(str(path))}"), path.open("rb") as file:
         start = file.read(9)
     # A safetensors file begins with the header's length (8 bytes) and the header, a JSON object.
-    is_safetensors = path.suffix == ".safetensors" or start[8:] == b"{"
-    loaded = _read_safetensors(path) if is_safetensors else _read_torch(path)
+    if path.suffix == ".safetensors" or start[8:] == b"{":
+        loaded: object = tensorfiles.read_safetensors(path, what="weights")[0]
+    else:
+        loaded = tensorfiles.read_torch(path, what="weights")
     return _plain_tensors(loaded, path)
 
 
@@ -208,30 +191,6 @@ def apply_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -
     model.load_state_dict(dict(state))
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(path)
-    except (safetensors.SafetensorError, OSError, LookupError) as problem:
-        raise InvalidInput(
-            f"{path}: not a readable safetensors file (truncated or damaged): {problem}"
-        ) from None
-
-
-def _read_torch(path: Path) -> object:
-    try:
-        with warnings.catch_warnings():
-            # torch remarks on sparse and legacy files; what we refuse, we explain ourselves.
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as problem:
-        reason = str(problem).strip().splitlines() or [type(problem).__name__]
-        raise InvalidInput(
-            f"{path}: not a file of plain tensors ({reason[0][:200]}). It is damaged, or it holds "
-            f"code or whole objects, which are never loaded. Save the weights alone: "
-            f"safetensors.torch.save_file(model.state_dict(), PATH)."
-        ) from None
-
-
 def _plain_tensors(loaded: object, path: Path) -> dict[str, Tensor]:
     if isinstance(loaded, Mapping):
         for key in _WRAPPERS:
@@ -243,20 +202,16 @@ def _plain_tensors(loaded: object, path: Path) -> dict[str, Tensor]:
         raise InvalidInput(f"{path}: expected tensors by name (a state dict); found {kind}.")
     state: dict[str, Tensor] = {}
     for key, value in loaded.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise InvalidInput(
-                f"{path}: expected tensors by name; {key!r} is a {type(value).__name__}."
-            )
-        if value.layout != torch.strided or value.is_quantized:
-            raise InvalidInput(f"{path}: {key} is sparse or quantised; save it as a dense tensor.")
+        if not isinstance(key, str):
+            raise InvalidInput(f"{path}: expected tensors by name; one is named {shown(key)}.")
+        tensorfiles.require_plain(key, value, str(path))
         _require_finite(key, value, str(path))
         state[key] = value.detach()
     return state
 
 
 def _require_finite(key: str, value: Tensor, source: str) -> None:
-    if not bool(torch.isfinite(value).all()):
-        bad = math.prod(value.shape) - int(torch.isfinite(value).sum())
+    if bad := tensorfiles.count_non_finite(value):
         raise InvalidInput(
             f"{source}: {key} holds {bad} values that are not finite (of {value.numel()})."
         )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
-from leakatlas.errors import InvalidParameter, UnknownName
+from leakatlas import limits
+from leakatlas.errors import InvalidParameter, LeakAtlasError, UnknownName, shown
 from leakatlas.models.cnn6 import CNN6
 from leakatlas.models.convnet import ConvNet
 from leakatlas.models.fc import FCNet
@@ -46,7 +48,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_CLASSIFIERS))
 
 
-def build(name: str, **settings: Any) -> nn.Module:
+def build(name: str, /, **settings: Any) -> nn.Module:
     """A freshly initialised model, on the CPU, in float32 and in train mode.
 
     Every classifier takes ``in_channels``, ``size`` (side of a square image), ``classes`` and
@@ -55,15 +57,58 @@ def build(name: str, **settings: Any) -> nn.Module:
 
     Raises:
         UnknownName: If there is no model of that name.
-        InvalidParameter: If the model does not take one of the settings, or not that value.
+        InvalidParameter: If the model does not take one of the settings, or not that value, or
+            if this machine's memory cannot hold it.
     """
     builders = {**_CLASSIFIERS, **_GENERATORS}
-    if name not in builders:
+    if not isinstance(name, str) or name not in builders:
         raise UnknownName("model", name, builders)
     known = tuple(inspect.signature(builders[name]).parameters)
     unknown = [setting for setting in settings if setting not in known]
     if unknown:
         raise InvalidParameter(
-            f"Model {name!r} has no setting {unknown[0]!r}; it has: {', '.join(known)}."
+            f"Model {name!r} has no setting {shown(unknown[0])}; it has: {', '.join(known)}."
         )
-    return builders[name](**settings)
+    who = f"Model {name!r} with {', '.join(f'{k}={shown(v)}' for k, v in settings.items())}"
+    _require_bounds(settings, who)
+    try:
+        if _is_large(settings):
+            with torch.device("meta"):
+                blank = builders[name](**settings)
+            count = sum(parameter.numel() for parameter in blank.parameters())
+            limits.require_memory(who, 4.0 * count, f"{count:,} parameters x 4 bytes")
+        return builders[name](**settings)
+    except LeakAtlasError:
+        raise
+    # What Python and torch say of values that a constructor cannot take.
+    except (TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as problem:
+        reason = " ".join(str(problem).split())[:300]
+        raise InvalidParameter(f"{who} cannot be built: {reason}.") from None
+
+
+LARGEST = 2**24
+"""No count, width or side of a network is larger; ImageNet's largest lists of classes are 2**15."""
+LAYERS = 1_000
+"""Layers that one setting may ask for; ResNet-152 has 152."""
+
+
+def _numbers(value: object) -> list[int]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [v for v in values if isinstance(v, int)]
+
+
+def _require_bounds(settings: Mapping[str, Any], who: str) -> None:
+    for name, value in settings.items():
+        if name == "seed":
+            continue
+        numbers = _numbers(value)
+        if any(number > LARGEST for number in numbers):
+            raise InvalidParameter(f"{who}: {name} is larger than {LARGEST:,}.")
+        layers = sum(numbers) if name in ("blocks", "groups", "depth") else len(numbers)
+        if layers > LAYERS:
+            raise InvalidParameter(f"{who}: {name} asks for {layers:,} layers, beyond {LAYERS:,}.")
+
+
+def _is_large(settings: Mapping[str, Any]) -> bool:
+    """Whether a model may be too large to try: then it is first built without memory."""
+    return any(n > 256 for name, v in settings.items() if name != "seed" for n in _numbers(v))

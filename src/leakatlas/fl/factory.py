@@ -1,0 +1,108 @@
+"""A user's own model code: the one place where code is run that is not LeakAtlas's.
+
+It is reached only when a person names it as code (``model: {python: file.py:factory}``,
+``leakatlas lint file.py:factory``, ``trust_code=True``), never because a file says so. Whatever
+that code does wrong is told with its file and line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from leakatlas.errors import InvalidInput, LeakAtlasError, UnknownName, shown
+
+
+def make(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """The module that a factory returns.
+
+    Args:
+        name: ``file.py:factory`` or ``package.module:factory``.
+        kwargs: Arguments of the factory.
+
+    Raises:
+        InvalidInput: If the code cannot be found or run, or returns something else.
+        UnknownName: If the file has no such factory.
+    """
+    location, separator, attribute = name.rpartition(":")
+    if not separator or not location or not attribute:
+        raise InvalidInput(f"A model in Python code is 'file.py:factory', got {shown(name)}.")
+    factory = _find(location, attribute, name)
+    with _running(f"The model factory {shown(name)}", location):
+        model = factory(**kwargs)
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(
+            f"{shown(name)} returned {type(model).__name__}, expected a torch.nn.Module."
+        )
+    return model
+
+
+def _find(location: str, attribute: str, name: str) -> Callable[..., object]:
+    who = f"The model {'file' if location.endswith('.py') else 'module'} {shown(location)}"
+    if location.endswith(".py"):
+        with _running(who, location):
+            file = Path(location)
+            if not file.is_file():
+                raise InvalidInput(f"{who} does not exist (from {shown(name)}).")
+            spec = importlib.util.spec_from_file_location(f"leakatlas_user_{file.stem}", file)
+            if spec is None or spec.loader is None:
+                raise InvalidInput(f"{who} is not importable Python.")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
+    else:
+        try:
+            with _running(who, location):
+                module = importlib.import_module(location)
+        except InvalidInput as problem:
+            if isinstance(problem.__cause__, ModuleNotFoundError):
+                raise InvalidInput(
+                    f"{who} is not importable: {problem.__cause__}. A file is named with its "
+                    "suffix, as in 'file.py:factory'."
+                ) from None
+            raise
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        names = [name for name in vars(module) if not name.startswith("_")]
+        raise UnknownName(f"model factory in {location}", attribute, names)
+    return factory  # type: ignore[no-any-return]  # checked callable just above
+
+
+@contextmanager
+def _running(who: str, location: str) -> Iterator[None]:
+    try:
+        yield
+    except LeakAtlasError:
+        raise
+    # A stranger's code raises whatever it likes, and `sys.exit` in it must not pass for a result.
+    except (Exception, SystemExit) as problem:
+        raise InvalidInput(
+            f"{who} failed{_place(problem, location)}: {_said(problem)}"
+        ) from problem
+
+
+def _said(problem: BaseException) -> str:
+    if isinstance(problem, SystemExit):
+        return f"it calls sys.exit({shown(problem.code)}); a model file only defines things."
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:400]}"
+
+
+def _place(problem: BaseException, location: str) -> str:
+    """File and line: of a mistake in the syntax, or of the last line of the user's that ran."""
+    if isinstance(problem, SyntaxError) and problem.filename:
+        return f" at {problem.filename}, line {problem.lineno}"
+    frames = traceback.extract_tb(problem.__traceback__)
+    stem = Path(location).name
+    own = [frame for frame in frames if Path(frame.filename).name == stem]
+    # What is called wrongly (bad arguments) fails in our frame, before any of the user's.
+    foreign = [frame for frame in frames if Path(frame.filename) != Path(__file__)]
+    last = (own or [f for f in foreign if "importlib" not in f.filename])[-1:]
+    return f" at {last[0].filename}, line {last[0].lineno}" if last else ""

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from leakatlas.errors import InvalidInput, UnknownName
+from leakatlas.fl import factory
+
+HEAD = "import sys\nfrom torch import nn\n"
+
+
+def test_a_factory_makes_the_model(tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(HEAD + "def make(width):\n    return nn.Linear(width, 2)\n")
+    model = factory.make(f"{file}:make", {"width": 5})
+    assert isinstance(model, nn.Linear) and model.in_features == 5
+    with pytest.raises(UnknownName, match="Did you mean 'make'"):
+        factory.make(f"{file}:mak", {})
+    assert isinstance(factory.make("torch.nn:Identity", {}), nn.Identity)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("def make(:\n", r"net\.py, line 3: SyntaxError"),
+        ("import no_such_thing\n", r"net\.py, line 3: ModuleNotFoundError: .*no_such_thing"),
+        ("def make():\n    raise KeyError('x')\n", r"net\.py, line 4: KeyError: 'x'"),
+        ("def make():\n    return nn.Linear(-1, 'x')\n", r"net\.py, line 4: "),
+        ("def make(width):\n    return nn.ReLU()\n", r"failed: TypeError: .*width"),
+        ("sys.exit(0)\n", r"net\.py, line 3: it calls sys\.exit\(0\)"),
+        ("def make():\n    sys.exit(0)\n", r"net\.py, line 4: it calls sys\.exit\(0\)"),
+        ("def make():\n    return make()\n", "line 4: RecursionError"),
+        ("def make():\n    return 7\n", "returned int, expected a torch.nn.Module"),
+        ("make = 7\n", "Unknown model factory"),
+        ("x = '\udc80'\n", "SyntaxError"),
+    ],
+)
+def test_what_a_users_code_does_wrong_is_told_with_file_and_line(
+    code: str, words: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "net.py"
+    file.write_bytes((HEAD + code).encode("utf-8", "surrogateescape"))
+    with pytest.raises((InvalidInput, UnknownName), match=words):
+        factory.make(f"{file}:make", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("torch.nn", "is 'file.py:factory'"),
+        (":make", "is 'file.py:factory'"),
+        ("a.py:", "is 'file.py:factory'"),
+        ("no_such_module_here:make", "not importable"),
+        ("..:make", "failed|not importable"),
+        ("missing.py:make", "does not exist"),
+        ("a\x00.py:make", "does not exist|failed"),
+        ("builtins:dict", "returned dict, expected a torch.nn.Module"),
+    ],
+)
+def test_names_that_lead_nowhere(name: str, words: str) -> None:
+    with pytest.raises(InvalidInput, match=words):
+        factory.make(name, {})
