@@ -10,6 +10,7 @@
     ├── UnsupportedModel    (TypeError)       this method cannot work on this model
     ├── IncompatibleDefenses (ValueError)     defenses that break each other's guarantee
     ├── ProtocolError       (RuntimeError)    a round cannot be completed (dropouts, refusal)
+    ├── Undecided           (RuntimeError)    too little ran to answer what was asked
     ├── Unavailable         (RuntimeError)    an optional asset or package is not on this machine
     └── CatalogueError      (ValueError)      a row of the published tables is malformed
 
@@ -121,6 +122,10 @@ class IncompatibleDefenses(LeakAtlasError, ValueError):
 
 class ProtocolError(LeakAtlasError, RuntimeError):
     """A federated round cannot be completed: too few survivors, a client that refused."""
+
+
+class Undecided(LeakAtlasError, RuntimeError):
+    """Too little ran to answer what was asked; silence is not an all-clear."""
 
 
 class Unavailable(LeakAtlasError, RuntimeError):

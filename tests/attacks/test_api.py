@@ -136,7 +136,7 @@ def test_candidates_that_are_not_finite_are_dropped_and_counted() -> None:
 
 def test_a_short_budget_is_seen_in_the_status() -> None:
     found = Noise(steps=10**9)(_view(), watch=Watch(0.01))
-    assert found.status == "cut_short" and "budget" in found.reason
+    assert found.status == "cut short" and "budget" in found.reason
     assert torch.isfinite(found.images).all()
 
 

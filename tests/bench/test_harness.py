@@ -193,7 +193,7 @@ def test_the_watch_reaches_the_attack() -> None:
             return Reconstruction(images=torch.zeros(view.batch_shape), notes={"steps": steps})
 
     trial = harness.run_trial(build_stage(), Slow(), watch=Watch(0.01))
-    assert trial.found.status == "cut_short" and trial.found.notes["steps"] < 10**9
+    assert trial.found.status == "cut short" and trial.found.notes["steps"] < 10**9
 
 
 # -- the null baseline that reads another batch's update -------------------------------------------
@@ -228,7 +228,7 @@ def test_10_the_control_never_yields_an_exact_leak_of_the_victims_batch(attack: 
     control = harness.control_trial(real, decoy, attack, seed=3)
     assert torch.equal(control.truth.images, direct.truth.images)
     if isinstance(attack, RobbingTheFed):  # so the control could have been exact
-        assert verdict(scored(direct)) == VERDICTS[3] == "exact leak"
+        assert verdict(scored(direct)) == VERDICTS[-1] == "exact leak"
         own = replace(control, truth=decoy.truth())
         assert verdict(scored(own)) == "exact leak"  # it did read its own batch
     assert verdict(scored(control)) != "exact leak"

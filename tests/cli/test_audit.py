@@ -26,7 +26,7 @@ QUICK: dict[str, Any] = {
     "data": {"victims": "photos", "limit": 1, "surrogate": "patches:32:32:surrogate"},
     "attacks": ["inverting_gradients", "robbing_the_fed"],
     "attack_parameters": {"inverting_gradients": {"steps": 3}},
-    "threat": "A-C,G",
+    "threat": "B,C,G",
     "budget": "20s",
 }
 
@@ -90,7 +90,8 @@ def test_ctrl_c_keeps_what_was_computed_and_the_same_command_continues(tmp_path:
         time.sleep(0.2)  # until the first run, the quick one, is kept
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    assert process.returncode == 3, errors
+    assert "Undecided: the audit was stopped" in errors
     assert "Stopped early; the same command continues." in errors
     values = json.loads((tmp_path / "out" / "report.json").read_text())
     assert values["complete"] is False

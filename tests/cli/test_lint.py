@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from safetensors.torch import save_file
 from torch import nn
 
 from leakatlas import cli, models
 from leakatlas.blocks import readout
-from leakatlas.cli import lint as command
 from leakatlas.data import bundled
 from leakatlas.fl import FedSGD, ModelRef, Scenario, edits, model_state, stage, state_hash
 
@@ -42,10 +40,6 @@ class Outcome:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """The command under the real ``main``, which turns errors into exit code 2."""
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.callback()(lambda: None)
-    command.register(app)
-    monkeypatch.setattr(cli, "app", app)
     monkeypatch.setenv("COLUMNS", "300")
 
     def typed(*arguments: str | Path) -> Outcome:

@@ -100,7 +100,7 @@ def test_the_json_fits_its_schema(report: Report) -> None:
 def test_a_report_without_images_is_a_page(report: Report) -> None:
     empty = replace(report, runs=(), comparisons=(), diagnoses={})
     page = render_page(empty)
-    assert "No attack returned an image" in page and "no attack fits" in page
+    assert "No attack returned an image" in page and "no attack was tried" in page
 
 
 def test_an_interrupted_audit_says_so(report: Report) -> None:

@@ -31,7 +31,9 @@ from leakatlas.fl.state import model_state
 from leakatlas.params import Configured
 from leakatlas.threat import Grant, Knowledge
 
-Status = Literal["complete", "cut_short", "failed"]
+Status = Literal["complete", "cut short", "failed"]
+"""How a run of an attack can end by itself; a report knows three more words, for those that did not
+run."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Reconstruction:
         label_counts: ``(K,)`` recovered class counts, if the attack only knows how many.
         confidence: ``(M,)`` the adversary's own criterion, larger is better.
         status: ``failed`` means that the attack itself saw that it did not work.
-        reason: Why, for ``failed`` and ``cut_short``.
+        reason: Why, for ``failed`` and ``cut short``.
         notes: Figures that the attack computed (final objective, rank, ...), all adversary-side.
         seconds: Wall time of ``run``.
         execution: How slopes were computed, in words; empty where nothing was minimised.
@@ -197,16 +199,21 @@ class Attack(Configured, ABC):
         return learned
 
     @final
+    def missing(self, view: View) -> Knowledge:
+        """The knowledge that this attack needs and ``view`` does not hold."""
+        held = view.knowledge
+        if Grant.PIXEL_RANGE in view.grants:
+            held |= Knowledge.BASIC
+        return self.needs & ~held
+
+    @final
     def check(self, view: View) -> None:
         """Refuse a view that lacks what this attack needs.
 
         Raises:
             NotGranted: Naming the knowledge or the grant, and the way out.
         """
-        held = view.knowledge
-        if Grant.PIXEL_RANGE in view.grants:
-            held |= Knowledge.BASIC
-        missing = self.needs & ~held
+        missing = self.missing(view)
         if missing:
             raise NotGranted(
                 f"{type(self).__name__} needs {', '.join(missing.names()).upper()}, which "
@@ -264,7 +271,7 @@ class Attack(Configured, ABC):
                 confidence=None if found.confidence is None else found.confidence[finite],
             )
         if status == "complete" and watch.cut_short:
-            status, reason = "cut_short", "the time budget ended, or the run was stopped"
+            status, reason = "cut short", "the time budget ended, or the run was stopped"
         return replace(
             found,
             images=images,

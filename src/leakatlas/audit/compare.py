@@ -13,7 +13,7 @@ from leakatlas.audit.utility import accuracy_under
 from leakatlas.blocks.watch import Watch
 from leakatlas.fl import FedSGD
 from leakatlas.fl.view import defense_json
-from leakatlas.report import VERDICTS, Comparison, Run
+from leakatlas.report import Comparison, Run, rank
 from leakatlas.threat import LETTERS
 
 COMPARISON_SHARE = 0.35
@@ -56,7 +56,7 @@ def compare(
             if name == "as configured":
                 found += [
                     run for run in runs
-                    if (run.setting, run.attack) == (first.name, key) and run.status != "not run"
+                    if (run.setting, run.attack) == (first.name, key) and run.tried
                 ][:1]  # fmt: skip
                 continue
             job = Job(setting, attacks[key], letter, setting.targets[0], 1.0)
@@ -84,10 +84,10 @@ def _battery(runs: Sequence[Run]) -> list[tuple[str, str]]:
         if run.scores is None:
             continue
         active = run.letter in "FGH"
-        rank = (VERDICTS.index(run.verdict), run.scores.psnr.mean)
+        strength = (rank(run.verdict), run.scores.psnr.mean)
         held = chosen.get(active)
-        if held is None or held.scores is None or rank > (
-            VERDICTS.index(held.verdict), held.scores.psnr.mean,
+        if held is None or held.scores is None or strength > (
+            rank(held.verdict), held.scores.psnr.mean,
         ):  # fmt: skip
             chosen[active] = run
     return [(run.attack, run.letter) for run in chosen.values()]

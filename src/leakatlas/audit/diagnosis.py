@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leakatlas.attacks.api import ActiveAttack, Attack, Outlook
-from leakatlas.errors import LeakAtlasError, NotGranted, UnsupportedModel
+from leakatlas.attacks.api import Attack
+from leakatlas.audit.start import Start, can_start
+from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import FedAVG, FedSGD, Protocol, Stage, Update, state_hash
 from leakatlas.fl.replay import simulate_client
 from leakatlas.fl.state import buffers, parameters
@@ -69,7 +70,7 @@ class Diagnosis:
         replay: The harness-side check.
         facts: Figures about model and batch, by name.
         findings: What follows from them, in words.
-        outlooks: Per attack key: the letter it would run under ("" if none) and its outlook.
+        outlooks: Per attack key: under which letter it starts, or why it does not.
         measures: What the update could give away, before any attack: tiers static and forward.
         left_out: Which measures were not taken, and why.
     """
@@ -77,7 +78,7 @@ class Diagnosis:
     replay: ReplayCheck
     facts: Mapping[str, float]
     findings: tuple[str, ...]
-    outlooks: Mapping[str, tuple[str, Outlook]] = field(default_factory=dict)
+    outlooks: Mapping[str, Start] = field(default_factory=dict)
     measures: tuple[Measure, ...] = ()
     left_out: str = ""
 
@@ -88,8 +89,13 @@ class Diagnosis:
             "facts": dict(self.facts),
             "findings": list(self.findings),
             "outlooks": {
-                key: {"letter": letter, "verdict": outlook.verdict, "reason": outlook.reason}
-                for key, (letter, outlook) in self.outlooks.items()
+                key: {
+                    "letter": start.letter,
+                    "verdict": start.word,
+                    "reason": start.outlook.reason,
+                    "wants": start.wants,
+                }
+                for key, start in self.outlooks.items()
             },
             "measures": [m.to_json() | words_of(m)._asdict() for m in self.measures],
             "left_out": self.left_out,
@@ -293,7 +299,7 @@ def examine(
     facts, findings = _facts(stage, model, client.y)
     if not replay.consistent and replay.culprit != "defense":
         findings.insert(0, f"The update is not consistent with this set-up: {replay.explanation}.")
-    outlooks = {attack.key: outlook(stage, attack, letters, record) for attack in attacks}
+    outlooks = {attack.key: can_start(stage, attack, letters, record) for attack in attacks}
     case = Case.of_stage(stage, target=target, record=record)
     informed = best_informed(letters) if letters else case.letter
     measures, left_out = measured(replace(case, observed=update, letter=informed))
@@ -316,41 +322,6 @@ def measured(case: Case) -> tuple[tuple[Measure, ...], str]:
 def best_informed(letters: Sequence[str]) -> str:
     """Of the chosen threat models one that knows most, the first of equals."""
     return max(letters, key=lambda letter: len(LETTERS[letter].knowledge.names()))
-
-
-def outlook(
-    stage: Stage, attack: Attack, letters: Sequence[str], record: Any = None
-) -> tuple[str, Outlook]:
-    """The weakest of ``letters`` under which an attack may run on this stage, and its outlook."""
-    refusal = "needs none of the chosen letters"
-    for letter in letters:
-        scenario = replace(stage.scenario, letter=letter)
-        seen = _restaged(stage, scenario)
-        try:
-            records = [] if isinstance(attack, ActiveAttack) or record is None else [record]
-            view = seen.view(records, target=min(stage.victims))
-            attack.check(view)
-            if records:
-                probe = view.update
-                if probe.kind == "delta":
-                    _ = view.protocol
-            return letter, attack.outlook(view)
-        except NotGranted as problem:
-            refusal = str(problem)
-        except UnsupportedModel as problem:
-            return letter, Outlook("hopeless", str(problem))
-        except LeakAtlasError as problem:
-            return letter, Outlook("hopeless", str(problem))
-    return "", Outlook("hopeless", refusal)
-
-
-def _restaged(stage: Stage, scenario: Any) -> Stage:
-    """The same live stage under another adversary."""
-    import copy
-
-    other = copy.copy(stage)
-    other.scenario = scenario
-    return other
 
 
 def _facts(stage: Stage, model: nn.Module, y: Tensor) -> tuple[dict[str, float], list[str]]:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import shutil
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from leakatlas.attacks.api import Attack
 from leakatlas.audit import kept
 from leakatlas.audit.listener import Listener
 from leakatlas.audit.plan import Plan, Setting
+from leakatlas.audit.start import Start
 from leakatlas.bench import harness
 from leakatlas.blocks.watch import Conduct, Watch
-from leakatlas.data import patches
-from leakatlas.errors import LeakAtlasError
+from leakatlas.errors import (
+    InvalidInput,
+    InvalidParameter,
+    NotGranted,
+    Unavailable,
+    UnsupportedModel,
+)
+from leakatlas.fl import Stage
 from leakatlas.metrics.score import score
-from leakatlas.report import VERDICTS, Run, pictures_of, verdict
+from leakatlas.report import Run, pictures_of, verdict
 
 
 @dataclass(frozen=True)
@@ -82,15 +89,31 @@ def run_job(
         vantage=vantage.value,
         target=job.target,
         defenses=tuple(d.key for d in live.federation.defenses),
-        status="refused",
+        status="error",
         reason="",
-        verdict=VERDICTS[0],
+        verdict="not tested",
         recipe=recipe.to_json(),
     )
     try:
-        trial = harness.run_trial(live, job.attack, target=job.target, seed=plan.seed, watch=watch)
-    except LeakAtlasError as refusal:
-        return replace(blank, reason=str(refusal))
+        run = _scored(job, blank, live, plan.seed, watch)
+    except (NotGranted, InvalidInput, InvalidParameter, Unavailable) as refusal:
+        run = replace(blank, status="refused", reason=str(refusal), wants=str(refusal))
+    except UnsupportedModel as refusal:
+        run = replace(blank, status="not applicable", reason=str(refusal))
+    # An attack is anybody's code, run on anybody's model: whatever it raises, a call of sys.exit
+    # included, is the result of this run alone, and the others go on.
+    except (Exception, SystemExit) as crash:
+        reason = f"{type(crash).__name__}: {crash}"
+        run = replace(blank, status="error", reason=reason, trace=traceback.format_exc())
+    if cache is not None and progress is not None and not stop.stopped:
+        kept.save(cache, run)
+        shutil.rmtree(progress, ignore_errors=True)
+    return run
+
+
+def _scored(job: Job, blank: Run, live: Stage, seed: int, watch: Watch) -> Run:
+    """Play, attack, and hold what came out against the truth."""
+    trial = harness.run_trial(live, job.attack, target=job.target, seed=seed, watch=watch)
     labels = trial.found.labels
     if labels is None and trial.found.label_counts is not None:
         labels = torch.repeat_interleave(
@@ -100,12 +123,12 @@ def run_job(
     scores = score(
         trial.images if len(trial.images) else None,
         trial.truth.images.to(trial.images.dtype),
-        public=public_images(job.setting, trial.truth.images).to(trial.images.dtype),
+        public=job.setting.public.images.to(trial.images.dtype),
         labels=trial.truth.labels,
         recovered_labels=None if oracle else labels,
         classes=live.classes,
     )
-    run = replace(
+    return replace(
         blank,
         status=trial.found.status,
         reason=trial.found.reason,
@@ -118,33 +141,21 @@ def run_job(
         execution=trial.found.execution,
         pictures=pictures_of(scores, trial.images, trial.truth.images),
     )
-    if cache is not None and progress is not None and not stop.stopped:
-        kept.save(cache, run)
-        shutil.rmtree(progress, ignore_errors=True)
-    return run
 
 
-def not_run(setting: Setting, attack: Attack, letter: str, reason: str) -> Run:
-    """The entry of an attack that was not tried, with the reason."""
+def not_run(setting: Setting, attack: Attack, start: Start) -> Run:
+    """The entry of an attack that did not start, with the reason."""
+    assert start.obstacle is not None
     return Run(
         setting=setting.name,
         attack=attack.key,
-        letter=letter,
-        vantage=setting.vantage.value,
+        letter=start.letter,
+        vantage=setting.effective_vantage.value,
         target=setting.targets[0],
         defenses=tuple(d.key for d in setting.defenses),
-        status="not run",
-        reason=reason,
-        verdict=VERDICTS[0],
+        status=start.obstacle,
+        reason=start.outlook.reason,
+        verdict="not tested",
+        wants=start.wants,
+        trace=start.trace,
     )
-
-
-def public_images(setting: Setting, like: Tensor) -> Tensor:
-    """Public images in the victims' shape, for the null baselines."""
-    if setting.surrogate is not None:
-        return setting.surrogate.images
-    channels, height, width = like.shape[1:]
-    images = patches(max(height, width), 64, part="surrogate").images[:, :, :height, :width]
-    if channels == 3:
-        return images
-    return images.mean(1, keepdim=True).expand(-1, channels, -1, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from leakatlas.attacks.api import Attack
 from leakatlas.blocks.descent import EXECUTIONS
 from leakatlas.blocks.watch import Execution
 from leakatlas.catalogue import registry
-from leakatlas.data import Box, ImageSet
+from leakatlas.data import Box, ImageSet, strangers
 from leakatlas.errors import InvalidInput, InvalidParameter, UnknownName
 from leakatlas.fl import Defense, ModelRef, Protocol, Scenario, Stage, Trait, stage
 from leakatlas.threat import Grant, Vantage
@@ -33,7 +34,8 @@ class Setting:
         targets: Clients that are attacked one after the other.
         defenses: In force.
         box: Pixel space.
-        surrogate: Public images for letters with SURROGATE, and for the null baselines.
+        surrogate: Public images of the victims' population, for letters with SURROGATE and for the
+            null baselines; bundled photos of a stranger's if None, see :attr:`public`.
         grants: Extra facts for the adversary.
         vantage: Where it looks; ``aggregate`` is used where a defense hides single updates.
         attacks: Keys of the attacks to try here; every implemented one if None.
@@ -65,6 +67,26 @@ class Setting:
                     f"{self.name}: target {target} is not one of the {self.clients} clients "
                     f"(0..{self.clients - 1})."
                 )
+        if self.surrogate is not None and self.surrogate.shape != self.victims.shape:
+            raise InvalidInput(
+                f"{self.name}: the surrogate images have shape {self.surrogate.shape}, the victims "
+                f"{self.victims.shape}; give public images of the victims' shape (a folder or file "
+                "can be resized: 'folder:PATH@SIZE')."
+            )
+
+    @functools.cached_property
+    def public(self) -> ImageSet:
+        """The surrogate; without one, bundled public photos in the victims' shape.
+
+        Everybody has some public images. Those of a stranger say less about the victims, so that
+        what letters D, E, G and H reach with them is a lower bound; reports say which it was.
+        """
+        if self.surrogate is not None:
+            return self.surrogate
+        found = strangers(self.victims.shape)
+        private = {image.numpy().tobytes() for image in self.victims.images}
+        kept = [i for i, x in enumerate(found.images) if x.numpy().tobytes() not in private]
+        return found.subset(kept)
 
     @property
     def effective_vantage(self) -> Vantage:
@@ -79,8 +101,7 @@ class Setting:
         scenario = Scenario(
             model=self.model_ref,
             data=f"{self.victims.name}#{self.victims.fingerprint()[:12]}",
-            surrogate=None if self.surrogate is None else
-            f"{self.surrogate.name}#{self.surrogate.fingerprint()[:12]}",
+            surrogate=f"{self.public.name}#{self.public.fingerprint()[:12]}",
             examples=len(self.victims) // self.clients,
             clients=self.clients,
             protocol=self.protocol,
@@ -94,7 +115,7 @@ class Setting:
             scenario,
             model=self.model,
             victims=self.victims,
-            surrogate=self.surrogate,
+            surrogate=self.public,
             box=self.box,
         )
 
@@ -107,7 +128,7 @@ class Plan:
         settings: What is attacked; the first is the one that alternatives are compared on.
         letters: Threat models, in table order.
         alternatives: Defense sets to compare, by name; each replaces the settings' own.
-        attack_parameters: Changes to the presets, by attack key.
+        attack_parameters: Changes to the presets, by attack key or alias; kept by key.
         seconds: Time budget; None runs the published presets to their end.
         seed: Of everything.
         execution: How optimisation attacks compute slopes; see
@@ -126,6 +147,37 @@ class Plan:
     source: Mapping[str, Any] = field(default_factory=dict)
     command: str = "leakatlas audit"
 
+    def __post_init__(self) -> None:
+        names = [setting.name for setting in self.settings]
+        if not names or not self.letters:
+            raise InvalidParameter("A plan needs at least one setting and one letter.")
+        if doubled := [name for name in names if names.count(name) > 1]:
+            raise InvalidParameter(f"Two settings are called {doubled[0]!r}; rename one.")
+        object.__setattr__(self, "attack_parameters", self._parameters_by_key())
+
+    def _parameters_by_key(self) -> dict[str, Mapping[str, Any]]:
+        """Changes by canonical key; a change without effect is an error."""
+        if not self.attack_parameters:
+            return {}
+        chosen = {
+            registry.load_attack(key).key
+            for setting in self.settings
+            for key in (registry.attack_keys() if setting.attacks is None else setting.attacks)
+        }
+        found: dict[str, Mapping[str, Any]] = {}
+        for name, changes in self.attack_parameters.items():
+            key = registry.load_attack(name).key
+            if key not in chosen:
+                raise InvalidParameter(
+                    f"attack_parameters.{name}: {key} is not among the chosen attacks "
+                    f"({', '.join(sorted(chosen)) or 'none'}), so it would have no effect; add it "
+                    "to `attacks`, or leave it out here."
+                )
+            if key in found:
+                raise InvalidParameter(f"attack_parameters names {key} twice; merge the two.")
+            found[key] = changes
+        return found
+
 
 def presets(
     keys: Sequence[str] | None, parameters: Mapping[str, Mapping[str, Any]], *, published: bool
@@ -134,19 +186,18 @@ def presets(
 
     Args:
         keys: Which; every implemented one if None.
-        parameters: Changes by key.
+        parameters: Changes by canonical key, as a :class:`Plan` holds them.
         published: Whether the papers' own presets are used instead of the short ones.
 
     Raises:
         UnknownName: If a key does not exist or is not implemented.
         InvalidParameter: If a parameter is unknown or outside its range.
     """
-    chosen = list(registry.attack_keys() if keys is None else keys)
+    chosen = registry.attack_keys() if keys is None else keys
     attacks: list[Attack] = []
-    for key in chosen:
-        cls = registry.load_attack(key)
+    for cls in dict.fromkeys(registry.load_attack(key) for key in chosen):
         preset: Attack = cls() if published else cls.tuned()
-        if changes := parameters.get(key):
+        if changes := parameters.get(cls.key):
             preset = cls.from_json({**preset.to_json(), **changes})
         attacks.append(preset)
     return sorted(attacks, key=lambda attack: cost_weight(attack))

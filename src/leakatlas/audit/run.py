@@ -61,14 +61,15 @@ def carry_out(
         diagnosis = examine(live, attacks, letters=plan.letters)
         diagnoses[setting.name] = diagnosis.to_json()
         for attack in attacks:
-            letter, outlook = diagnosis.outlooks[attack.key]
-            if not letter or outlook.verdict == "hopeless":
-                runs.append(not_run(setting, attack, letter, outlook.reason))
+            start = diagnosis.outlooks[attack.key]
+            if start.obstacle is not None:
+                runs.append(not_run(setting, attack, start))
                 continue
             # A pooled reconstruction covers every client at once.
             targets = setting.targets[:1] if isinstance(attack, ActiveAttack) else setting.targets
             jobs.extend(
-                Job(setting, attack, letter, target, cost_weight(attack)) for target in targets
+                Job(setting, attack, start.letter, target, cost_weight(attack))
+                for target in targets
             )
     listener.begin(len(jobs))
     seconds = plan.seconds
@@ -123,6 +124,8 @@ def _facts(plan: Plan) -> dict[str, Any]:
                 "parameters": setting.protocol.to_json(),
                 "defenses": [defense_json(d) for d in setting.defenses],
                 "vantage": setting.effective_vantage.value,
+                "population": setting.public.name,
+                "strangers": setting.surrogate is None,
                 "grants": sorted(grant.value for grant in setting.grants),
             }
             for setting in plan.settings

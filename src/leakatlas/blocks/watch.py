@@ -113,8 +113,13 @@ class Watch:
         return None if self.deadline is None else self.deadline - time.perf_counter()
 
     def again(self) -> Watch:
-        """A watch with the same budget, from now; stopping this one stops it too."""
-        return Watch(self.seconds, self.listen, parent=self)
+        """A watch with the same budget, from now; stopping this one stops it too.
+
+        What was cut short before it stays cut short: an attack whose preparation was cut is cut.
+        """
+        watch = Watch(self.seconds, self.listen, parent=self)
+        watch.cut_short = self.cut_short
+        return watch
 
     def steps(self, total: int, *, first: int = 0) -> Iterator[Step]:
         """Iterations ``first`` to ``total``, at least one if there is any, within the budget."""

@@ -14,10 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from leakatlas.cli.codes import FINE, GATE_FAILED, UNDECIDED
+
 if TYPE_CHECKING:  # torch takes a second to load; --help should not wait for it
     from leakatlas.audit import Diagnosis
 
 OUT = Path("leak-report")
+OUTLOOKS = {"applicable": "green", "unknown": "yellow"}
 
 
 def register(app: typer.Typer) -> None:
@@ -45,12 +48,17 @@ def audit(
         str | None,
         typer.Option(help="How slopes are computed: auto, eager, vmap, traced, compiled, finite."),
     ] = None,
+    allow_undecided: Annotated[
+        bool,
+        typer.Option("--allow-undecided", help="Warn instead of exit code 3 where too little ran."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
 ) -> None:
     """Attack a set-up and report what leaks, to whom, and what would stop it.
 
-    Exit code 0: fine; 1: a --fail-on condition holds; 2: bad input. Ctrl-C keeps what was
-    computed; the same command continues it.
+    Exit code 0: fine; 1: a --fail-on condition holds; 2: bad input; 3: undecided (nothing was
+    tried for a letter, an attack crashed or lacked something, stopped early); 4: a defect of
+    LeakAtlas. Ctrl-C keeps what was computed; the same command continues it.
     """
     # torch takes a second to load; --help and mistakes in the command line should not wait for it.
     from dataclasses import replace
@@ -66,8 +74,8 @@ def audit(
         read_config,
     )
     from leakatlas.audit.bundled import bundled_plan
-    from leakatlas.cli.progress import Bars, verdict_table
-    from leakatlas.report import check_writable
+    from leakatlas.cli.progress import Bars, not_tried, verdict_table
+    from leakatlas.report import beside, check_writable
     from leakatlas.threat import threat_models
 
     gates = [parse_gate(text) for text in fail_on or []]
@@ -101,7 +109,7 @@ def audit(
         console.print("\nStopping after this step; press Ctrl-C again to leave at once.")
         stop.stop()
 
-    previous = signal.signal(signal.SIGINT, interrupt)
+    previous = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         if as_json:
             report = carry_out(plan, out=out, listener=Silent(), stop=stop)
@@ -110,19 +118,29 @@ def audit(
             with bars.progress:
                 report = carry_out(plan, out=out, listener=bars, stop=stop)
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     failed = [gate for gate in gates if gate.holds(report.worst_case())]
     if as_json:
         typer.echo(json.dumps(report.to_json()))
     else:
         console.print(verdict_table(report))
-        console.print(f"Report: {out / 'report.html'}")
+        console.print(f"Report: {escape(str(out / 'report.html'))}")
         if not report.complete:
             console.print("Stopped early; the same command continues.")
+        for line in not_tried(report):
+            console.print(line, highlight=False)
     for gate in failed:
         value = gate.value(report.worst_case())
-        console.print(f"[bold red]Failed:[/] {gate.text} (it is {value:.3g}).", highlight=False)
-    raise typer.Exit(1 if failed else 0)
+        assert value is not None, "a gate holds on figures only"
+        shown = beside(value, gate.threshold, 3, kind="g")
+        console.print(f"[bold red]Failed:[/] {gate.text} (it is {shown}).", highlight=False)
+    reasons = report.undecided()
+    for reason in reasons:
+        console.print(f"[bold yellow]Undecided:[/] {escape(reason)}.", highlight=False)
+    if failed:
+        raise typer.Exit(GATE_FAILED)
+    raise typer.Exit(UNDECIDED if reasons and not allow_undecided else FINE)
 
 
 def doctor(
@@ -169,19 +187,15 @@ def doctor(
         table = Table()
         for column in ("attack", "letter", "outlook", "why"):
             table.add_column(column)
-        for key, (letter, outlook) in diagnosis.outlooks.items():
-            style = {"applicable": "green", "hopeless": "red", "unknown": "yellow"}
-            table.add_row(
-                key,
-                letter or "-",
-                f"[{style[outlook.verdict]}]{outlook.verdict}[/]",
-                outlook.reason,
-            )
+        for key, start in diagnosis.outlooks.items():
+            style = OUTLOOKS.get(start.word, "red")
+            reason = escape(start.outlook.reason)
+            table.add_row(key, start.letter or "-", f"[{style}]{start.word}[/]", reason)
         console.print(table)
         _print_measures(console, diagnosis)
     if as_json:
         typer.echo(json.dumps(found))
-    raise typer.Exit(0 if consistent else 1)
+    raise typer.Exit(FINE if consistent else GATE_FAILED)
 
 
 def _print_measures(console: Console, diagnosis: Diagnosis) -> None:

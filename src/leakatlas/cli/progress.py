@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -13,14 +16,17 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from leakatlas.audit import Report, Run
+from leakatlas.report import RECOGNISABLE_PSNR, Report, Run, beside
 
 STYLES = {
     "exact leak": "bold red",
     "recognisable": "yellow",
     "label leak only": "cyan",
     "not demonstrated": "dim",
+    "not tested": "dim",
 }
+REASON_WIDTH = 100
+"""Characters of a reason in the terminal; all of it is in the report."""
 
 
 class Bars:
@@ -46,20 +52,45 @@ class Bars:
 
     def run(self, name: str, fraction: float, note: str = "") -> None:
         """Move the bar of the present attack."""
-        said = f"{name} [dim]{note}[/]" if note else name
+        said = f"{escape(name)} [dim]{escape(note)}[/]" if note else escape(name)
         self.progress.update(self._one, description=said, completed=round(100 * fraction))
 
     def done(self, run: Run) -> None:
-        """Print one line."""
-        psnr = "" if run.scores is None else f"{run.scores.psnr.mean:5.1f} dB"
+        """Print one line, and a second one where the run did not simply end."""
+        best = ""
+        if run.scores is not None:
+            best = f"{beside(run.scores.psnr.max, RECOGNISABLE_PSNR):>5} dB"
         self.console.print(
             f"  [{STYLES[run.verdict]}]{run.verdict:<17}[/] {run.attack:<20} {run.letter:<2}"
-            f"{psnr:<9} {run.seconds:6.1f} s  [dim]{run.setting}[/]",
+            f"{best:<9} {run.seconds:6.1f} s  [dim]{escape(run.setting)}[/]",
             highlight=False,
             no_wrap=True,
             overflow="ellipsis",
         )
+        if run.status != "complete":
+            self.console.print(f"    {why(run)}", highlight=False)
         self.progress.advance(self._all)
+
+
+def why(run: Run) -> str:
+    """The status of a run with its reason in a few words, as markup."""
+    style = "bold red" if run.status == "error" else "yellow"
+    reason = textwrap.shorten(run.reason, REASON_WIDTH, placeholder=" ...")
+    return f"[{style}]{run.status}[/]: {escape(reason)}" if reason else f"[{style}]{run.status}[/]"
+
+
+def not_tried(report: Report) -> list[str]:
+    """Lines about attacks that never started: those that the user could help, and how many more."""
+    refused = [run for run in report.runs if run.status == "refused" and run.wants]
+    lines = [f"{run.attack}, {escape(run.setting)}: {why(run)}" for run in refused]
+    counts = {
+        status: sum(run.status == status and not run.wants for run in report.runs)
+        for status in ("refused", "not applicable")
+    }
+    if any(counts.values()):
+        said = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+        lines.append(f"[dim]Attacks that did not fit a set-up: {said}; the report says why.[/]")
+    return lines
 
 
 def verdict_table(report: Report) -> Table:
@@ -69,12 +100,14 @@ def verdict_table(report: Report) -> Table:
         table.add_column(column)
     for verdict in report.verdicts():
         run = None if verdict.run is None else report.runs[verdict.run]
-        best = "" if run is None or run.scores is None else f"{run.scores.psnr.max:.1f} dB"
+        best = ""
+        if run is not None and run.scores is not None:
+            best = f"{beside(run.scores.psnr.max, RECOGNISABLE_PSNR)} dB"
         table.add_row(
             verdict.letter,
             f"[{STYLES[verdict.verdict]}]{verdict.verdict}[/]",
             "" if run is None else run.attack,
             best,
-            "" if run is None else run.setting,
+            "" if run is None else escape(run.setting),
         )
     return table

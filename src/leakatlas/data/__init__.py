@@ -7,6 +7,7 @@ from leakatlas.data.bundled import digits as digits
 from leakatlas.data.bundled import faces as faces
 from leakatlas.data.bundled import patches as patches
 from leakatlas.data.bundled import photos as photos
+from leakatlas.data.bundled import strangers as strangers
 from leakatlas.data.images import ImageSet as ImageSet
 from leakatlas.data.loaders import image_folder as image_folder
 from leakatlas.data.loaders import load as load

@@ -36,6 +36,9 @@ from leakatlas.data import pictures
 from leakatlas.data.images import ImageSet
 from leakatlas.errors import InvalidParameter, UnknownName
 
+STRANGERS = 256
+"""How many public images an audit has without a surrogate of the user's."""
+
 PARTS = ("victim", "surrogate", "all")
 
 
@@ -123,6 +126,25 @@ def patches(size: int = 32, n: int = 256, *, part: str = "victim") -> ImageSet:
         for i, place in enumerate(places):
             images[place] = _crop(photo, _halton_square(photo, i + 1, size), size)[0]
     return ImageSet(images, labels, chosen, f"patches-{size}-{n}-{part}")
+
+
+def strangers(shape: tuple[int, int, int], n: int = STRANGERS) -> ImageSet:
+    """Public images for whoever has none of the victims' population, as ``(n, C, H, W)``.
+
+    They are :func:`patches` of the surrogate photos; one channel, or any number but three, is
+    filled with their grey mean.
+
+    Args:
+        shape: ``(C, H, W)``.
+        n: How many.
+    """
+    channels, height, width = shape
+    held = patches(max(height, width), n, part="surrogate")
+    images = held.images[:, :, :height, :width]
+    if channels != 3:
+        images = images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    name = f"strangers-{channels}x{height}x{width}"
+    return ImageSet(images.contiguous(), held.labels, held.classes, name)
 
 
 def faces(size: int = 25) -> ImageSet:

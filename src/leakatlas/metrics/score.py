@@ -52,6 +52,7 @@ class ImageScore:
         ssim: None where undefined (a side below 11 pixels).
         exact: Relative L2 error within ``eps``.
         pixel_exact: All 8-bit pixels equal.
+        null_psnr: The highest PSNR that any null baseline has on this original, in dB.
         label: Whether the label that the attack gave *this* candidate is right; None if it gave
             no label a candidate.
     """
@@ -62,6 +63,7 @@ class ImageScore:
     ssim: float | None
     exact: bool
     pixel_exact: bool
+    null_psnr: float
     label: bool | None = None
 
 
@@ -245,6 +247,24 @@ def score(
     ssims = ssim(x_hat, x) if min(x.shape[2:]) >= WINDOW else None
     values = {"mse": mse(x_hat, x), "psnr": psnr(x_hat, x)}
     exacts, pixels = exact(x_hat, x, eps=eps) & found, pixel_exact(x_hat, x) & found
+    success = {"exact": exacts, "pixel_exact": pixels}
+    for tau in thresholds:
+        success[f"asr@{tau:g}"] = (values["psnr"] >= tau) & found
+    if ssims is not None:
+        success["asr_ssim@0.5"] = (ssims >= 0.5) & found
+
+    handed_in = {
+        "mean_image": fallback.expand_as(x),
+        "nearest_public": nearest_public(x, public),
+    }
+    if truth is not None and public_labels is not None:
+        handed_in["same_class"] = random_same_class(
+            truth, public, public_labels, generator=generator
+        )
+    for name, other in (baselines or {}).items():
+        handed_in[name] = _matched(f"baselines[{name!r}]", other, x, fallback)
+    nulls = {name: _scored(image, x) for name, image in handed_in.items()}
+    null_psnrs = torch.stack([psnr(image, x) for image in handed_in.values()]).amax(0)
     images = tuple(
         ImageScore(
             candidate=m,
@@ -253,25 +273,11 @@ def score(
             ssim=None if ssims is None else float(ssims[i]),
             exact=bool(exacts[i]),
             pixel_exact=bool(pixels[i]),
+            null_psnr=float(null_psnrs[i]),
             label=own_label[i],
         )
         for i, m in enumerate(matching.of_original)
     )
-    success = {"exact": exacts, "pixel_exact": pixels}
-    for tau in thresholds:
-        success[f"asr@{tau:g}"] = (values["psnr"] >= tau) & found
-    if ssims is not None:
-        success["asr_ssim@0.5"] = (ssims >= 0.5) & found
-
-    nulls = {
-        "mean_image": _scored(fallback.expand_as(x), x),
-        "nearest_public": _scored(nearest_public(x, public), x),
-    }
-    if truth is not None and public_labels is not None:
-        drawn = random_same_class(truth, public, public_labels, generator=generator)
-        nulls["same_class"] = _scored(drawn, x)
-    for name, other in (baselines or {}).items():
-        nulls[name] = _scored_as_candidates(f"baselines[{name!r}]", other, x, fallback)
     best = max(nulls, key=lambda name: nulls[name].psnr)
 
     def summary(of: Tensor) -> Summary:
@@ -370,12 +376,12 @@ def _scored(x_hat: Tensor, x: Tensor) -> Baseline:
     )
 
 
-def _scored_as_candidates(name: str, other: Tensor, x: Tensor, fallback: Tensor) -> Baseline:
+def _matched(name: str, other: Tensor, x: Tensor, fallback: Tensor) -> Tensor:
+    """Another reconstruction in the order of the originals, by the same assignment."""
     _fits(name, other, x)
     finite = torch.isfinite(other).flatten(1).all(dim=1)
     usable = other.detach()[finite].to(x).clamp(0, 1)
-    matching = assign(pairwise_mse(usable, x))
-    return _scored(_by_original(usable, matching, fallback, len(x))[0], x)
+    return _by_original(usable, assign(pairwise_mse(usable, x)), fallback, len(x))[0]
 
 
 def _summary(

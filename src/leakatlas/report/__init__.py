@@ -2,21 +2,37 @@
 
 from leakatlas.report.data import Comparison, LetterVerdict, Report, Run, load_report, pictures_of
 from leakatlas.report.gate import Gate, parse_gate
-from leakatlas.report.verdicts import RECOGNISABLE_PSNR, VERDICTS, verdict
+from leakatlas.report.words import (
+    RECOGNISABLE_PSNR,
+    TRIED,
+    VERDICTS,
+    Status,
+    Verdict,
+    beside,
+    rank,
+    recognisable,
+    verdict,
+)
 from leakatlas.report.write import check_writable, render_page, write_report
 
 __all__ = [
     "RECOGNISABLE_PSNR",
+    "TRIED",
     "VERDICTS",
     "Comparison",
     "Gate",
     "LetterVerdict",
     "Report",
     "Run",
+    "Status",
+    "Verdict",
+    "beside",
     "check_writable",
     "load_report",
     "parse_gate",
     "pictures_of",
+    "rank",
+    "recognisable",
     "render_page",
     "verdict",
     "write_report",

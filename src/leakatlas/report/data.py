@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leakatlas.errors import InvalidInput
+from leakatlas.errors import InvalidInput, Undecided
 from leakatlas.metrics.score import Scores
 from leakatlas.report.gate import parse_gate
-from leakatlas.report.verdicts import VERDICTS
+from leakatlas.report.words import TRIED, Status, Verdict, rank
 from leakatlas.threat import LETTERS
 
-SCHEMA = "leakatlas/report/1"
+SCHEMA = "leakatlas/report/2"
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,16 @@ class Run:
         vantage: Where the adversary looked.
         target: Client attacked.
         defenses: Keys of the defenses in force.
-        status: ``complete``, ``cut_short``, ``failed``, ``refused``, or ``not run``.
-        reason: In words.
-        verdict: One of :data:`~leakatlas.report.verdicts.VERDICTS`.
+        status: What became of it.
+        reason: Why, where it is not ``complete``.
+        verdict: What came out; ``not tested`` unless it was tried.
+        wants: What the user could do so that a refused attack starts; empty where the chosen
+            letters leave it out.
+        trace: Where an attack crashed.
         seconds: Wall time of the attack.
         rounds: Rounds that the adversary saw.
         reads: View fields read.
-        scores: Against the truth, or None if not run.
+        scores: Against the truth; None unless it was tried.
         recipe: What to run again.
         notes: Figures that the attack reported.
         execution: How slopes were computed, in words.
@@ -50,9 +53,11 @@ class Run:
     vantage: str
     target: int
     defenses: tuple[str, ...]
-    status: str
+    status: Status
     reason: str
-    verdict: str
+    verdict: Verdict
+    wants: str = ""
+    trace: str = ""
     seconds: float = 0.0
     rounds: int = 0
     reads: tuple[str, ...] = ()
@@ -63,9 +68,14 @@ class Run:
     pictures: Tensor | None = None
 
     @property
+    def tried(self) -> bool:
+        """Whether the attack ran, so that its outcome counts."""
+        return self.status in TRIED
+
+    @property
     def leaked(self) -> bool:
         """Whether anything beyond the null baselines was demonstrated."""
-        return self.verdict != VERDICTS[0]
+        return rank(self.verdict) > rank("not demonstrated")
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, without the pictures."""
@@ -123,12 +133,13 @@ class LetterVerdict:
 
     Args:
         letter: Threat model.
-        verdict: The strongest over all runs that this adversary could make.
+        verdict: The strongest over all runs that this adversary could make; ``not tested`` if
+            there was none.
         run: Index of the strongest run, or None.
     """
 
     letter: str
-    verdict: str
+    verdict: Verdict
     run: int | None
 
 
@@ -169,14 +180,37 @@ class Report:
         held = LETTERS[letter].knowledge
         best: tuple[tuple[int, float], int] | None = None
         for index, run in enumerate(self.runs):
-            if not run.letter or run.scores is None or LETTERS[run.letter].knowledge & ~held:
+            if run.scores is None or LETTERS[run.letter].knowledge & ~held:
                 continue
-            rank = (VERDICTS.index(run.verdict), run.scores.psnr.max)
-            if best is None or rank > best[0]:
-                best = (rank, index)
+            strength = (rank(run.verdict), run.scores.psnr.max)
+            if best is None or strength > best[0]:
+                best = (strength, index)
         if best is None:
-            return LetterVerdict(letter, VERDICTS[0], None)
-        return LetterVerdict(letter, VERDICTS[best[0][0]], best[1])
+            return LetterVerdict(letter, "not tested", None)
+        return LetterVerdict(letter, self.runs[best[1]].verdict, best[1])
+
+    def undecided(self) -> tuple[str, ...]:
+        """Why silence of this audit is no answer; empty if all that was asked was tried.
+
+        An audit is undecided if it was stopped, if nothing was tried for one of its letters, or
+        if an attack crashed or lacked something that the user could give.
+        """
+        reasons = []
+        if not self.complete:
+            reasons.append("the audit was stopped before its end")
+        for found in self.verdicts():
+            if found.run is None:
+                reasons.append(f"nothing was tried for letter {found.letter}")
+        broken: dict[str, list[str]] = {}
+        for run in (*self.runs, *(run for c in self.comparisons for run in c.runs)):
+            if run.status == "error":
+                broken.setdefault(f"{run.attack} crashed ({run.reason})", []).append(run.setting)
+            elif run.status == "refused" and run.wants:
+                broken.setdefault(f"{run.attack} was refused ({run.wants})", []).append(run.setting)
+        reasons += [
+            f"{what} on {'; '.join(dict.fromkeys(settings))}" for what, settings in broken.items()
+        ]
+        return tuple(reasons)
 
     def worst_case(self) -> dict[str, list[float]]:
         """Per metric, one value for each original image: the worst over all runs."""
@@ -200,13 +234,26 @@ class Report:
             m: [values[m] for values in best.values()] for m in ("psnr", "ssim", "mse", "exact")
         }
 
-    def exceeds(self, condition: str) -> bool:
+    def exceeds(self, condition: str, *, allow_undecided: bool = False) -> bool:
         """Whether a condition such as ``P(psnr > 20 dB) > 0.05`` holds; see :func:`parse_gate`.
+
+        Args:
+            condition: In the language of :func:`~leakatlas.report.gate.parse_gate`.
+            allow_undecided: Answer from what ran, although not all that was asked was tried.
 
         Raises:
             InvalidParameter: If the condition cannot be read.
+            Undecided: If it does not hold on what ran, and that was not all.
         """
-        return parse_gate(condition).holds(self.worst_case())
+        if parse_gate(condition).holds(self.worst_case()):
+            return True
+        reasons = self.undecided()
+        if reasons and not allow_undecided:
+            raise Undecided(
+                f"{condition!r} does not hold on what ran, but {'; '.join(reasons)}. Give what is "
+                "missing, choose fewer letters or attacks, or pass allow_undecided=True."
+            )
+        return False
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``report.json``."""
@@ -214,6 +261,7 @@ class Report:
             "schema": SCHEMA,
             "letters": list(self.letters),
             "verdicts": [vars(v).copy() for v in self.verdicts()],
+            "undecided": list(self.undecided()),
             "worst_case": self.worst_case(),
             "runs": [run.to_json() for run in self.runs],
             "comparisons": [comparison.to_json() for comparison in self.comparisons],

@@ -36,23 +36,24 @@ class Gate:
 
     Args:
         text: As written.
-        value: Computes the left-hand side from per-image worst-case scores.
+        value: Computes the left-hand side from per-image worst-case scores; None without any.
         compare: The outer comparison.
         threshold: Its right-hand side.
     """
 
     text: str
-    value: Callable[[Mapping[str, Sequence[float]]], float]
+    value: Callable[[Mapping[str, Sequence[float]]], float | None]
     compare: Callable[[float, float], bool]
     threshold: float
 
     def holds(self, scores: Mapping[str, Sequence[float]]) -> bool:
-        """Whether the condition is met.
+        """Whether the condition is met; never where no image was attacked.
 
         Args:
             scores: Per metric, one worst-case value an original image.
         """
-        return self.compare(self.value(scores), self.threshold)
+        value = self.value(scores)
+        return value is not None and self.compare(value, self.threshold)
 
 
 def parse_gate(text: str) -> Gate:
@@ -71,10 +72,10 @@ def parse_gate(text: str) -> Gate:
         metric, inner, level, outer, threshold = match.groups()
         metric = _metric(metric)
 
-        def share(scores: Mapping[str, Sequence[float]]) -> float:
+        def share(scores: Mapping[str, Sequence[float]]) -> float | None:
             values = scores[metric]
             passed = sum(_COMPARE[inner](value, float(level)) for value in values)
-            return passed / len(values) if values else 0.0
+            return passed / len(values) if values else None
 
         return Gate(stripped, share, _COMPARE[outer], float(threshold))
     if match := _STATISTIC.fullmatch(stripped):
@@ -85,14 +86,17 @@ def parse_gate(text: str) -> Gate:
         reduce = _STATISTICS[name.lower()]
         return Gate(
             stripped,
-            lambda scores: reduce(scores[metric]) if scores[metric] else 0.0,
+            lambda scores: reduce(scores[metric]) if scores[metric] else None,
             _COMPARE[outer],
             float(threshold),
         )
     if match := _COUNT.fullmatch(stripped):
         outer, threshold = match.groups()
         return Gate(
-            stripped, lambda scores: sum(scores["exact"]), _COMPARE[outer], float(threshold)
+            stripped,
+            lambda scores: sum(scores["exact"]) if scores["exact"] else None,
+            _COMPARE[outer],
+            float(threshold),
         )
     raise InvalidParameter(
         f"The condition {text!r} cannot be read; write 'P(psnr > 20 dB) > 0.05', "

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from leakatlas.metrics.score import Scores
+from leakatlas.report.words import Status, Verdict
 
 
 class _Part(BaseModel):
@@ -22,9 +23,11 @@ class RunPart(_Part):
     vantage: str
     target: int
     defenses: list[str]
-    status: Literal["complete", "cut_short", "failed", "refused", "not run"]
+    status: Status
     reason: str
-    verdict: str
+    verdict: Verdict
+    wants: str
+    trace: str
     seconds: float
     rounds: int
     reads: list[str]
@@ -48,16 +51,17 @@ class VerdictPart(_Part):
     """What one threat model achieved; ``run`` indexes ``runs``."""
 
     letter: str
-    verdict: str
+    verdict: Verdict
     run: int | None
 
 
 class ReportFile(_Part):
     """The whole file."""
 
-    schema_: Literal["leakatlas/report/1"]
+    schema_: Literal["leakatlas/report/2"]
     letters: list[str]
     verdicts: list[VerdictPart]
+    undecided: list[str]
     worst_case: dict[str, list[float]]
     runs: list[RunPart]
     comparisons: list[ComparisonPart]

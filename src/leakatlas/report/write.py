@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from torch import Tensor
 from leakatlas.errors import InvalidInput
 from leakatlas.report.data import Comparison, Report, Run
 from leakatlas.report.schema import report_schema
-from leakatlas.report.verdicts import VERDICTS
+from leakatlas.report.words import (
+    RECOGNISABLE_PSNR,
+    VERDICTS,
+    Verdict,
+    beside,
+    rank,
+    recognisable,
+)
 from leakatlas.threat import LETTERS, Knowledge
 
 TONE = {
@@ -25,6 +33,7 @@ TONE = {
     "recognisable": "seen",
     "label leak only": "label",
     "not demonstrated": "none",
+    "not tested": "untested",
 }
 """Style class of each verdict; none of them is green, because nothing here proves safety."""
 
@@ -96,8 +105,11 @@ def render_page(report: Report) -> str:
         strips=_strips(report),
         comparisons=[_comparison_row(c, report.comparisons[0]) for c in report.comparisons],
         chart=_chart(report.comparisons),
-        runs=[_run_row(run) for run in report.runs if run.status != "not run"],
+        runs=[_run_row(run) for run in report.runs if run.tried or run.status == "error"],
+        tried=sum(run.tried for run in report.runs),
         skipped=_skipped(report),
+        undecided=report.undecided(),
+        strangers=[s["name"] for s in report.facts["settings"] if s["strangers"]],
         worst=report.worst_case(),
         source=json.dumps(dict(report.source), indent=2) if report.source else "",
     )
@@ -105,26 +117,25 @@ def render_page(report: Report) -> str:
 
 def _headline(report: Report) -> dict[str, Any]:
     verdicts = report.verdicts()
-    strongest = max(verdicts, key=lambda v: VERDICTS.index(v.verdict), default=None)
     groups = {
         word: [v.letter for v in verdicts if v.verdict == word] for word in reversed(VERDICTS)
     }
-    worst = report.worst_case()
-    images = len(worst["psnr"])
-    exact = int(sum(worst["exact"]))
-    seen = sum(value >= 20 for value in worst["psnr"])
+    seen: dict[tuple[str, int, int], bool] = {}
+    for run in report.runs:
+        if run.scores is not None:
+            for position, came_out in enumerate(recognisable(run.scores)):
+                key = (run.setting, run.target, position)
+                seen[key] = seen.get(key, False) or came_out
     return {
-        "verdict": strongest.verdict if strongest else VERDICTS[0],
-        "tone": TONE[strongest.verdict] if strongest else "none",
         "groups": [(word, ", ".join(letters), TONE[word]) for word, letters in groups.items()
                    if letters],
-        "images": images,
-        "exact": exact,
-        "seen": seen,
+        "images": len(seen),
+        "exact": int(sum(report.worst_case()["exact"])),
+        "seen": sum(seen.values()),
     }  # fmt: skip
 
 
-def _letter_row(report: Report, letter: str, verdict: str, index: int | None) -> dict[str, Any]:
+def _letter_row(report: Report, letter: str, verdict: Verdict, index: int | None) -> dict[str, Any]:
     model = LETTERS[letter]
     run = None if index is None else report.runs[index]
     return {
@@ -145,7 +156,7 @@ def _run_row(run: Run) -> dict[str, Any]:
         "letter": run.letter,
         "vantage": run.vantage,
         "target": run.target,
-        "status": run.status.replace("_", " "),
+        "status": run.status,
         "reason": run.reason,
         "verdict": run.verdict,
         "tone": TONE[run.verdict],
@@ -161,16 +172,15 @@ def _run_row(run: Run) -> dict[str, Any]:
             "psnr": scores.psnr.mean,
             "psnr_low": scores.psnr.mean_interval.low,
             "psnr_high": scores.psnr.mean_interval.high,
-            "best": scores.psnr.max,
+            "best": beside(scores.psnr.max, RECOGNISABLE_PSNR),
             "ssim": None if scores.ssim is None else scores.ssim.mean,
             "exact": scores.success["exact"].successes,
             "originals": scores.originals,
             "candidates": scores.candidates,
             "missing": scores.missing,
             "surplus": scores.surplus,
-            "gain": scores.gain,
+            "gain": f"{'+' if scores.gain > 0 else ''}{beside(scores.gain, 0.0)}",
             "baseline": scores.best_baseline.replace("_", " "),
-            "baseline_psnr": scores.baselines[scores.best_baseline].psnr,
             "labels": None if scores.labels is None else scores.labels.irec,
         }
     return row
@@ -191,9 +201,24 @@ def _galleries(report: Report, most: int = 8) -> list[tuple[str, list[dict[str, 
             best = max(runs, key=_strength)
             same = [run for run in runs if run.attack == best.attack]
             pairs = [pair for run in same for pair in _pairs(run)]
-            mean = sum(run.scores.psnr.mean for run in same if run.scores) / len(same)
+            mean, null = (
+                statistics.fmean(values)
+                for values in zip(
+                    *(
+                        (run.scores.psnr.mean, run.scores.baselines[run.scores.best_baseline].psnr)
+                        for run in same
+                        if run.scores is not None
+                    ),
+                    strict=True,
+                )
+            )
             galleries.setdefault(setting, []).append(
-                {"run": _run_row(best), "pairs": pairs[:most], "mean": mean}
+                {
+                    "run": _run_row(best),
+                    "pairs": pairs[:most],
+                    "mean": beside(mean, null),
+                    "null": beside(null, mean),
+                }
             )
     return list(galleries.items())
 
@@ -205,7 +230,7 @@ def _pairs(run: Run) -> list[dict[str, Any]]:
         {
             "original": _data_uri(pair[0]),
             "candidate": None if image.candidate is None else _data_uri(pair[1]),
-            "psnr": image.psnr,
+            "psnr": beside(image.psnr, RECOGNISABLE_PSNR),
             "exact": image.exact,
         }
         for pair, image in zip(run.pictures, run.scores.images, strict=False)
@@ -232,7 +257,7 @@ def _strips(report: Report) -> list[dict[str, Any]]:
 
 
 def _strength(run: Run) -> tuple[int, float]:
-    return (VERDICTS.index(run.verdict), run.scores.psnr.mean if run.scores else 0.0)
+    return (rank(run.verdict), run.scores.psnr.mean if run.scores else 0.0)
 
 
 def _comparison_row(comparison: Comparison, undefended: Comparison) -> dict[str, Any]:
@@ -241,7 +266,7 @@ def _comparison_row(comparison: Comparison, undefended: Comparison) -> dict[str,
         if comparison.accuracy is None or undefended.accuracy is None
         else 100 * (undefended.accuracy - comparison.accuracy)
     )
-    worst = max((run.verdict for run in comparison.runs), key=VERDICTS.index, default=VERDICTS[0])
+    worst = max((run.verdict for run in comparison.runs), key=rank, default="not tested")
     return {
         "name": comparison.name,
         "defenses": ", ".join(str(d["key"]) for d in comparison.defenses) or "none",
@@ -284,19 +309,24 @@ def _chart(comparisons: tuple[Comparison, ...]) -> dict[str, Any] | None:
         "y_ticks": [(y(v), f"{v:.0f}") for v in range(0, int(top) + 1, 20 if top > 60 else 10)],
         "floor": height - bottom,
         "left": left,
-        "threshold": y(20.0),
+        "threshold": y(RECOGNISABLE_PSNR),
     }
 
 
 def _skipped(report: Report) -> list[dict[str, str]]:
-    """Attacks that were not run, one line for each reason, with the settings it holds for."""
-    lines: dict[tuple[str, str], list[str]] = {}
+    """Attacks that were not tried, one line for each reason, with the settings it holds for."""
+    lines: dict[tuple[str, str, str], list[str]] = {}
     for run in report.runs:
-        if run.status == "not run":
-            lines.setdefault((run.attack, run.reason), []).append(run.setting)
+        if not run.tried and run.status != "error":
+            lines.setdefault((run.attack, run.status, run.reason), []).append(run.setting)
     return [
-        {"attack": attack, "reason": reason, "settings": "; ".join(settings)}
-        for (attack, reason), settings in lines.items()
+        {
+            "attack": attack,
+            "status": status,
+            "reason": reason,
+            "settings": "; ".join(dict.fromkeys(settings)),
+        }
+        for (attack, status, reason), settings in lines.items()
     ]
 
 

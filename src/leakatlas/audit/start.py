@@ -1,0 +1,84 @@
+"""Whether an attack can start: the one question that doctor and audit ask of every attack."""
+
+from __future__ import annotations
+
+import copy
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from leakatlas.attacks.api import ActiveAttack, Attack, Outlook
+from leakatlas.errors import LeakAtlasError, NotGranted
+from leakatlas.fl import RoundRecord, Stage
+from leakatlas.report import Status
+
+
+@dataclass(frozen=True)
+class Start:
+    """Under which of the chosen letters an attack starts, or why it does not.
+
+    Args:
+        letter: The weakest chosen letter under which it starts; without any, the weakest one that
+            gives what it needs, empty if none does.
+        outlook: What the attack expects there.
+        obstacle: ``refused`` (no chosen letter gives what it needs, or a grant is missing), ``not
+            applicable`` (theory) or ``error`` (it crashed when it was asked); None if it starts.
+        wants: What the user could do so that it starts; empty where the choice of letters leaves
+            it out.
+        trace: Where it crashed.
+    """
+
+    letter: str
+    outlook: Outlook
+    obstacle: Status | None = None
+    wants: str = ""
+    trace: str = ""
+
+    @property
+    def word(self) -> str:
+        """``applicable``, ``unknown``, or what stands in the way."""
+        return self.obstacle or self.outlook.verdict
+
+
+def can_start(
+    stage: Stage, attack: Attack, letters: Sequence[str], record: RoundRecord | None = None
+) -> Start:
+    """Ask an attack under each letter, weakest first, until it may start.
+
+    Args:
+        stage: The set-up.
+        attack: With its parameters.
+        letters: Threat models to choose from, weakest first.
+        record: A round of honest clients, which a passive attack is shown.
+    """
+    refusals: list[tuple[int, Start]] = []
+    ruled_out: Start | None = None
+    for letter in letters:
+        seen = copy.copy(stage)
+        seen.scenario = replace(stage.scenario, letter=letter)
+        records = [] if isinstance(attack, ActiveAttack) or record is None else [record]
+        view = seen.view(records, target=min(stage.victims))
+        try:
+            attack.check(view)
+            if records and view.update.kind == "delta":
+                _ = view.protocol
+            outlook = attack.outlook(view)
+        except NotGranted as problem:
+            outlook = Outlook("hopeless", str(problem))
+            missing, ungranted = attack.missing(view), attack.grants() - view.grants
+            if ungranted and not missing:
+                wants = f"give the grant {', '.join(sorted(ungranted))}"
+                return Start(letter, outlook, "refused", wants)
+            refusals.append((len(missing.names()), Start("", outlook, "refused")))
+            continue
+        except LeakAtlasError as problem:
+            outlook = Outlook("hopeless", str(problem))
+        # An attack may come from anywhere: its mistakes are its own result and end nothing else.
+        except Exception as crash:
+            outlook = Outlook("unknown", f"{type(crash).__name__}: {crash}")
+            return Start(letter, outlook, "error", trace=traceback.format_exc())
+        if outlook.verdict != "hopeless":
+            return Start(letter, outlook)
+        ruled_out = ruled_out or Start(letter, outlook, "not applicable")
+    # The letter that lacks least gives the most useful reason.
+    return ruled_out or min(refusals, key=lambda refusal: refusal[0])[1]
