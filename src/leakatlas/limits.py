@@ -19,6 +19,8 @@ ROWS = 16 * MIB
 """Bytes of a TOML file of the catalogue, which has one."""
 DESCRIPTION = 64 * MIB
 """Bytes of a JSON file that describes a view, a result or a run."""
+REPORT = 256 * MIB
+"""Bytes of a report, which holds pictures."""
 PICTURE = 256 * MIB
 """Bytes of one encoded image."""
 PIXELS = 64_000_000

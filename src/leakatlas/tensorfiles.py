@@ -90,7 +90,7 @@ def require_room(path: Path | str, *, what: str) -> None:
     who = f"The {what} {shown(str(path))}"
     with reading.boundary(who):
         if not Path(path).exists():
-            raise InvalidInput(f"{who}: there is no such file.")
+            raise InvalidInput(f"{who} does not exist.")
         if not Path(path).is_file():
             raise InvalidInput(f"{who} is not a file.")
         if (size := Path(path).stat().st_size) > limits.memory():

@@ -95,7 +95,7 @@ def test_a_truncated_file_is_refused_and_says_so(tmp_path: Path, kept: int) -> N
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="no such file"):
+    with pytest.raises(InvalidInput, match="does not exist"):
         Update.load(tmp_path / "none.safetensors")
     with pytest.raises(InvalidInput, match="is not a file"):
         Update.load(tmp_path)

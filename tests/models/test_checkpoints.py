@@ -268,7 +268,7 @@ def test_truncated_and_damaged_files_are_refused(
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="no such file"):
+    with pytest.raises(InvalidInput, match="does not exist"):
         load_state(tmp_path / "absent.pt")
     for name in ("a.txt", "a.pt", "a.safetensors"):
         (tmp_path / name).write_text("these are no weights at all")

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, final
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import leakatlas
+from leakatlas import tensorfiles
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import ImageSet
-from leakatlas.errors import InvalidParameter, NotGranted
+from leakatlas.errors import InvalidInput, InvalidParameter, NotGranted
 from leakatlas.fl import TamperedModel as TamperedModel
 from leakatlas.fl import Tampering as Tampering
 from leakatlas.fl import View, state_hash, stream, stream_seed
@@ -182,7 +183,10 @@ class Attack(Configured, ABC):
         file = cache_folder() / f"{self.key}-{hashlib.sha256(identity.encode()).hexdigest()}"
         file = file.with_suffix(".safetensors")
         if file.is_file():
-            return load_file(file)
+            try:
+                return tensorfiles.read_safetensors(file, what="artefact")[0]
+            except InvalidInput:
+                pass  # damaged on the disk; what was learned can be learned again
         watch = watch or Watch()
         with torch.random.fork_rng(devices=[]):
             # The cache key has no seed of the attack, so no draw may depend on one.

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from leakatlas import limits, reading
 from leakatlas.bench import names
 from leakatlas.bench.schema import Case, StudyFile
 from leakatlas.catalogue import results
@@ -22,7 +22,6 @@ from leakatlas.errors import InvalidInput, UnknownName
 FILE = "study.yaml"
 HOOK = "study.py"
 MOST_CASES = 10_000
-MOST_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -123,38 +122,14 @@ def _read(path: Path, shown: str) -> tuple[Any, Problem | None]:
         return None, Problem(file=shown, message=message, fix=fix)
 
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        return wrong(f"cannot be read: {error}.", "give a text file in UTF-8.")
-    if len(text) > MOST_BYTES:
-        return wrong(f"has {len(text):,} characters.", f"keep it below {MOST_BYTES:,}.")
-    try:
-        content = yaml.load(text, _Plain)  # a SafeLoader
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        return wrong(f"is not YAML: {error}", "mend that line.")
+        text = reading.read_text(path, what="study", limit=limits.CONFIGURATION)
+        content = reading.parse_yaml(text, who="It")
+    except InvalidInput as problem:
+        return wrong(str(problem), "mend that place.")
     if not isinstance(content, dict):
         kind = type(content).__name__
         return wrong(f"holds {kind}, not keys.", "begin with `schema: leakatlas/study/1`.")
     return content, None
-
-
-class _Plain(yaml.SafeLoader):
-    """YAML without aliases (they can blow up) and without double keys (one would be lost)."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not allowed.")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def _combinations(

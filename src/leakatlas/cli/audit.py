@@ -134,7 +134,7 @@ def audit(
         value = gate.value(report.worst_case())
         assert value is not None, "a gate holds on figures only"
         shown = beside(value, gate.threshold, 3, kind="g")
-        console.print(f"[bold red]Failed:[/] {gate.text} (it is {shown}).", highlight=False)
+        console.print(f"[bold red]Failed:[/] {escape(gate.text)} (it is {shown}).", highlight=False)
     reasons = report.undecided()
     for reason in reasons:
         console.print(f"[bold yellow]Undecided:[/] {escape(reason)}.", highlight=False)
@@ -176,14 +176,14 @@ def doctor(
         consistent &= expected
         if as_json:
             continue
-        console.rule(setting.name, align="left")
+        console.rule(escape(setting.name), align="left")
         mark = "[green]consistent[/]" if expected else f"[bold red]wrong: {replay.culprit}[/]"
-        words = f" {replay.explanation}" if replay.explanation else ""
+        words = f" {escape(replay.explanation)}" if replay.explanation else ""
         console.print(f"Replay of the true batch: {mark}, residual {replay.residual:.1e}.{words}")
         for name, value in diagnosis.facts.items():
-            console.print(f"  {name}: {value:,.4g}", highlight=False)
+            console.print(f"  {escape(name)}: {value:,.4g}", highlight=False)
         for finding in diagnosis.findings:
-            console.print(f"  - {finding}", highlight=False)
+            console.print(f"  - {escape(finding)}", highlight=False)
         table = Table()
         for column in ("attack", "letter", "outlook", "why"):
             table.add_column(column)
@@ -219,4 +219,4 @@ def _print_measures(console: Console, diagnosis: Diagnosis) -> None:
                 f"{escape(measure.assumption)}.[/]",
             )
         console.print(table)
-    console.print(diagnosis.left_out, highlight=False)
+    console.print(escape(diagnosis.left_out), highlight=False)

@@ -106,7 +106,7 @@ def verdict_table(report: Report) -> Table:
         table.add_row(
             verdict.letter,
             f"[{STYLES[verdict.verdict]}]{verdict.verdict}[/]",
-            "" if run is None else run.attack,
+            "" if run is None else escape(run.attack),
             best,
             "" if run is None else escape(run.setting),
         )

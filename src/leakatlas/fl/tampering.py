@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from leakatlas.errors import InvalidInput, InvalidParameter, UnknownName
+from leakatlas import reading, tensorfiles
+from leakatlas.errors import InvalidInput, InvalidParameter, UnknownName, shown
 from leakatlas.fl import state
 from leakatlas.fl.edits import EDITS, Edit, Imprinted
 from leakatlas.params import NonNegativeInt
@@ -224,14 +224,9 @@ class Tampering:
         Raises:
             InvalidInput: If the file is missing, truncated or foreign.
         """
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                facts = json.loads((file.metadata() or {}).get(METADATA, "null"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except FileNotFoundError:
-            raise InvalidInput(f"The tampering file {str(path)!r} does not exist.") from None
-        except (SafetensorError, OSError, ValueError, RecursionError) as problem:
-            raise InvalidInput(f"{str(path)!r} is not a tampering file: {problem}.") from None
+        tensors, texts = tensorfiles.read_safetensors(path, what="tampering")
+        who = f"The tampering's description in {shown(str(path))}"
+        facts = reading.parse_json(texts.get(METADATA, "null"), who=who)
         if not isinstance(facts, dict):
             raise InvalidInput(
                 f"{str(path)!r} is a safetensors file but no tampering: its metadata lacks "

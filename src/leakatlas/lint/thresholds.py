@@ -10,13 +10,13 @@ of them exceeds the threshold that the others alone would set. Tampered models p
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from leakatlas import reading
 from leakatlas.errors import InvalidInput
 from leakatlas.lint.findings import COMPARISONS, STATISTICS
 
@@ -67,10 +67,10 @@ def read(path: Path = FILE) -> Calibration:
         InvalidInput: If the file is damaged or lacks a statistic.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = reading.read_json(path, what="calibration")
         rows = content.pop("statistics")
         thresholds = {name: float(row["threshold"]) for name, row in rows.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise InvalidInput(
             f"{path}: not a calibration of lint ({problem}); reinstall, or run benchmarks/lint.py."
         ) from None

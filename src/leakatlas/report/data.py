@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leakatlas import limits, reading
 from leakatlas.errors import InvalidInput, Undecided
 from leakatlas.metrics.score import Scores
 from leakatlas.report.gate import parse_gate
@@ -302,12 +302,7 @@ def load_report(path: Path | str) -> Mapping[str, Any]:
     path = Path(path)
     if path.is_dir():
         path = path / "report.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InvalidInput(f"The report {str(path)!r} does not exist.") from None
-    except json.JSONDecodeError as problem:
-        raise InvalidInput(f"{str(path)!r} is not JSON: {problem}.") from None
+    values = reading.read_json(path, what="report", limit=limits.REPORT)
     if not isinstance(values, dict) or values.get("schema") != SCHEMA:
         raise InvalidInput(f"{str(path)!r} is not a report of schema {SCHEMA!r}.")
     return values
