@@ -148,7 +148,7 @@ def test_an_update_about_to_be_sent(run: Any, files: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("nowhere.safetensors",), "there is does not exist"),
+        (("nowhere.safetensors",), "does not exist"),
         (("{files}/truncated.safetensors",), "may be truncated"),
         (("{files}/code.pt",), "not a file of plain tensors"),
         (("builtin:lenett",), "Unknown model 'lenett'. Did you mean 'lenet'"),
@@ -158,7 +158,7 @@ def test_an_update_about_to_be_sent(run: Any, files: Path, tmp_path: Path) -> No
             ("{files}/honest.safetensors", "--batch", "photos:16"),
             "a state dict alone cannot be run",
         ),
-        (("{files}/honest.safetensors", "--weights", "x"), "there is does not exist"),
+        (("{files}/honest.safetensors", "--weights", "x"), "does not exist"),
         (("{files}/honest.safetensors", "--weights", "{files}/tampered.pt"), "weights already"),
         (("builtin:lenet", "--weights", "{files}/tampered.pt"), "does not fit LeNet"),
         (("builtin:lenet", "--mean", "0.5"), "--mean and --std go together"),

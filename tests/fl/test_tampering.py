@@ -359,5 +359,5 @@ def test_a_missing_foreign_or_truncated_file_is_refused(tmp_path: Path) -> None:
         Tampering.load(foreign)
     _tampering().save(foreign)
     foreign.write_bytes(foreign.read_bytes()[:200])
-    with pytest.raises(InvalidInput, match="no safetensors file|is no tampering|is not a file"):
+    with pytest.raises(InvalidInput, match="no safetensors file"):
         Tampering.load(foreign)
