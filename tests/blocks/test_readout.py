@@ -158,6 +158,11 @@ def test_empirical_bins_hold_equal_shares() -> None:
     assert torch.allclose(shares, torch.full((20,), 0.05, dtype=DOUBLE), atol=2e-3)
 
 
+def test_the_middle_of_an_outer_bin_is_that_of_its_part_in_the_pixel_range() -> None:
+    edges = torch.tensor([-0.5, 0.2, 0.6, 1.7], dtype=DOUBLE)
+    assert torch.allclose(readout.bin_middles(edges), torch.tensor([0.1, 0.4, 0.8], dtype=DOUBLE))
+
+
 def test_tied_surrogates_still_give_rising_edges() -> None:
     values = torch.tensor([0.1] * 50 + [0.7] * 50)
     edges = readout.bin_edges("empirical", 16, values=values)

@@ -427,6 +427,19 @@ def bin_edges(
     return _strictly_rising(torch.cat([edges.new_tensor([low]), edges, edges.new_tensor([high])]))
 
 
+def bin_middles(edges: Tensor) -> Tensor:
+    """The middle ``(k,)`` of every bin of a mean brightness, which lies in [0, 1].
+
+    The outer edges lie beyond what an image can measure; the middle of a whole outer bin would be
+    no brightness, and below 0 turn the image into its negative.
+
+    Args:
+        edges: ``(k + 1,)`` rising.
+    """
+    inside = edges.clamp(0, 1)
+    return (inside[:-1] + inside[1:]) / 2
+
+
 def expected_singletons(examples: int, bins: int) -> float:
     """``n (1 - 1/k)^(n-1)``: how many of n examples fall alone into one of k equal bins."""
     return examples * (1 - 1 / bins) ** (examples - 1)

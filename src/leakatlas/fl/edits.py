@@ -179,7 +179,6 @@ class SplitImprint(Edit):
             no part in the forward pass: its column sums the deltas of one client alone.
         spread: As in :class:`Imprint`.
         connection: As in :class:`Imprint`.
-        offset: Added to ``<w, x>`` before it is compared with the edges.
         std: Per channel, a factor on what the kernels copy; 1 if None.
         mean: Per channel, what they add; 0 if None. With the box's own two, a normalisation is
             undone.
@@ -197,7 +196,6 @@ class SplitImprint(Edit):
     anchor: bool = False
     spread: Positive = 1.0
     connection: Connection = "linear"
-    offset: Real = 0.0
     std: tuple[Positive, ...] | None = None
     mean: tuple[Real, ...] | None = None
 
@@ -253,7 +251,7 @@ class SplitImprintLayers(nn.Module):
                 bias[start + c] = kappa * mean[c]
             if edit.anchor:
                 bias[start + channels] = kappa
-        weight, threshold = binning_rows(w, edges.to(w) - edit.offset, "sparse")
+        weight, threshold = binning_rows(w, edges.to(w), "sparse")
         area = height * width
         self.first = _unset(k, own * edit.clients * area, like=w)
         with torch.no_grad():

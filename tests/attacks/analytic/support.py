@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,31 @@ def alone_in_bin(h: Tensor, edges: Tensor) -> Tensor:
     """Which measurements ``(N,)`` have a bin of ``edges`` to themselves."""
     bins = torch.bucketize(h, edges)
     return torch.tensor([int((bins == b).sum()) == 1 for b in bins])
+
+
+def extremes(clients: int, examples: int, tone: str, size: int = 16) -> ImageSet:
+    """Crops of which every client's first is darker, or brighter, than any public image."""
+    held = crops(size, clients * examples)
+    images = held.images.clone()
+    share, base = (0.02, 0.0) if tone == "dark" else (0.2, 0.8)
+    images[::examples] = images[::examples] * share + base
+    return replace(held, images=images)
+
+
+def outermost(trial: Trial, tone: str) -> Tensor:
+    """Which private images ``(N,)`` fall into the first bin, or the last."""
+    edges = trial.view.key["edges"]
+    h = trial.truth.images.double().flatten(1).mean(dim=1)
+    return h < edges[1] if tone == "dark" else h > edges[-2]
+
+
+def likeness(trial: Trial) -> Tensor:
+    """Cosine of every private image with its most similar candidate, pixels in [0, 1], ``(N,)``."""
+    if len(trial.images) == 0:
+        return torch.zeros(len(trial.truth.images), dtype=torch.float64)
+    truth, found = (
+        torch.nn.functional.normalize(x.double().flatten(1))
+        for x in (trial.truth.images, trial.images)
+    )
+    best: Tensor = (truth @ found.T).max(dim=1).values
+    return best

@@ -128,6 +128,17 @@ def test_equal_inputs_come_back_once() -> None:
     assert (trial.found.notes["rank"], trial.found.notes["examples"]) == (3, 4)
 
 
+@pytest.mark.parametrize("seed", [4, 12])
+def test_a_repeated_input_whose_labels_nearly_cancel_is_certified(seed: int) -> None:
+    """In single precision some active neuron's delta is hardly more than rounding."""
+    held = crops(8, 4).subset([0, 0, 1, 2])
+    victims = replace(held, labels=torch.arange(4))
+    stage = _stage(4, 400, victims=victims, dtype=torch.float32, seed=seed)
+    trial = run_trial(stage, SPEAR(samples=50_000), seed=seed)
+    assert len(trial.images) == 3 and float(errors(trial).max()) < 1e-5
+    assert trial.found.status == "complete"
+
+
 # -- the failures that theory predicts -------------------------------------------------------------
 
 

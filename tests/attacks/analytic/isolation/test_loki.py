@@ -7,16 +7,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from leakatlas.attacks.analytic.isolation.loki import LOKI, WEIGHT, brightness
+from leakatlas.attacks.analytic.isolation.loki import LOKI, WEIGHT
 from leakatlas.bench.harness import Trial, observe, run_trial
 from leakatlas.blocks import readout
+from leakatlas.data import Box
 from leakatlas.defenses.formal.crypto.secure_aggregation import SecureAggregation
 from leakatlas.fl import FedAVG, FedSGD, Stage
 from leakatlas.fl.edits import SplitImprint
 from leakatlas.threat import Vantage
 from tests.attacks.analytic.support import (
+    UNIT,
     alone_in_bin,
     errors,
+    extremes,
+    likeness,
+    outermost,
     psnr,
     same_after_saving,
     small_stage,
@@ -134,11 +139,15 @@ def test_later_rounds_learn_the_brightness_of_the_clients() -> None:
     assert len(attack(view).images) >= once > 0
 
 
-def test_brightness_is_that_of_pixels_in_any_space() -> None:
-    pixels = torch.rand(4, 3, 6, 6, dtype=torch.float64)
-    w, offset = brightness(BOX, (3, 6, 6), pixels)
-    h = BOX.normalize(pixels).flatten(1) @ w + offset
-    assert torch.allclose(h, pixels.flatten(1).mean(dim=1))
+@pytest.mark.parametrize("box", [UNIT, BOX], ids=["plain", "normalised"])
+@pytest.mark.parametrize("scale", ["max", "midpoint", "anchor"])
+@pytest.mark.parametrize("tone", ["dark", "bright"])
+def test_lone_images_in_the_outermost_bins_are_read(scale: str, tone: str, box: Box) -> None:
+    stage = _stage(victims=extremes(5, 6, tone), clients=5, box=box, protocol=FedSGD())
+    trial = run_trial(stage, LOKI(bins=24, scale=scale))  # type: ignore[arg-type]  # parametrised literals
+    outer = outermost(trial, tone)
+    assert int(outer.sum()) == 5 and bool(_alone(trial, 5)[outer].all())
+    assert float(likeness(trial)[outer].min()) > 1 - 1e-6
 
 
 def test_a_client_that_sent_nothing_gives_nothing() -> None:

@@ -31,6 +31,9 @@ from tests.attacks.analytic.support import (
     UNIT,
     alone_in_bin,
     errors,
+    extremes,
+    likeness,
+    outermost,
     psnr,
     same_after_saving,
     small_stage,
@@ -168,6 +171,18 @@ def test_the_middle_of_the_bin_is_closer_than_the_brightest_pixel() -> None:
         quality[scale] = psnr(trial)[_alone(trial)]
     assert float(quality["midpoint"].median()) > 30
     assert float(quality["midpoint"].mean()) > float(quality["max"].mean())
+
+
+@pytest.mark.parametrize("box", [UNIT, BOX], ids=["plain", "normalised"])
+@pytest.mark.parametrize("scale", ["max", "midpoint", "anchor"])
+@pytest.mark.parametrize("tone", ["dark", "bright"])
+def test_lone_images_in_the_outermost_bins_are_read(scale: Any, tone: str, box: Box) -> None:
+    trial = run_trial(
+        _stage(victims=extremes(CLIENTS, 8, tone), box=box), MANDRAKE(bins=32, scale=scale)
+    )
+    outer = outermost(trial, tone)
+    assert int(outer.sum()) == CLIENTS and bool(_alone(trial)[outer].all())
+    assert float(likeness(trial)[outer].min()) > 1 - 1e-6
 
 
 def test_the_other_columns_are_zero_before_the_sum() -> None:

@@ -34,6 +34,7 @@ Departures:
     - The paper sets tau by a false rejection rate; here it is one share, counted among the rows
       that some input excites. Inputs in [0, 1] leave many rows dead and the others mostly active:
       with tau = 0.3 their directions are missed, with 0.2 they are found.
+    - Entries of D that are neither rounding nor clearly above it agree with any Z.
     - The number of row sets is bounded.
     - Behind convolutions the paper attacks a later layer and adds feature inversion; here the
       layer must read the input itself.
@@ -109,7 +110,7 @@ class SPEAR(Attack):
         "would do."
     )
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     samples: PositiveInt = 20_000_000
     chunk: PositiveInt = 10_000
@@ -547,8 +548,11 @@ def consistency(factors: Factors, q: Tensor, precision: Precision) -> tuple[Tens
     inverse = inverse / s[:, :, None]
     d = (factors.left @ q).abs()  # (T, m, b), each column up to a factor
     active = d > precision.zero * d.amax(dim=1, keepdim=True)
+    # Between rounding and clear, an entry of D says nothing: an active neuron's may be that small,
+    # above all where an input is there twice, with two labels whose deltas nearly cancel.
+    unclear = ~active & (d > precision.rank * d.amax(dim=1, keepdim=True))
     z = factors.images_of_right @ inverse.transpose(1, 2) + factors.beta[:, None]
-    agreement = (active == (z > 0)).double().mean(dim=1)
+    agreement = ((active == (z > 0)) | unclear).double().mean(dim=1)
     agreement = torch.where(usable[:, None], agreement, torch.zeros_like(agreement))
     return agreement.mean(dim=1), agreement, inverse
 

@@ -26,12 +26,14 @@ Which rows hold an image is decided blindly: energy, valid pixels, no near-copie
 Departures:
     * The third-party demo counts and selects hits with the true activations, and stretches |row|
       from its minimum to its maximum. Selection here sees the update only, and the sign of a row is
-      the one that puts it into its own bin.
+      the one that makes it brighter than nothing.
     * ``scale="max"`` is the published rule: as bright as the pixel box allows. ``"midpoint"``
       (ours) uses that the bin fixes the brightness, and is right to half a bin. ``"anchor"`` (ours)
       adds a constant channel to every client's set; its column sums the deltas of that client
       alone, so the row ratio is exact again.
-    * Brightness is measured in pixels of [0, 1] whatever the model's normalisation.
+    * The kernels also undo the model's normalisation, so a row is an image in [0, 1] times one
+      number. The outermost bins reach beyond all images; their middle is that of the part in
+      [0, 1].
     * FC2 is scaled so that the block's output has the size of pixels (demo: 1000), and the first
       round's thresholds are empirical quantiles of the surrogate images.
 """
@@ -39,7 +41,7 @@ Departures:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -81,6 +83,8 @@ class LOKI(ActiveAttack):
         rounds: Rounds; from the second on, thresholds follow the bins that fired.
     """
 
+    version: ClassVar[int] = 2
+
     bins: PositiveInt = 256
     kappa: Positive = 500.0
     scale: Literal["max", "midpoint", "anchor"] = "max"
@@ -111,7 +115,6 @@ class LOKI(ActiveAttack):
         # The global model without the block that earlier rounds had.
         like = next(view.with_rounds((), {}).model.parameters()).detach()
         shape = tuple(view.input_shape)
-        w, offset = brightness(view.box, shape, like)
         if view.rounds:
             edges = self.learned_edges(view, shape)
         else:
@@ -120,6 +123,8 @@ class LOKI(ActiveAttack):
         edges = edges.to(like)
         clients = view.clients
         channels, height, width = shape
+        box, n = view.box, channels * height * width
+        w = like.new_full((n,), 1 / n)
 
         def block(group: int) -> edits.SplitImprint:
             return edits.SplitImprint(
@@ -132,7 +137,8 @@ class LOKI(ActiveAttack):
                 anchor=self.scale == "anchor",
                 spread=self.spread,
                 connection=self.connection,
-                offset=offset,
+                std=box.std,
+                mean=box.mean,
             )
 
         sent = {c: TamperedModel(edits=(block(group),)) for group, c in enumerate(clients)}
@@ -161,7 +167,7 @@ class LOKI(ActiveAttack):
         for part, (number, block) in zip(watch.share(len(blocks)), blocks, strict=False):
             del part
             edges = view.rounds[number].key["edges"]
-            images, energy = self.read_block(block, edges, view.box, shape)
+            images, energy = self.read_block(block, edges, shape)
             found.append(images)
             sure.append(energy)
             owner.append(torch.full((len(images),), float(block.client)))
@@ -172,7 +178,9 @@ class LOKI(ActiveAttack):
         traced = {
             f"candidates/client_{int(c)}": float((client[kept] == c).sum()) for c in client.unique()
         }
-        return Reconstruction(images=images[kept], confidence=confidence[kept], notes=traced)
+        return Reconstruction(
+            images=view.box.normalize(images[kept]), confidence=confidence[kept], notes=traced
+        )
 
     def blocks(self, view: View, number: int, shape: tuple[int, ...]) -> list[Block]:
         """Every client's columns of FC1's change in one round, as views of the update."""
@@ -188,9 +196,10 @@ class LOKI(ActiveAttack):
         ]
 
     def read_block(
-        self, block: Block, edges: Tensor, box: Box, shape: tuple[int, ...]
+        self, block: Block, edges: Tensor, shape: tuple[int, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Images ``(M, C, H, W)`` of one client, and the energy of each, over the largest."""
+        """Images ``(M, C, H, W)`` of one client in [0, 1], each one's energy over the largest."""
+        box = Box.unit(shape[0])
         rows = readout.energetic_rows(block.images, self.min_energy)
         if self.scale == "anchor":
             delta = block.anchor.mean(dim=1)[rows]
@@ -200,16 +209,15 @@ class LOKI(ActiveAttack):
         else:
             x = block.images[rows]
             energy = x.norm(dim=1)
-            w, offset = brightness(box, shape, x)
-            middle = ((edges[:-1] + edges[1:]) / 2)[rows] - offset
             if self.scale == "midpoint":
-                x = readout.scaled_to_measurement(x, w, middle)
-            else:
-                x = readout.scaled_to_box(x, box, shape, (x @ w).sign() * middle.sign())
+                w = x.new_full(x.shape[1:], 1 / x.shape[1])
+                x = readout.scaled_to_measurement(x, w, readout.bin_middles(edges)[rows])
+            else:  # an image is brighter than nothing: that fixes the sign of a row
+                x = readout.scaled_to_box(x, box, shape, x.sum(dim=1).sign())
         images = x.reshape(-1, *shape)
         valid = readout.plausible(images, box)
         energy = energy / energy.max() if len(energy) else energy
-        return box.clip(images[valid]), energy[valid]
+        return images[valid].clamp(0, 1), energy[valid]
 
 
 @dataclass(frozen=True)
@@ -225,11 +233,3 @@ class Block:
     client: int
     images: Tensor
     anchor: Tensor
-
-
-def brightness(box: Box, shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, float]:
-    """``(w, offset)`` with ``<w, x> + offset`` the mean pixel, in [0, 1], of a model-space x."""
-    zero = like.new_zeros(1, *shape)
-    offset = float(box.denormalize(zero).mean())
-    slope = box.denormalize(zero + 1) - box.denormalize(zero)
-    return (slope / slope.numel()).flatten(), offset

@@ -35,7 +35,8 @@ Departures (no code is published; reconstructed from the paper's description):
       client alone, so that the ratio is exact.
     * The kernels also undo the normalisation, so the linear layer sees pixels in [0, 1] and every
       row is an image times one number.
-    * Thresholds are quantiles of the surrogate images' brightness.
+    * Thresholds are quantiles of the surrogate images' brightness. The outermost bins reach beyond
+      all images; their middle is that of the part in [0, 1].
     * What is sent is a list of coordinates (:func:`packed`), and a client can train on it as it is
       (:class:`SparseRows`). The simulation plays the rounds densely, zeros included, since masked
       updates are dense anyway; the read-out takes each block as a view of them.
@@ -44,7 +45,7 @@ Departures (no code is published; reconstructed from the paper's description):
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,8 @@ class MANDRAKE(ActiveAttack):
         spread: Size of the block's output on an average input.
         min_energy: A row holds an image if its norm exceeds this share of its client's largest.
     """
+
+    version: ClassVar[int] = 2
 
     bins: PositiveInt = 256
     scale: Literal["midpoint", "max", "anchor"] = "midpoint"
@@ -193,7 +196,7 @@ class MANDRAKE(ActiveAttack):
             x = block[rows, :n]
             energy = x.norm(dim=1)
         if self.scale == "midpoint":
-            middle = ((edges[:-1] + edges[1:]) / 2)[rows]
+            middle = readout.bin_middles(edges)[rows]
             x = readout.scaled_to_measurement(x, x.new_full((n,), 1 / n), middle)
         elif self.scale == "max":
             x = readout.scaled_to_box(x, Box.unit(shape[0]), shape, x.sum(dim=1).sign())
