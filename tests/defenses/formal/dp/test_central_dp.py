@@ -98,8 +98,9 @@ def test_aggregate_is_the_clipped_mean_plus_the_servers_noise(
     assert distance(mean, expected) < 1e-10
     joint = 0.05 if clipping == "flat" else 0.05 * math.sqrt(len(one))
     drawn = torch.cat([(two[n] - one[n]).flatten() for n in one])
-    # Thousands of coordinates: the deviation is known to a few percent.
-    assert abs(float(drawn.std()) / (joint / 3) - 1) < 0.05
+    # Thousands of coordinates: the deviation is known to a few percent. The denominator is the
+    # realised weight, so the noise is measured against 2S.
+    assert abs(float(drawn.std()) / (2 * joint / 3) - 1) < 0.05
 
 
 @given(
@@ -124,6 +125,45 @@ def test_neighbouring_cohorts_differ_by_at_most_the_sensitivity(
         # The same stream draws the same noise on both sides, so it cancels in the difference.
         moved = distance(aggregate(defense, updates).tensors, aggregate(defense, fewer).tensors)
         assert moved <= sensitivity(2.0, 1.5, defense.estimator) * (1 + 1e-9)
+
+
+def noiseless(updates: Mapping[int, Update], cap: int) -> tuple[dict[str, Tensor], float]:
+    """The average without an expected weight, and the spread of its noise at z = 1."""
+    one, two = (
+        aggregate(
+            CentralDP(noise_multiplier=z, clip_norm=2.0, clip_at="server", weight_cap=cap), updates
+        ).tensors
+        for z in (1.0, 2.0)
+    )
+    drawn = torch.randn(2, generator=stream("noise"), dtype=torch.float64)
+    std = float(((two["a"] - one["a"]) / drawn).mean())
+    return {n: 2 * one[n] - two[n] for n in one}, std
+
+
+@given(
+    values=st.lists(st.lists(st.floats(-1e4, 1e4), min_size=4, max_size=4), min_size=2, max_size=4),
+    other=st.lists(st.floats(-1e4, 1e4), min_size=4, max_size=4),
+    examples=st.lists(st.integers(1, 50), min_size=5, max_size=5),
+    cap=st.integers(1, 20),
+)
+def test_without_an_expected_weight_the_noise_covers_who_leaves_and_who_is_replaced(
+    values: list[list[float]], other: list[float], examples: list[int], cap: int
+) -> None:
+    updates = {i: an_update(v, examples[i]) for i, v in enumerate(values)}
+    mean, std = noiseless(updates, cap)
+    fewer, _ = noiseless({i: u for i, u in updates.items() if i > 0}, cap)
+    replaced, _ = noiseless({**updates, 0: an_update(other, examples[4])}, cap)
+    assert distance(mean, fewer) <= std * (1 + 1e-9)
+    assert distance(mean, replaced) <= std * (1 + 1e-9)
+
+
+def test_without_an_expected_weight_a_leaving_client_moves_the_mean_by_almost_all_of_2s() -> None:
+    """Among N - 1 clients of one direction, one of the opposite: 2S / N, not the fixed S / N."""
+    one, other = [2.0, 0.0, 0.0, 0.0], [-2.0, 0.0, 0.0, 0.0]
+    updates = {i: an_update(one if i else other, 1) for i in range(10)}
+    mean, std = noiseless(updates, 1)
+    fewer, _ = noiseless({i: u for i, u in updates.items() if i}, 1)
+    assert distance(mean, fewer) == pytest.approx(2 * 2.0 / 10) == pytest.approx(std)
 
 
 def test_estimators_have_their_own_denominators() -> None:

@@ -13,6 +13,10 @@ ICLR 2018. The unit that is protected is one client with all its examples.
              \bar\Delta_c = \frac{\sum w_k \Delta_k}{\max(qW, \sum w_k)},
              \quad \text{sensitivity } \frac{2S}{qW}.
 
+   Without an expected weight, the denominator is the realised sum, which moves with who takes part:
+   a client of weight w moves the average by :math:`w \lVert \Delta_k - \bar\Delta_{-k} \rVert
+   / \sum w`, so the sensitivity is :math:`2S / \sum w`, for a client that leaves or is replaced.
+
 4. Publish :math:`\bar\Delta + \mathcal N(0, z^2\, \text{sensitivity}^2)` per coordinate.
 
 Who is protected depends on where the adversary looks. The noise exists in the aggregate only: at
@@ -27,6 +31,8 @@ Departures:
     Poisson sampling; for fixed cohorts use ``sampling_rate=1``.
     Buffers (running statistics of normalisation layers) are data as well and would be published
     without noise; while the defense is on they are withheld from the aggregate.
+    Without an expected weight, the size of the noise tells the sum of weights, which the accounting
+    takes to be public.
     A sum-reduced gradient has weight 1 whatever its number of examples, as without the defense.
     Not composable with secure aggregation: capped weights need each client's update.
     Noise is drawn in floating point; attacks on its low-order bits are out of scope.
@@ -64,12 +70,12 @@ class CentralDP(Defense):
             update.
         estimator: Fixed denominator or ratio.
         expected_weight: qW: expected sum of weights of a round (for ``ratio``, its assumed
-            minimum). None takes the sum of the cohort at hand, which is right when everyone
-            takes part.
+            minimum). None takes the sum of the cohort at hand and twice the noise.
         weight_cap: w-hat in examples; with 1 every client has weight 1.
     """
 
     key: ClassVar[str] = "central_dp"
+    version: ClassVar[int] = 2
     knob: ClassVar[str] = "noise_multiplier"
     neutral: ClassVar[float] = 0.0
     # After everything else on the client, so that no later step can push a norm past the bound.
@@ -157,10 +163,11 @@ class CentralDP(Defense):
         )
         total = sum(weight(update, self.weight_cap) for update in updates.values())
         expected = total if self.expected_weight is None else self.expected_weight
-        denominator = expected if self.estimator == "fixed" else max(expected, total)
+        fixed = self.estimator == "fixed" and self.expected_weight is not None
+        denominator = expected if fixed else max(expected, total)
         tensors = {name: t * (total / denominator) for name, t in mean.tensors.items()}
         bound = joint_bound(self.clip_norm, self.clipping, len(tensors))
-        std = self.noise_multiplier * sensitivity(bound, expected, self.estimator)
+        std = self.noise_multiplier * sensitivity(bound, expected, "fixed" if fixed else "ratio")
         noise = gaussian(tensors, std, context.generator)
         return replace(
             mean,
@@ -184,5 +191,8 @@ def weight(update: Update, cap: int) -> float:
 
 
 def sensitivity(bound: float, expected_weight: float, estimator: Estimator) -> float:
-    """Largest move of the average when one client of norm ``bound`` joins or leaves (step 3)."""
+    """Largest move of the average when one client of norm ``bound`` joins or leaves (step 3).
+
+    A denominator that is not fixed before the round counts as a ratio.
+    """
     return (1.0 if estimator == "fixed" else 2.0) * bound / expected_weight
