@@ -14,7 +14,7 @@ from typing import Annotated, Any, Self, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from leakatlas.errors import InvalidParameter, shown
+from leakatlas.errors import InvalidParameter, LeakAtlasError, shown
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -50,6 +50,9 @@ class Configured:
             try:
                 checked = adapter.validate_python(value)
             except ValidationError as problem:
+                own = problem.errors()[0].get("ctx", {}).get("error")
+                if isinstance(own, LeakAtlasError):  # already says who, what and the way out
+                    raise own from None
                 reason = problem.errors()[0]["msg"]
                 raise InvalidParameter(
                     f"{type(self).__name__}({name}={shown(value)}): "

@@ -286,6 +286,7 @@ def test_batchnorm_in_train_mode_is_the_same_without_running_statistics() -> Non
 
 
 def test_central_differences_replay_the_gradient_exactly_and_its_derivative_nearly() -> None:
+    torch.manual_seed(6)  # away from kinks
     model = models.build("lenet", width=4).double()
     parameters = {n: p.detach() for n, p in model.named_parameters()}
     x, y = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([1, 2])

@@ -144,7 +144,10 @@ class _Net(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (_Net("tuple"), r"_Net must return class logits \(N, K\).*gave tuple"),
+        (
+            _Net("tuple"),
+            r"must return class logits \(N, K\).*a tuple with 0: \(1, 10\).*output=",
+        ),
         (_Net("flat"), r"gave \(10,\)"),
         (_Net(classes=1), r"Label 1 is out of range for a model with 1 classes"),
         (models.build("fc", size=16, widths=()), r"FCNet cannot read inputs of shape \(1, 3, 8"),

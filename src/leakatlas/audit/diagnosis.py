@@ -19,8 +19,9 @@ from leakatlas.attacks.api import Attack
 from leakatlas.audit.start import Start, can_start
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import FedAVG, FedSGD, Protocol, Stage, Update, state_hash
+from leakatlas.fl.draws import Draws
 from leakatlas.fl.replay import simulate_client
-from leakatlas.fl.state import buffers, parameters
+from leakatlas.fl.state import buffers, parameters, trained
 from leakatlas.models import structure
 from leakatlas.threat import LETTERS
 from leakatlas.vulnerability import Case, Measure, assess, words_of
@@ -117,6 +118,7 @@ def check_replay(
     protocol: Protocol,
     *,
     order: Sequence[Tensor] | None = None,
+    drawn: Sequence[Draws] | None = None,
     defended: bool = False,
 ) -> ReplayCheck:
     """Compare an update with the described client's computation on the true batch.
@@ -128,9 +130,10 @@ def check_replay(
         y: True labels ``(N,)``.
         protocol: The learning algorithm as described.
         order: Example indices of every local step, if known.
+        drawn: What the model drew in every local step, if known.
         defended: Whether a defense changed the upload on purpose.
     """
-    first = _residual(model, update, x, y, protocol, order)
+    first = _residual(model, update, x, y, protocol, order, drawn)
     if first.plain <= _tolerance(update, protocol):
         return ReplayCheck(first.plain, True)
     own = {n: t for n, t in {**parameters(model), **buffers(model)}.items()}
@@ -152,12 +155,12 @@ def check_replay(
             "defense",
             f"the defense changes the upload by {first.plain:.1%} of its norm, as it should",
         )
-    for culprit, words, residual in _hypotheses(model, update, x, y, protocol, order):
+    for culprit, words, residual in _hypotheses(model, update, x, y, protocol, order, drawn):
         if residual.plain <= residual.tolerance:
             return ReplayCheck(first.plain, False, culprit, words)
     for culprit, words, residual in [
         ("", "", first),
-        *_hypotheses(model, update, x, y, protocol, order),
+        *_hypotheses(model, update, x, y, protocol, order, drawn),
     ]:
         if residual.scaled <= residual.tolerance:
             name = "sign" if residual.factor < 0 else "scale"
@@ -201,11 +204,14 @@ def _residual(
     y: Tensor,
     protocol: Protocol,
     order: Sequence[Tensor] | None,
+    drawn: Sequence[Draws] | None,
 ) -> _Residual:
     model.train(protocol.mode == "train")
     batches = order if isinstance(protocol, FedAVG) else None
-    quantity = simulate_client(model, parameters(model), buffers(model), x, y, protocol,
-                               batches=batches)  # fmt: skip
+    quantity = simulate_client(
+        model, trained(model), buffers(model), x, y, protocol,
+        batches=batches, drawn="mean" if drawn is None else drawn,
+    )  # fmt: skip
     simulated = {n: t.detach() * update.sign * update.scale for n, t in quantity.items()}
     inner = sum(float((simulated[n] * t).double().sum()) for n, t in update.tensors.items())
     size = sum(float(simulated[n].double().square().sum()) for n in update.tensors)
@@ -225,6 +231,7 @@ def _hypotheses(
     y: Tensor,
     protocol: Protocol,
     order: Sequence[Tensor] | None,
+    drawn: Sequence[Draws] | None,
 ) -> Iterator[tuple[str, str, _Residual]]:
     """Single changes of the description: culprit, words, residual under the change."""
     other = "train" if protocol.mode == "eval" else "eval"
@@ -255,7 +262,7 @@ def _hypotheses(
                     ("optimizer", f"the client's optimizer was {words}", changed, order)
                 )
     for culprit, words, variant, batches in variants:
-        yield culprit, words, _residual(model, update, x, y, variant, batches)
+        yield culprit, words, _residual(model, update, x, y, variant, batches, drawn)
 
 
 def _with(protocol: Protocol, **changes: Any) -> Protocol:
@@ -294,6 +301,7 @@ def examine(
         client.y,
         federation.protocol,
         order=None if captured else record.order[target],
+        drawn=None if captured else record.draws[target],
         defended=bool(federation.defenses) and captured is None,
     )
     facts, findings = _facts(stage, model, client.y)
@@ -325,10 +333,10 @@ def best_informed(letters: Sequence[str]) -> str:
 
 
 def _facts(stage: Stage, model: nn.Module, y: Tensor) -> tuple[dict[str, float], list[str]]:
-    shared = sum(p.numel() for n, p in model.named_parameters()
-                 if n not in stage.federation.private_names)  # fmt: skip
+    private = stage.federation.private_names
+    shared = sum(p.numel() for n, p in trained(model).items() if n not in private)
     unknowns = len(y) * int(torch.tensor(stage.input_shape).prod())
-    duplicates = len(y) - len(y.unique())
+    duplicates = len(y) - len(y.unique(dim=0))
     steps = stage.federation.protocol.steps(len(y))
     facts: dict[str, float] = {
         "examples": len(y),

@@ -21,7 +21,8 @@ class ImageSet:
 
     Args:
         images: ``(N, C, H, W)`` float32 in [0, 1].
-        labels: ``(N,)`` int64, each an index into ``classes``.
+        labels: ``(N,)`` int64, each an index into ``classes``; or ``(N, K)`` float32 targets with
+            one entry for each class (several labels at once, probabilities, values).
         classes: The name of each class.
         name: What the set is called in reports and recipes.
 
@@ -88,6 +89,8 @@ class ImageSet:
 
     def of_class(self, label: int) -> Self:
         """Only the images of one class."""
+        if self.labels.ndim == 2:
+            raise InvalidInput(f"{self.name}: images with targets of their own have no class.")
         return self.subset(torch.nonzero(self.labels == label).flatten())
 
     def split(self, fraction: float, generator: torch.Generator) -> tuple[Self, Self]:
@@ -152,6 +155,15 @@ def _check_images(images: Tensor, name: str) -> None:
 
 
 def _check_labels(labels: Tensor, count: int, classes: Sequence[str], name: str) -> None:
+    if isinstance(labels, Tensor) and labels.ndim == 2 and labels.dtype == torch.float32:
+        if labels.shape != (count, len(classes)):
+            raise InvalidInput(
+                f"{name}: {count} images of {len(classes)} classes came with targets of shape "
+                f"{tuple(labels.shape)}; expected ({count}, {len(classes)})."
+            )
+        if not bool(torch.isfinite(labels).all()):
+            raise InvalidInput(f"{name}: targets hold values that are not finite.")
+        return
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
         got = (
             f"{labels.dtype} of shape {tuple(labels.shape)}"

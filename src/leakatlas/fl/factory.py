@@ -32,11 +32,8 @@ def make(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
         InvalidInput: If the code cannot be found or run, or returns something else.
         UnknownName: If the file has no such factory.
     """
-    location, separator, attribute = name.rpartition(":")
-    if not separator or not location or not attribute:
-        raise InvalidInput(f"A model in Python code is 'file.py:factory', got {shown(name)}.")
-    factory = _find(location, attribute, name)
-    with _running(f"The model factory {shown(name)}", location):
+    factory = find(name, "model")
+    with _running(f"The model factory {shown(name)}", name.rpartition(":")[0]):
         model = factory(**kwargs)
     if not isinstance(model, nn.Module):
         raise InvalidInput(
@@ -45,8 +42,21 @@ def make(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def _find(location: str, attribute: str, name: str) -> Callable[..., object]:
-    who = f"The model {'file' if location.endswith('.py') else 'module'} {shown(location)}"
+def find(name: str, kind: str) -> Callable[..., object]:
+    """The function that a person named as code.
+
+    Args:
+        name: ``file.py:function`` or ``package.module:function``.
+        kind: What it makes or is, for messages: ``model``, ``loss``.
+
+    Raises:
+        InvalidInput: If the code cannot be found or run.
+        UnknownName: If it has no such function.
+    """
+    location, separator, attribute = name.rpartition(":")
+    if not separator or not location or not attribute:
+        raise InvalidInput(f"A {kind} in Python code is 'file.py:function', got {shown(name)}.")
+    who = f"The {kind} {'file' if location.endswith('.py') else 'module'} {shown(location)}"
     if location.endswith(".py"):
         with _running(who, location):
             file = Path(location)
@@ -72,7 +82,7 @@ def _find(location: str, attribute: str, name: str) -> Callable[..., object]:
     factory = getattr(module, attribute, None)
     if not callable(factory):
         names = [name for name in vars(module) if not name.startswith("_")]
-        raise UnknownName(f"model factory in {location}", attribute, names)
+        raise UnknownName(f"{kind} function in {location}", attribute, names)
     return factory  # type: ignore[no-any-return]  # checked callable just above
 
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from leakatlas.fl.losses import PLAIN, LossField
 from leakatlas.params import Configured, NonNegative, Positive, PositiveInt
 
 Mode = Literal["train", "eval"]
@@ -22,11 +23,15 @@ class FedSGD(Configured):
         lr: Server step size on the averaged gradient.
         reduction: Whether the client sends the mean or the sum over its examples.
         mode: Mode of BN and dropout during the client's forward pass.
+        loss: What the client minimises; see :mod:`leakatlas.fl.losses`.
+        shared: Which parameters and buffers leave the client; see :mod:`leakatlas.fl.sharing`.
     """
 
     lr: Positive = 0.1
     reduction: Literal["mean", "sum"] = "mean"
     mode: Mode = "eval"
+    loss: LossField = PLAIN
+    shared: tuple[str, ...] = ("*",)
 
     def steps(self, examples: int) -> int:
         """Local steps per round: always 1."""
@@ -49,6 +54,8 @@ class FedAVG(Configured):
         shuffle: Whether examples are reordered every epoch; the order is unknown to the
             adversary unless ``Grant.BATCH_ORDER`` is given.
         mode: Mode of BN and dropout during local training.
+        loss: What the client minimises; see :mod:`leakatlas.fl.losses`.
+        shared: Which parameters and buffers leave the client; see :mod:`leakatlas.fl.sharing`.
     """
 
     epochs: PositiveInt = 1
@@ -63,6 +70,8 @@ class FedAVG(Configured):
     weight_decay: NonNegative = 0.0
     shuffle: bool = False
     mode: Mode = "train"
+    loss: LossField = PLAIN
+    shared: tuple[str, ...] = ("*",)
 
     def steps(self, examples: int) -> int:
         """Local steps per round, T = E * ceil(N / B)."""

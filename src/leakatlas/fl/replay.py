@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from leakatlas.errors import InvalidInput
+from leakatlas.fl import draws as randomness
+from leakatlas.fl import state
+from leakatlas.fl.draws import Draws
+from leakatlas.fl.hooks import Defense
 from leakatlas.fl.protocol import FedAVG, FedSGD, task_loss
+from leakatlas.fl.update import Update
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Drawn = Draws | Literal["mean", "new"]
+"""What a forward pass draws: these draws, their expectation, or new ones every time."""
 BatchMap = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Derivative = Literal["autograd", "functional", "finite"]
 """How a replayed gradient can be differentiated again: by the tape, by ``torch.func`` (the form
@@ -62,24 +71,31 @@ def gradient(
     create_graph: bool = True,
     how: Derivative | None = None,
     own: bool = False,
+    drawn: Drawn = "mean",
 ) -> dict[str, Tensor]:
-    """Loss gradient at ``parameters``, differentiable in ``x`` and ``y``.
+    """Loss gradient at ``parameters``, differentiable in ``x``, ``y`` and ``parameters``.
 
-    A pure function: ``model`` gives only the architecture and its mode, and buffers are copied,
-    so BN in train mode leaves no trace.
+    A pure function: ``model`` gives only the architecture, its mode and its constants, and
+    buffers are copied, so BN in train mode leaves no trace. Attention runs under torch's math
+    backend, the only one that can be differentiated twice.
 
     Args:
         model: The architecture.
-        parameters: By name; need not require gradients.
+        parameters: Those whose gradient is wanted, by name; need not require gradients. The
+            others stay at the model's own values.
         buffers: By name.
         x: ``(N, C, H, W)``, model space.
-        y: ``(N,)`` labels or ``(N, K)`` probabilities.
+        y: Targets of the loss, such as ``(N,)`` labels or ``(N, K)`` probabilities.
         loss: ``(logits, y) -> scalar``.
         create_graph: Whether the result can be differentiated again.
         how: By which means; that of the enclosing :func:`derivative` if None.
         own: Whether ``parameters`` and ``buffers`` are the model's own, which is then called as it
             is: what ``functional_call`` costs shows in small networks. The model must be one that
             :func:`without_running_statistics` returned.
+        drawn: What the forward pass draws (dropout masks); the mean network by default.
+
+    Raises:
+        InvalidInput: If slopes through ``parameters`` are asked of finite differences.
     """
     held = {} if own else {name: b.clone() for name, b in buffers.items()}
     record = _RECORD.get()
@@ -87,14 +103,24 @@ def gradient(
         shapes = tuple((name, tuple(p.shape)) for name, p in parameters.items())
         record.add((type(model).__qualname__, model.training, tuple(x.shape), shapes))
 
-    def value(leaves: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss(functional_call(model, {**leaves, **held}, (x,)), y)
-
     how = how or _HOW.get()
+    twice = create_graph or how == "functional"
+
+    def value(leaves: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        with _forward(drawn, twice=twice):
+            logits = functional_call(model, {**leaves, **held}, (x,))
+        return loss(logits, y)
+
     if how == "functional":
         traced: dict[str, Tensor] = torch.func.grad(value)(dict(parameters), x, y)
         return traced
     if how == "finite" and create_graph:
+        moving = next((n for n, p in parameters.items() if p.requires_grad and not own), None)
+        if moving is not None:
+            raise InvalidInput(
+                f"Finite differences give slopes in images and labels only, not through weights "
+                f"({moving!r} is to be moved). Choose another execution, such as 'eager'."
+            )
         names = list(parameters)
         point = [parameters[name].detach() for name in names]
         tensors = _FiniteDifferences.apply(
@@ -106,10 +132,25 @@ def gradient(
         for name, p in parameters.items()
     }
     if own:
-        found = _zero_filled(loss(model(x), y), list(leaves.values()), create_graph)
+        with _forward(drawn, twice=twice):
+            logits = model(x)
+        found = _zero_filled(loss(logits, y), list(leaves.values()), create_graph)
         return dict(zip(leaves, found, strict=True))
     return dict(zip(leaves, _zero_filled(value(leaves, x, y), list(leaves.values()), create_graph),
                     strict=True))  # fmt: skip
+
+
+@contextmanager
+def _forward(drawn: Drawn, *, twice: bool) -> Iterator[None]:
+    """The surroundings of one forward pass."""
+    with ExitStack() as stack:
+        if twice:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if drawn == "mean":
+            stack.enter_context(randomness.averaged())
+        elif drawn != "new":
+            stack.enter_context(randomness.replayed(drawn))
+        yield
 
 
 def _zero_filled(value: Tensor, leaves: Sequence[Tensor], create_graph: bool) -> list[Tensor]:
@@ -186,6 +227,7 @@ def unroll(
     loss: Loss = task_loss,
     batch_map: BatchMap | None = None,
     checkpoint: bool | None = None,
+    drawn: Sequence[Drawn] | Literal["mean", "new"] = "mean",
 ) -> dict[str, Tensor]:
     """``after - before`` of FedAVG's local training, differentiable in ``x`` and ``y``.
 
@@ -194,10 +236,10 @@ def unroll(
 
     Args:
         model: The architecture.
-        parameters: Weights before training, by name.
+        parameters: The trained weights before training, by name; others stay at the model's own.
         buffers: By name.
         x: ``(N, C, H, W)``, model space.
-        y: ``(N,)`` labels or ``(N, K)`` probabilities.
+        y: Targets of the loss, such as ``(N,)`` labels or ``(N, K)`` probabilities.
         protocol: The local hyperparameters.
         batches: Example indices of every step; in the given order, epoch by epoch, if None.
         loss: ``(logits, y) -> scalar``.
@@ -205,9 +247,11 @@ def unroll(
         checkpoint: Keep the weights of every step instead of its graph and compute a step again
             when its derivative is due: the memory of one step for about 1.4 times the work. From
             :data:`CHECKPOINT_FROM` steps on if None.
+        drawn: What every local step's forward pass draws.
 
     Raises:
-        InvalidInput: Under ``derivative("finite")``, which differentiates one gradient only.
+        InvalidInput: If draws are given for another number of steps, or under
+            ``derivative("finite")``, which differentiates one gradient only.
     """
     how = _HOW.get()
     if how == "finite":
@@ -220,6 +264,7 @@ def unroll(
         batches = [batch for _ in range(protocol.epochs) for batch in epoch]
     if checkpoint is None:
         checkpoint = len(batches) >= CHECKPOINT_FROM
+    each = _by_step(drawn, len(batches))
     names = list(parameters)
     start = [parameters[name].detach() for name in names]
     zeros = [torch.zeros_like(p) for p in start]
@@ -235,7 +280,7 @@ def unroll(
             x_step, y_step = batch_map(x_step, y_step)
         found = gradient(
             model, dict(zip(names, weights, strict=True)), buffers, x_step, y_step,
-            loss=loss, how=how,
+            loss=loss, how=how, drawn=each[t - 1],
         )  # fmt: skip
         g = [found[name] for name in names]
         if protocol.weight_decay:
@@ -255,6 +300,16 @@ def unroll(
         else:
             flat = step(t, batch, x, y, *flat)
     return {name: flat[i] - start[i] for i, name in enumerate(names)}
+
+
+def _by_step(drawn: Sequence[Drawn] | Literal["mean", "new"], steps: int) -> list[Drawn]:
+    if drawn == "mean" or drawn == "new":
+        return [drawn] * steps
+    if len(drawn) != steps:
+        raise InvalidInput(
+            f"Draws of {len(drawn)} local steps were given for a client that takes {steps}."
+        )
+    return list(drawn)
 
 
 class _Forgotten(torch.autograd.Function):
@@ -325,17 +380,184 @@ def simulate_client(
     loss: Loss | None = None,
     batch_map: BatchMap | None = None,
     own: bool = False,
+    drawn: Sequence[Drawn] | Literal["mean", "new"] = "mean",
 ) -> dict[str, Tensor]:
-    """The client's quantity (gradient or delta) for candidates ``x, y``; see the two above."""
+    """The client's quantity (gradient or delta) for candidates ``x, y``; see the two above.
+
+    The loss is the protocol's, if None.
+    """
     if isinstance(protocol, FedAVG):
         return unroll(
             model, parameters, buffers, x, y, protocol,
-            batches=batches, loss=loss or task_loss, batch_map=batch_map,
+            batches=batches, loss=loss or protocol.loss, batch_map=batch_map, drawn=drawn,
         )  # fmt: skip
     if batch_map is not None:
         x, y = batch_map(x, y)
 
     def reduced(logits: Tensor, target: Tensor) -> Tensor:
-        return task_loss(logits, target, protocol.reduction)
+        value: Tensor = protocol.loss(logits, target, protocol.reduction)
+        return value
 
-    return gradient(model, parameters, buffers, x, y, loss=loss or reduced, own=own)
+    return gradient(
+        model, parameters, buffers, x, y,
+        loss=loss or reduced, own=own, drawn=_by_step(drawn, 1)[0],
+    )  # fmt: skip
+
+
+def client(
+    model: nn.Module,
+    protocol: FedSGD | FedAVG,
+    update: Update,
+    *,
+    defenses: Sequence[Defense] = (),
+    order: Sequence[Tensor] | None = None,
+    drawn: Sequence[Drawn] | Literal["mean", "new"] = "mean",
+    own: bool = False,
+) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+    """The whole of a client's work as a pure function ``(x, y) -> update``, in ``update``'s units.
+
+    Args:
+        model: Holding what the client received, in its mode; parameters that take no gradient are
+            constants. Not changed.
+        protocol: Its loss, and local steps for a delta.
+        update: What names, kind, sign, scale and reduction are taken from; defenses' mirrors read
+            positions and norms from it.
+        defenses: Whose mirrors are applied, in the client's order.
+        order: Example indices of every local step; in the candidates' order if None.
+        drawn: What forward passes draw.
+        own: See :func:`gradient`.
+
+    Raises:
+        InvalidInput: If the update does not belong to the model.
+    """
+    trained: dict[str, Tensor] = dict(_trained(model, update))
+    if isinstance(protocol, FedSGD):  # local steps move all of them, one gradient need not
+        trained = {name: trained[name] for name in update.tensors}
+    if not own:
+        trained = {name: p.detach() for name, p in trained.items()}
+    held = {name: b.detach() for name, b in model.named_buffers()}
+    before = {name: trained[name].detach() for name in update.tensors}
+    loss, batch_map = _mirrored(model, protocol, update, defenses)
+
+    def run(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        quantity = simulate_client(
+            model, trained, held, x, y, protocol,
+            batches=order if isinstance(protocol, FedAVG) else None,
+            loss=loss, batch_map=batch_map, own=own, drawn=drawn,
+        )  # fmt: skip
+        if update.kind != "gradient" and isinstance(protocol, FedSGD):
+            quantity = {name: -protocol.lr * quantity[name] for name in update.tensors}
+        if update.kind == "weights":
+            quantity = {name: before[name] + quantity[name] for name in update.tensors}
+        return _sent(quantity, x, y, update, defenses)
+
+    return run
+
+
+class OneStep(typing.Protocol):
+    """``(x, y, at=weights) -> update``."""
+
+    def __call__(
+        self, x: Tensor, y: Tensor, *, at: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The gradient at ``at`` (the received weights if None), in the units of the update."""
+
+
+def one_step(
+    model: nn.Module,
+    protocol: FedSGD | FedAVG,
+    update: Update,
+    *,
+    steps: int,
+    defenses: Sequence[Defense] = (),
+    drawn: Drawn = "mean",
+) -> OneStep:
+    """A single gradient at weights of the caller's choice, standing for the whole update.
+
+    For a delta it is multiplied by ``-lr T``, as if every local step had taken the same gradient;
+    with that the mirrors of defenses see an upload of the right size. Differentiable in the
+    weights, too.
+
+    Args:
+        model: As for :func:`client`.
+        protocol: Loss and learning rate.
+        update: As for :func:`client`.
+        steps: Local steps T behind a delta.
+        defenses: As for :func:`client`.
+        drawn: What the forward pass draws.
+
+    Raises:
+        InvalidInput: If the update or ``at`` does not belong to the model.
+    """
+    trained = _trained(model, update)
+    held = {name: b.detach() for name, b in model.named_buffers()}
+    wanted = {name: trained[name].detach() for name in update.tensors}
+    loss, batch_map = _mirrored(model, protocol, update, defenses)
+    stand_in = 1.0 if update.kind == "gradient" else -protocol.lr * steps
+
+    def run(x: Tensor, y: Tensor, *, at: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        moved = dict(at or {})
+        for name, tensor in moved.items():
+            if name not in trained or tensor.shape != trained[name].shape:
+                raise InvalidInput(
+                    f"at: {name!r} of shape {tuple(tensor.shape)} is no trained parameter of "
+                    f"{type(model).__name__}; it has: {', '.join(trained)}."
+                )
+        fixed = {n: t for n, t in moved.items() if n not in wanted}
+        x_seen, y_seen = batch_map(x, y)
+        quantity = gradient(
+            model, {**wanted, **{n: moved[n] for n in wanted if n in moved}}, {**held, **fixed},
+            x_seen, y_seen, loss=loss, drawn=drawn,
+        )  # fmt: skip
+        quantity = {name: stand_in * tensor for name, tensor in quantity.items()}
+        if update.kind == "weights":
+            quantity = {name: wanted[name] + tensor for name, tensor in quantity.items()}
+        return _sent(quantity, x, y, update, defenses)
+
+    return run
+
+
+def _trained(model: nn.Module, update: Update) -> dict[str, nn.Parameter]:
+    trained = state.trained(model)
+    update.check_fits(dict(model.named_parameters()))
+    constant = next((name for name in update.tensors if name not in trained), None)
+    if constant is not None:
+        raise InvalidInput(
+            f"The update has a tensor {constant!r}, which takes no gradient in this model; set "
+            "requires_grad=True where the client trains."
+        )
+    return trained
+
+
+def _mirrored(
+    model: nn.Module, protocol: FedSGD | FedAVG, update: Update, defenses: Sequence[Defense]
+) -> tuple[Loss, BatchMap]:
+    """The client's loss and what happens to its batches, with the defenses' mirrors."""
+
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        value: Tensor = protocol.loss(logits, y, update.reduction)
+        for defense in defenses:
+            value = defense.simulate_loss(value, model)
+        return value
+
+    def batch_map(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        for defense in defenses:
+            x, y = defense.simulate_batch(x, y)
+        return x, y
+
+    return loss, batch_map
+
+
+def _sent(
+    quantity: Mapping[str, Tensor],
+    x: Tensor,
+    y: Tensor,
+    update: Update,
+    defenses: Sequence[Defense],
+) -> dict[str, Tensor]:
+    """The quantity in the units of the message, after the mirrors of what happens to updates."""
+    factor = update.sign * update.scale
+    sent = {name: quantity[name] * factor for name in update.tensors}
+    for defense in defenses:
+        sent = defense.simulate(sent, x, y, update)
+    return sent

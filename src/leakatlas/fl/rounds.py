@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from leakatlas.errors import InvalidInput, InvalidParameter, ProtocolError
 from leakatlas.fl import state
 from leakatlas.fl.composition import check_composition, ordered
+from leakatlas.fl.draws import Draws
 from leakatlas.fl.hooks import ClientContext, Defense, Memory, Message, RoundSetup, ServerContext
 from leakatlas.fl.protocol import FedSGD, Protocol
 from leakatlas.fl.seeding import stream
+from leakatlas.fl.sharing import unshared_names
 from leakatlas.fl.tampering import TamperedModel, agreed_part, check_sendable
-from leakatlas.fl.training import train_locally
+from leakatlas.fl.training import LocalResult, check_batches, train_locally
 from leakatlas.fl.update import Update, average
 
 
@@ -54,6 +56,7 @@ class RoundRecord:
         messages: What every client put on the wire.
         aggregate: The server's result.
         order: Example indices of every local step, by client.
+        draws: What the model drew in every local step (dropout masks), by client.
         dropped: Clients that vanished before unmasking.
     """
 
@@ -66,6 +69,7 @@ class RoundRecord:
     messages: Mapping[int, Message]
     aggregate: Update
     order: Mapping[int, tuple[Tensor, ...]]
+    draws: Mapping[int, tuple[Draws, ...]]
     dropped: frozenset[int]
 
 
@@ -110,7 +114,10 @@ class Federation:
                 defended = defense.model(defended)
         self.model = state.load_into(defended, state.model_state(defended))
         check_composition(self.defenses, protocol, self.model)
-        self.private_names = frozenset[str]().union(*(d.private(self.model) for d in self.defenses))
+        self.secret_names = frozenset[str]().union(*(d.private(self.model) for d in self.defenses))
+        """Drawn on each client's own device, by a defense."""
+        self.private_names = self.secret_names | unshared_names(self.model, protocol.shared)
+        """All that never leaves a client."""
         for index, client in self.clients.items():
             self._check_client(index, client)
 
@@ -122,15 +129,7 @@ class Federation:
             )
         if not torch.isfinite(client.x).all():
             raise InvalidInput(f"Client {index}'s inputs hold non-finite values.")
-        if (
-            len(client.x) == 1
-            and self.protocol.mode == "train"
-            and any(isinstance(m, nn.BatchNorm1d) for m in self.model.modules())
-        ):
-            raise InvalidInput(
-                f"Client {index} has 1 example and the model has BatchNorm1d in train mode, which "
-                "is undefined for one value per channel; use mode='eval' or a larger batch."
-            )
+        check_batches(self.model, client.x, self.protocol, f"Client {index}")
 
     def play_round(
         self,
@@ -184,12 +183,14 @@ class Federation:
         updates: dict[int, Update] = {}
         contexts: dict[int, list[ClientContext]] = {}
         order: dict[int, tuple[Tensor, ...]] = {}
+        drawn: dict[int, tuple[Draws, ...]] = {}
         for member in honest:
             model = self._sent_to(member, sent)
             received[member] = model
-            updates[member], states[member], order[member], contexts[member] = self._client_round(
+            updates[member], states[member], result, contexts[member] = self._client_round(
                 member, model, index, memory
             )
+            order[member], drawn[member] = result.order, result.draws
         template = updates[honest[0]]
         for member in sorted(sybils):
             updates[member] = replace(
@@ -209,7 +210,7 @@ class Federation:
             self.apply(aggregate)
         return RoundRecord(
             index, members, sybils, received, states, updates, messages, aggregate, order,
-            frozenset(dropouts),
+            drawn, frozenset(dropouts),
         )  # fmt: skip
 
     def apply(self, aggregate: Update) -> None:
@@ -279,7 +280,12 @@ class Federation:
             for defense in self.defenses:
                 own = defense.model(own)
         drawn = state.model_state(own)
-        return {name: drawn[name] for name in sorted(self.private_names)}
+        # What merely stays on the client begins as it was handed out to everybody.
+        handed_out = state.model_state(self.model)
+        return {
+            name: (drawn if name in self.secret_names else handed_out)[name]
+            for name in sorted(self.private_names)
+        }
 
     def _context(
         self,
@@ -307,7 +313,7 @@ class Federation:
         model: nn.Module,
         index: int,
         memory: Callable[[int, Defense], Memory],
-    ) -> tuple[Update, Mapping[str, Tensor], tuple[Tensor, ...], list[ClientContext]]:
+    ) -> tuple[Update, Mapping[str, Tensor], LocalResult, list[ClientContext]]:
         client = self.clients[member]
         contexts = [self._context(member, d, index, memory) for d in self.defenses]
         working = state.load_into(model, state.model_state(model))
@@ -324,7 +330,7 @@ class Federation:
             contexts=contexts,
             generator=stream(self.seed, "training", member, index),
         )
-        moved = dict(working.named_parameters())
+        moved = state.trained(working)
         for held, name in private.items():
             if held in moved:
                 change = -self.protocol.lr * result.tensors[held]
@@ -333,6 +339,8 @@ class Federation:
                     if isinstance(self.protocol, FedSGD)
                     else moved[held].detach().clone()
                 )
+            elif held in result.buffers_after:
+                client.private[name] = result.buffers_after[held].clone()
         update = Update(
             tensors={n: t for n, t in result.tensors.items() if n not in private},
             kind="gradient" if isinstance(self.protocol, FedSGD) else "delta",
@@ -345,7 +353,7 @@ class Federation:
         )
         for defense, context in zip(self.defenses, contexts, strict=True):
             update = defense.update(update, context)
-        return update, shared, result.order, contexts
+        return update, shared, result, contexts
 
     def _message(self, member: int, update: Update, contexts: Sequence[ClientContext]) -> Message:
         message = Message(client=member, num_examples=update.num_examples, update=update)

@@ -15,6 +15,8 @@ from leakatlas.data import Box, ImageSet
 from leakatlas.errors import InvalidInput, InvalidParameter, shown
 from leakatlas.fl import state
 from leakatlas.fl.hooks import Defense
+from leakatlas.fl.intake import outline, take_in
+from leakatlas.fl.losses import Loss
 from leakatlas.fl.protocol import FedSGD, Protocol
 from leakatlas.fl.rounds import Client, Federation, RoundRecord
 from leakatlas.fl.seeding import stream
@@ -159,7 +161,7 @@ class Truth:
 
     Args:
         images: ``(N, C, H, W)`` in [0, 1].
-        labels: ``(N,)``.
+        labels: ``(N,)`` classes, or ``(N, K)`` targets.
     """
 
     images: Tensor
@@ -201,7 +203,9 @@ class Stage:
             index: Client(box.normalize(images.images.to(dtype)), images.labels.clone())
             for index, images in self.victims.items()
         }
-        self.classes = _check_model(model, next(iter(clients.values())).x[:1], first)
+        self.classes = _check_model(
+            model, next(iter(clients.values())).x[:1], first, scenario.protocol.loss
+        )
         self.federation = Federation(
             model, clients, scenario.protocol, scenario.defenses, seed=scenario.seed
         )
@@ -281,6 +285,8 @@ class Stage:
             }
         if records and "batch_order" in wanted:
             offered["batch_order"] = tuple(i.clone() for i in records[-1].order[target])
+        if records and "dropout_masks" in wanted:
+            offered["dropout_masks"] = records[-1].draws[target]
         if "secrets" in wanted:
             offered["secrets"] = {
                 f"{defense.key}/{name}": tensor
@@ -301,6 +307,7 @@ class Stage:
             fields={name: offered[name] for name in wanted if name in offered},
             architecture=self._public_architecture(),
             model_ref=scenario.model,
+            loss=scenario.protocol.loss,
             architecture_defenses=[
                 d for d in federation.defenses if type(d).model is not Defense.model
             ],
@@ -407,7 +414,9 @@ def stage(
         }
     if surrogate is None and scenario.surrogate is not None:
         surrogate = data.load(scenario.surrogate)
-    channels = next(iter(dealt.values())).images.shape[1]
+    example = next(iter(dealt.values())).images[:1]
+    channels = example.shape[1]
+    model = take_in(model, example).model
     return Stage(scenario, model, dealt, box or Box.unit(channels), surrogate, others)
 
 
@@ -455,35 +464,50 @@ def _without(images: ImageSet, victims: Mapping[int, ImageSet]) -> ImageSet:
     )
 
 
-def _check_model(model: nn.Module, x: Tensor, images: ImageSet) -> int:
-    """Number of classes, after one forward pass that must work and give ``(1, K)`` logits."""
+def _check_model(model: nn.Module, x: Tensor, images: ImageSet, loss: Loss) -> int:
+    """Number of outputs K, after one forward pass that must work and give ``(1, K)``."""
     training = model.training
     model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             # Zeros: a module that remembers its last input would carry a victim into the view.
             logits = model(torch.zeros_like(x))
-    except RuntimeError as problem:
+    except (RuntimeError, TypeError, ValueError) as problem:
         raise InvalidInput(
-            f"{type(model).__name__} cannot read inputs of shape {tuple(x.shape)}: {problem}"
+            f"{type(model).__name__} cannot read inputs of shape {tuple(x.shape)}: "
+            f"{str(problem).splitlines()[0]}. It must take one tensor of images."
         ) from None
     finally:
         model.train(training)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        way = (
+            ""
+            if isinstance(logits, Tensor)
+            else " Name the part that holds the logits: output= (output: in the YAML's model)."
+        )
         raise InvalidInput(
-            f"{type(model).__name__} must return class logits (N, K); for one input it gave {got}."
+            f"{type(model).__name__} must return class logits (N, K); for one input it gave "
+            f"{outline(logits)}.{way}"
         )
     classes = int(logits.shape[1])
-    if len(images.labels) and int(images.labels.max()) >= classes:
+    targets = images.labels
+    if targets.dim() == 2 and targets.shape[1] != classes:
         raise InvalidInput(
-            f"Label {int(images.labels.max())} is out of range for a model with {classes} classes "
-            f"(0..{classes - 1})."
+            f"The targets have {targets.shape[1]} entries each, the model {classes} outputs."
+        )
+    highest = 2 if classes == 1 and loss.multilabel else classes
+    if targets.dim() == 1 and len(targets) and int(targets.max()) >= highest:
+        raise InvalidInput(
+            f"Label {int(targets.max())} is out of range for a model with {classes} classes "
+            f"(0..{highest - 1})."
         )
     return classes
 
 
 def _distribution(x: Tensor, y: Tensor, classes: int) -> Distribution:
-    # Public images may have classes that the model lacks.
-    counts = torch.bincount(y[y < classes], minlength=classes).to(x.dtype)
+    if y.dim() == 2:
+        counts = y.to(x.dtype).sum(0)
+    else:
+        # Public images may have classes that the model lacks.
+        counts = torch.bincount(y[y < classes], minlength=classes).to(x.dtype)
     return Distribution(counts / counts.sum().clamp(min=1), x.mean(0), x.std(0, correction=0))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from leakatlas import models
 from leakatlas.errors import InvalidInput, shown
 from leakatlas.fl import factory
+from leakatlas.fl.intake import Selector, take_in
 
 Tensors = Mapping[str, Tensor]
 
@@ -21,6 +22,11 @@ Tensors = Mapping[str, Tensor]
 def parameters(model: nn.Module) -> dict[str, Tensor]:
     """Detached copies of the parameters, by name."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The live parameters that take gradients, by name; the others are constants."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -77,11 +83,22 @@ class ModelRef:
             only its owner can rebuild).
         name: The name, or the class name for ``object``.
         kwargs: Arguments of the factory.
+        output: Which part of the model's output holds the logits; the only tensor, if None.
     """
 
     kind: Literal["builtin", "python", "object"]
     name: str
     kwargs: dict[str, Any] = field(default_factory=dict)
+    output: Selector | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "kwargs": self.kwargs,
+            **({} if self.output is None else {"output": self.output}),
+        }
 
     def build(self, *, trust_code: bool = False) -> nn.Module:
         """The architecture, freshly initialised.
@@ -107,11 +124,8 @@ class ModelRef:
                 "may come from a stranger. Pass the live model as `model=`, or `trust_code=True` "
                 "if that code is yours."
             )
-        return factory.make(self.name, self.kwargs)
-
-    def to_json(self) -> dict[str, Any]:
-        """The reference as plain JSON values."""
-        return {"kind": self.kind, "name": self.name, "kwargs": self.kwargs}
+        model = factory.make(self.name, self.kwargs)
+        return model if self.output is None else take_in(model, output=self.output).model
 
     @classmethod
     def from_json(cls, values: Any) -> ModelRef:
@@ -122,13 +136,19 @@ class ModelRef:
         """
         if isinstance(values, Mapping) and {"kind", "name"} <= values.keys() <= _KEYS:
             kind, name, kwargs = values["kind"], values["name"], values.get("kwargs", {})
-            if kind in _KINDS and isinstance(name, str) and isinstance(kwargs, dict):
-                return cls(kind, name, kwargs)
+            output = values.get("output")
+            if (
+                kind in _KINDS
+                and isinstance(name, str)
+                and isinstance(kwargs, dict)
+                and (output is None or type(output) in (int, str))
+            ):
+                return cls(kind, name, kwargs, output)
         raise InvalidInput(
-            f"A model is described by kind ({', '.join(_KINDS)}), name and kwargs; "
+            f"A model is described by kind ({', '.join(_KINDS)}), name, kwargs and output; "
             f"got {shown(values)}."
         )
 
 
 _KINDS = ("builtin", "python", "object")
-_KEYS = {"kind", "name", "kwargs"}
+_KEYS = {"kind", "name", "kwargs", "output"}

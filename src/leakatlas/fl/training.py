@@ -8,10 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from leakatlas.fl import state
+from leakatlas.errors import InvalidInput
+from leakatlas.fl import draws, state
 from leakatlas.fl.hooks import ClientContext, Defense, LocalStep
-from leakatlas.fl.protocol import FedAVG, FedSGD, task_loss
+from leakatlas.fl.losses import Loss
+from leakatlas.fl.protocol import FedAVG, FedSGD
 from leakatlas.fl.seeding import stream_seed
 
 
@@ -20,21 +24,26 @@ class LocalResult:
     """What local training produced, before any update hook.
 
     Args:
-        tensors: Mean (or summed) gradient, or ``after - before``, by parameter name.
+        tensors: Mean (or summed) gradient, or ``after - before``, of the trained parameters.
         buffers_after: All buffers after training.
         order: Example indices of every local step.
+        draws: What the model drew in every local step (dropout masks); empty tuples if nothing.
         loss: Task loss of the first local step.
     """
 
     tensors: dict[str, Tensor]
     buffers_after: dict[str, Tensor]
     order: tuple[Tensor, ...]
+    draws: tuple[draws.Draws, ...]
     loss: float
 
 
 def plain_gradients(step: LocalStep) -> dict[str, Tensor]:
-    """The undefended step: the gradient of the loss, zeros where a parameter takes no part."""
-    named = dict(step.model.named_parameters())
+    """The undefended step: the gradient of the loss, zeros where a parameter takes no part.
+
+    Parameters that take no gradient are constants, and have none.
+    """
+    named = state.trained(step.model)
     loss = step.loss(step.model(step.x), step.y)
     gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {
@@ -60,6 +69,69 @@ def local_batches(
     return tuple(batches)
 
 
+def check_batches(
+    model: nn.Module, x: Tensor, protocol: FedSGD | FedAVG, who: str = "The client"
+) -> None:
+    """Refuse, before anything runs, batches that a normalisation in train mode cannot take.
+
+    Batch statistics need two values per channel: two examples, or more than one place.
+
+    Raises:
+        InvalidInput: With layer, batch size and the ways out.
+    """
+    if protocol.mode != "train":
+        return
+    order = local_batches(len(x), protocol, torch.Generator().manual_seed(0))
+    smallest = min(len(batch) for batch in order)
+    if smallest > 1 and not any(isinstance(m, _InstanceNorm) for m in model.modules()):
+        return
+    places: dict[str, int] = {}
+    names = {id(m): n for n, m in model.named_modules()}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        places[names[id(module)]] = int(inputs[0][0, 0].numel())
+
+    kinds = (_BatchNorm, _InstanceNorm)
+    handles = [
+        module.register_forward_pre_hook(note)
+        for module in model.modules()
+        if isinstance(module, kinds)
+    ]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model(torch.zeros_like(x[:1]))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    modules = dict(model.named_modules())
+    for name, count in places.items():
+        alone = 1 if isinstance(modules[name], _InstanceNorm) else smallest
+        if alone * count > 1:
+            continue
+        sizes = [len(batch) for batch in order]
+        last = (
+            f"batch {sizes.index(smallest) + 1} of {len(x)} examples holds one"
+            if len(sizes) > 1
+            else "its batch holds one example"
+        )
+        ways = ["mode='eval'", "GroupNorm instead"]
+        if isinstance(protocol, FedAVG) and len(x) > 1:
+            fits = [b for b in range(2, len(x) + 1) if len(x) % b != 1]
+            near = sorted(fits, key=lambda b: abs(b - protocol.batch_size))[:2]
+            ways.insert(0, "batch_size=" + " or ".join(map(str, sorted(near))))
+        else:
+            ways.insert(0, "two examples or more")
+        raise InvalidInput(
+            f"{who}: {type(modules[name]).__name__} {name!r} in train mode has one value per "
+            f"channel where {last} (batch size {max(sizes)}), so its statistics "
+            f"are undefined; use {', '.join(ways[:-1])}, or {ways[-1]}."
+        )
+
+
 def train_locally(
     model: nn.Module,
     x: Tensor,
@@ -75,7 +147,7 @@ def train_locally(
     Args:
         model: A copy of the received model, owned by this call.
         x: All examples of the client, model space ``(N, C, H, W)``.
-        y: Labels ``(N,)`` or probabilities ``(N, K)``.
+        y: Targets of the protocol's loss: ``(N,)`` or ``(N, K)``.
         protocol: The learning algorithm.
         defenses: In client order; each acts at its ``batch`` and ``local_step`` hooks.
         contexts: One for each defense.
@@ -83,12 +155,14 @@ def train_locally(
     """
     model.train(protocol.mode == "train")
     reduction = protocol.reduction if isinstance(protocol, FedSGD) else "mean"
-    loss = functools.partial(task_loss, reduction=reduction)
-    before = state.parameters(model)
+    objective: Loss = protocol.loss
+    loss = functools.partial(objective, reduction=reduction)
+    before = {name: p.detach().clone() for name, p in state.trained(model).items()}
     order = local_batches(len(x), protocol, generator)
     gradients = _chain(defenses, contexts)
     optimizer = _optimizer(model, protocol)
     tensors: dict[str, Tensor] = {}
+    drawn: list[draws.Draws] = []
     first_loss = float("nan")
     with torch.random.fork_rng(devices=[]):
         # Modules with their own randomness draw from the global generator.
@@ -108,21 +182,24 @@ def train_locally(
 
             context = contexts[-1] if contexts else _no_context(model, x, y, protocol, generator)
             step = LocalStep(model, x_step, y_step, watched, index, context)
-            tensors = gradients(step)
+            with draws.recorded() as found:
+                tensors = gradients(step)
+            drawn.append(tuple(found))
             if index == 0 and observed:
                 first_loss = observed[0]
             if optimizer is not None:
-                for name, parameter in model.named_parameters():
+                for name, parameter in state.trained(model).items():
                     parameter.grad = tensors[name].detach().clone()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
     if optimizer is not None:
-        after = state.parameters(model)
-        tensors = {name: after[name] - before[name] for name in before}
+        after = state.trained(model)
+        tensors = {name: after[name].detach() - before[name] for name in before}
     return LocalResult(
         {name: tensor.detach() for name, tensor in tensors.items()},
         state.buffers(model),
         order,
+        tuple(drawn),
         first_loss,
     )
 

@@ -15,9 +15,11 @@ field                given by
 ``labels``           ``Grant.LABELS``
 ``batch_bn``         ``Grant.BATCH_BN``
 ``batch_order``      ``Grant.BATCH_ORDER``
+``dropout_masks``    ``Grant.DROPOUT_MASKS``
 ``secrets``          ``Grant.DEFENSE_SECRETS``
 ===================  ==========================================================
 
+The loss goes with the architecture, as it does wherever a model is handed out to be trained.
 A field that was not granted is not in the object; reading it raises
 :class:`~leakatlas.errors.NotGranted`. Reads are recorded.
 """
@@ -27,9 +29,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from safetensors.torch import save_file
@@ -39,9 +41,10 @@ from leakatlas import reading, tensorfiles
 from leakatlas.catalogue import registry
 from leakatlas.data import Box, ImageSet
 from leakatlas.errors import InvalidInput, NotGranted, UnknownName, UnsupportedModel, shown
-from leakatlas.fl import replay, state
+from leakatlas.fl import draws, replay, state
 from leakatlas.fl.hooks import Defense
-from leakatlas.fl.protocol import PROTOCOLS, FedAVG, FedSGD, Protocol, task_loss
+from leakatlas.fl.losses import PLAIN, Loss, as_loss, loss_json, with_code
+from leakatlas.fl.protocol import PROTOCOLS, FedSGD, Protocol
 from leakatlas.fl.state import ModelRef
 from leakatlas.fl.update import Update
 from leakatlas.threat import Grant, Knowledge, Vantage, threat_model
@@ -62,6 +65,7 @@ SOURCES: dict[str, tuple[Knowledge, Grant | None]] = {
     "labels": (Knowledge(0), Grant.LABELS),
     "batch_bn": (Knowledge(0), Grant.BATCH_BN),
     "batch_order": (Knowledge(0), Grant.BATCH_ORDER),
+    "dropout_masks": (Knowledge(0), Grant.DROPOUT_MASKS),
     "secrets": (Knowledge(0), Grant.DEFENSE_SECRETS),
 }
 """Which knowledge, or which grant instead, puts a field into a view."""
@@ -121,7 +125,9 @@ class View:
         grants: Extra facts.
         fields: The granted fields, by the names of :data:`SOURCES`.
         architecture: The shared architecture with the state broadcast last; its mode is the
-            client's, its private parameters hold what the adversary would guess.
+            client's, its private parameters hold what the adversary would guess, and those that
+            take no gradient are constants.
+        loss: What the client minimises.
         model_ref: How to rebuild the undefended architecture elsewhere.
         architecture_defenses: Defenses that changed the architecture, which is public.
 
@@ -138,6 +144,7 @@ class View:
         fields: Mapping[str, Any],
         architecture: nn.Module,
         model_ref: ModelRef,
+        loss: Loss = PLAIN,
         architecture_defenses: Sequence[Defense] = (),
     ) -> None:
         self.letter = threat_model(letter).letter
@@ -146,6 +153,7 @@ class View:
         self.grants = grants
         self._architecture = architecture
         self._model_ref = model_ref
+        self._loss = loss
         self._architecture_defenses = tuple(architecture_defenses)
         self._reads: set[str] = set()
         self._read_before: frozenset[str] = frozenset()
@@ -281,6 +289,11 @@ class View:
         return self._get("batch_order")  # type: ignore[no-any-return]
 
     @property
+    def dropout_masks(self) -> tuple[draws.Draws, ...]:
+        """What the model drew in every local step, see :mod:`leakatlas.fl.draws`; an oracle."""
+        return self._get("dropout_masks")  # type: ignore[no-any-return]
+
+    @property
     def secrets(self) -> Mapping[str, Tensor]:
         """Secret state of the defenses, ``key/name -> tensor``; an oracle."""
         return self._get("secrets")  # type: ignore[no-any-return]
@@ -313,6 +326,16 @@ class View:
         return seen.update
 
     @property
+    def loss(self) -> Loss:
+        """What the client minimises; public with the architecture."""
+        return self._loss
+
+    @property
+    def trained_names(self) -> tuple[str, ...]:
+        """Parameters that take gradients; the others are constants. Public, in model order."""
+        return tuple(state.trained(self._architecture))
+
+    @property
     def batch_shape(self) -> tuple[int, ...]:
         """``(N, C, H, W)`` of the private batch."""
         return (self.num_examples, *self.input_shape)
@@ -340,62 +363,78 @@ class View:
             )
         return state.load_into(self._architecture, {**own, **received})
 
+    @overload
     def replayer(
-        self, *, round: int = -1, adaptive: bool = True
-    ) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+        self, *, round: int = -1, adaptive: bool = True, one_step: Literal[False] = False
+    ) -> Callable[[Tensor, Tensor], dict[str, Tensor]]: ...
+
+    @overload
+    def replayer(
+        self, *, round: int = -1, adaptive: bool = True, one_step: Literal[True]
+    ) -> replay.OneStep: ...
+
+    def replayer(
+        self, *, round: int = -1, adaptive: bool = True, one_step: bool = False
+    ) -> Callable[..., dict[str, Tensor]]:
         """The client's computation of one round, as a pure function of candidates.
 
         What the view does not know it does not use: without the protocol a gradient can be
         replayed (one step, mean or sum as the message says) but a delta cannot; without the
-        batch order, batches follow the order of the candidates.
+        batch order, batches follow the order of the candidates; without the masks of dropout,
+        the mean network is replayed.
 
         Args:
             round: Which round.
             adaptive: Whether known defenses' mirrors are applied; an oblivious attack says no.
+            one_step: Replay one gradient at weights of the attack's choice, standing for the
+                whole update: for methods that put a single gradient between the state before and
+                the state after. Without the protocol a delta's stand-in has the right direction
+                and no size.
 
         Returns:
             ``(x, y) -> {name: tensor}`` in the units of that round's update, differentiable in
-            ``x`` ``(N, C, H, W)`` and, if it holds probabilities, in ``y`` ``(N, K)``.
+            ``x`` ``(N, C, H, W)`` and, if it holds probabilities, in ``y`` ``(N, K)``. With
+            ``one_step``, ``(x, y, at=weights)``, differentiable in the weights too; the received
+            ones if ``at`` is left out.
 
         Raises:
-            NotGranted: If the update is a delta and the protocol is not granted.
+            NotGranted: If the update is a delta, the protocol is not granted, and more than one
+                step is to be replayed.
             InvalidInput: If the update does not belong to the model.
         """
         update = self.update_at(round)
         model = replay.without_running_statistics(self.model_at(round))
-        parameters = dict(model.requires_grad_().named_parameters())
-        update.check_fits(parameters)
-        held = {n: b.detach() for n, b in model.named_buffers()}
-        protocol: Protocol = (
-            FedSGD(reduction=update.reduction) if update.kind == "gradient" else self.protocol
-        )
-        order = self.batch_order if self.has("batch_order") else None
         defenses = self.defenses if adaptive and self.has("defenses") else ()
+        drawn = self._drawn(model)
+        protocol: Protocol = FedSGD(lr=1.0, reduction=update.reduction, loss=self._loss)
+        if update.kind != "gradient" and (not one_step or self.has("protocol")):
+            protocol = self.protocol
+        if one_step:
+            return replay.one_step(
+                model,
+                protocol,
+                update,
+                steps=protocol.steps(self.num_examples),
+                defenses=defenses,
+                drawn=drawn if isinstance(drawn, str) else drawn[0],
+            )
+        return replay.client(
+            model,
+            protocol,
+            update,
+            defenses=defenses,
+            order=self.batch_order if self.has("batch_order") else None,
+            drawn=drawn,
+            own=True,
+        )
 
-        def loss(logits: Tensor, y: Tensor) -> Tensor:
-            value = task_loss(logits, y, update.reduction)
-            for defense in defenses:
-                value = defense.simulate_loss(value, model)
-            return value
-
-        def batch_map(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            for defense in defenses:
-                x, y = defense.simulate_batch(x, y)
-            return x, y
-
-        def run(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-            quantity = replay.simulate_client(
-                model, parameters, held, x, y, protocol,
-                batches=order if isinstance(protocol, FedAVG) else None,
-                loss=loss, batch_map=batch_map, own=True,
-            )  # fmt: skip
-            factor = update.sign * update.scale
-            sent = {n: quantity[n] * factor for n in update.tensors}
-            for defense in defenses:
-                sent = defense.simulate(sent, x, y, update)
-            return sent
-
-        return run
+    def _drawn(self, model: nn.Module) -> tuple[draws.Draws, ...] | Literal["mean", "new"]:
+        """What replays draw: the granted masks, or the mean network's; nothing costs nothing."""
+        if self.has("dropout_masks"):
+            return self.dropout_masks
+        like = next(model.parameters())
+        probe = torch.zeros(2, *self.input_shape, dtype=like.dtype, device=like.device)
+        return "mean" if draws.draws_of(model, probe) else "new"
 
     def replay(
         self, x: Tensor, y: Tensor, *, round: int = -1, adaptive: bool = True
@@ -422,13 +461,17 @@ class View:
             fields=fields,
             architecture=self._architecture,
             model_ref=self._model_ref,
+            loss=self._loss,
             architecture_defenses=self._architecture_defenses,
         )
 
     def fingerprint(self) -> str:
         """SHA-256 of all that this view holds; not a read."""
         tensors, facts = _pack(self._fields)
-        text = json.dumps([self.describe(), facts, state.state_hash(tensors)], sort_keys=True)
+        text = json.dumps(
+            [self.describe(), facts, loss_json(self._loss), state.state_hash(tensors)],
+            sort_keys=True,
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
     # -- on disk -------------------------------------------------------------------------------
@@ -447,6 +490,10 @@ class View:
             "grants": sorted(grant.value for grant in self.grants),
             "model": self._model_ref.to_json(),
             "mode": "train" if self._architecture.training else "eval",
+            "constants": sorted(
+                n for n, p in self._architecture.named_parameters() if not p.requires_grad
+            ),
+            "loss": loss_json(self._loss),
             "architecture_defenses": [defense_json(d) for d in self._architecture_defenses],
             "fields": facts,
             "read_before": sorted(self._read_before),
@@ -458,7 +505,12 @@ class View:
 
     @classmethod
     def load(
-        cls, folder: Path | str, *, model: nn.Module | None = None, trust_code: bool = False
+        cls,
+        folder: Path | str,
+        *,
+        model: nn.Module | None = None,
+        loss: Loss | None = None,
+        trust_code: bool = False,
     ) -> View:
         """Read what :meth:`save` wrote; nothing in it is run.
 
@@ -466,8 +518,9 @@ class View:
             folder: Where it lies.
             model: The undefended architecture, if the view names one that only exists live, or
                 one that is Python code.
-            trust_code: Whether Python code that the view names as its architecture may be run;
-                only for views that one saved oneself.
+            loss: The client's loss, if it is Python code.
+            trust_code: Whether Python code that the view names as its architecture or its loss
+                may be run; only for views that one saved oneself.
 
         Raises:
             InvalidInput: If a file is missing, truncated, or not a view, or if its architecture
@@ -489,7 +542,7 @@ class View:
                 "expected 'leakatlas/view/1'."
             )
         with reading.boundary(who, LookupError, TypeError, AttributeError, RuntimeError):
-            return cls._from_file(description, tensors, model, trust_code)
+            return cls._from_file(description, tensors, model, loss, trust_code)
 
     @classmethod
     def _from_file(
@@ -497,6 +550,7 @@ class View:
         description: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
         model: nn.Module | None,
+        loss: Loss | None,
         trust_code: bool,
     ) -> View:
         reference = ModelRef.from_json(description["model"])
@@ -511,13 +565,22 @@ class View:
             {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
         )
         architecture.train(description["mode"] == "train")
+        constants = set(description["constants"])
+        for name, parameter in architecture.named_parameters():
+            parameter.requires_grad_(name not in constants)
+        fields = _unpack(description["fields"], tensors)
+        if loss is None and trust_code:
+            loss = with_code(as_loss(description["loss"]), Path())
+        if loss is not None and "protocol" in fields:
+            fields["protocol"] = replace(fields["protocol"], loss=loss)
         view = cls(
             letter=description["letter"],
             vantage=Vantage.named(description["vantage"]),
             grants=frozenset(Grant.named(grant) for grant in description["grants"]),
-            fields=_unpack(description["fields"], tensors),
+            fields=fields,
             architecture=architecture,
             model_ref=reference,
+            loss=as_loss(description["loss"]) if loss is None else loss,
             architecture_defenses=defenses,
         )
         view.remember(frozenset(description["read_before"]))
@@ -641,6 +704,10 @@ def _pack(fields: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
             case "batch_order":
                 put(name, {str(step): indices for step, indices in enumerate(value)})
                 facts[name] = len(value)
+            case "dropout_masks":
+                put(name, {f"{s}/{i}": t for s, step in enumerate(value)
+                           for i, t in enumerate(step)})  # fmt: skip
+                facts[name] = [len(step) for step in value]
     return tensors, facts
 
 
@@ -703,6 +770,12 @@ def _unpack(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
             case "batch_order":
                 content = take(name)
                 fields[name] = tuple(content[str(step)] for step in range(value))
+            case "dropout_masks":
+                content = take(name)
+                fields[name] = tuple(
+                    tuple(content[f"{step}/{i}"] for i in range(count))
+                    for step, count in enumerate(value)
+                )
             case _:
                 raise InvalidInput(f"A view has no field {shown(name)}.")
     return fields

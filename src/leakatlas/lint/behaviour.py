@@ -21,7 +21,7 @@ from torch.func import functional_call, grad, vmap
 
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import replay, task_loss
-from leakatlas.fl.state import buffers, parameters
+from leakatlas.fl.state import buffers, parameters, trained
 from leakatlas.lint.findings import Score, share_of
 
 EXAMPLES = 64
@@ -86,7 +86,7 @@ def row_norms(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 def batch_gradient(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """Gradient of the mean loss over the whole batch, in the model's own mode."""
     return replay.gradient(
-        model, parameters(model), buffers(model), batch.x, batch.y, create_graph=False
+        model, trained(model), buffers(model), batch.x, batch.y, create_graph=False
     )
 
 

@@ -20,6 +20,8 @@ class Grant(enum.StrEnum):
     """Per-channel mean and biased variance of every BN layer's input on the private batch."""
     BATCH_ORDER = "batch_order"
     """Which examples met in which local step."""
+    DROPOUT_MASKS = "dropout_masks"
+    """What the model drew in every local step: masks of dropout and stochastic depth."""
     PIXEL_RANGE = "pixel_range"
     """The pixel space, for letters without basic knowledge."""
     DEFENSE_SECRETS = "defense_secrets"

@@ -1,0 +1,160 @@
+"""Models as people hold them, made into what a client trains: unwrapped, materialised, one output.
+
+Names of parameters are those of the inner model, so that updates and checkpoints fit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from leakatlas.errors import InvalidInput
+
+Selector = int | str
+"""Which part of a model's output holds the logits: a place in a tuple, a key, or an attribute."""
+
+_WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+    "GradSampleModule": "_module",
+}
+"""The attribute that holds the inner model, by class."""
+
+
+@dataclass(frozen=True)
+class Intake:
+    """A model that is ready, and what was done to get there.
+
+    Args:
+        model: A copy, unless nothing had to be done.
+        notes: For people; empty if nothing was done.
+    """
+
+    model: nn.Module
+    notes: tuple[str, ...] = ()
+
+
+def take_in(
+    model: nn.Module, example: Tensor | None = None, *, output: Selector | None = None
+) -> Intake:
+    """Unwrap, materialise and select; the given model is not changed.
+
+    Args:
+        model: Possibly in a wrapper (DataParallel, ``torch.compile``, Opacus' GradSampleModule).
+        example: Inputs ``(1, C, H, W)`` that lazy layers take their sizes from.
+        output: Which part of its output holds the logits; the only tensor, if None.
+
+    Raises:
+        InvalidInput: If lazy layers stay without sizes, or ``output`` does not exist.
+    """
+    notes: list[str] = []
+    inner = model
+    while type(inner).__name__ in _WRAPPERS:
+        wrapper, attribute = type(inner).__name__, _WRAPPERS[type(inner).__name__]
+        inner = getattr(inner, attribute)
+        notes.append(f"unwrapped {type(inner).__name__} from {wrapper}")
+    if inner is not model:
+        inner = _without_wrappers_hooks(copy.deepcopy(inner))
+    if _lazy(inner):
+        inner = _materialised(copy.deepcopy(inner), example)
+        notes.append(
+            f"the lazy layers of {type(inner).__name__} took their sizes from the images and drew "
+            "their weights now: nobody's client has these"
+        )
+    if output is not None:
+        inner = copy.deepcopy(inner) if inner is model else inner
+        inner.register_forward_hook(Select(output))
+        notes.append(f"the logits are {_words(output)} of the model's output")
+    return Intake(inner, tuple(notes))
+
+
+class Select:
+    """A forward hook that passes one part of the output on; a hook keeps parameters' names."""
+
+    def __init__(self, output: Selector) -> None:
+        self.output = output
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], found: Any) -> Tensor:
+        """The selected part.
+
+        Raises:
+            InvalidInput: If there is none, or it is no tensor.
+        """
+        del inputs
+        if isinstance(found, Tensor):  # already selected, in a copy of a copy
+            return found
+        part = _part(found, self.output)
+        if not isinstance(part, Tensor):
+            raise InvalidInput(
+                f"output: {type(module).__name__} has no tensor at {_words(self.output)}; its "
+                f"output is {outline(found)}."
+            )
+        return part
+
+
+def _part(found: Any, output: Selector) -> Any:
+    if isinstance(output, int):
+        held = list(found.values()) if isinstance(found, Mapping) else found
+        return held[output] if isinstance(held, list | tuple) and output < len(held) else None
+    if isinstance(found, Mapping):
+        return found.get(output)
+    return getattr(found, output, None)
+
+
+def outline(found: Any) -> str:
+    """What a model returned, in words, with the selectors that fit.
+
+    >>> outline({"logits": torch.zeros(1, 3), "aux": None})
+    "a dict with 'logits' (1, 3), 'aux' NoneType"
+    """
+
+    def kind(part: Any) -> str:
+        return str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__
+
+    if isinstance(found, Mapping):
+        inside = ", ".join(f"{key!r} {kind(part)}" for key, part in found.items())
+        return f"a {type(found).__name__} with {inside or 'nothing'}"
+    if isinstance(found, list | tuple):
+        inside = ", ".join(f"{index}: {kind(part)}" for index, part in enumerate(found))
+        return f"a {type(found).__name__} with {inside or 'nothing'}"
+    return kind(found)
+
+
+def _words(output: Selector) -> str:
+    return f"place {output}" if isinstance(output, int) else repr(output)
+
+
+def _without_wrappers_hooks(model: nn.Module) -> nn.Module:
+    """Without the hooks that Opacus left for its own gradients."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._backward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                owner = getattr(hook, "func", hook)
+                if (getattr(owner, "__module__", None) or "").startswith("opacus"):
+                    del hooks[key]
+    return model
+
+
+def _lazy(model: nn.Module) -> bool:
+    held = [*model.parameters(), *model.buffers()]
+    return any(isinstance(t, UninitializedParameter | UninitializedBuffer) for t in held)
+
+
+def _materialised(model: nn.Module, example: Tensor | None) -> nn.Module:
+    if example is None:
+        raise InvalidInput(
+            f"{type(model).__name__} has lazy layers, whose sizes come from the first input; run "
+            "the model once before it is used."
+        )
+    training = model.training
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        model.eval()(torch.zeros_like(example))
+    return model.train(training)
