@@ -166,7 +166,7 @@ def test_images_that_do_not_fit_are_refused(small_model: nn.Module) -> None:
 def test_train_mode_batchnorm_with_one_example_is_refused() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4), nn.BatchNorm1d(4))
     photos = data.photos(32).subset([0])
-    with pytest.raises(InvalidInput, match=r"BatchNorm1d in train mode"):
+    with pytest.raises(InvalidInput, match=r"BatchNorm1d '2' in train mode"):
         leakatlas.audit(model, photos, protocol=FedAVG(mode="train"))
 
 
