@@ -33,7 +33,7 @@ def test_a_factory_makes_the_model(tmp_path: Path) -> None:
         ("def make():\n    sys.exit(0)\n", r"net\.py, line 4: it calls sys\.exit\(0\)"),
         ("def make():\n    return make()\n", "line 4: RecursionError"),
         ("def make():\n    return 7\n", "returned int, expected a torch.nn.Module"),
-        ("make = 7\n", "Unknown model function"),
+        ("make = 7\n", "Unknown model factory"),
         ("x = '\udc80'\n", "SyntaxError"),
     ],
 )

@@ -53,9 +53,10 @@ def find(name: str, kind: str) -> Callable[..., object]:
         InvalidInput: If the code cannot be found or run.
         UnknownName: If it has no such function.
     """
+    what = "factory" if kind == "model" else "function"
     location, separator, attribute = name.rpartition(":")
     if not separator or not location or not attribute:
-        raise InvalidInput(f"A {kind} in Python code is 'file.py:function', got {shown(name)}.")
+        raise InvalidInput(f"A {kind} in Python code is 'file.py:{what}', got {shown(name)}.")
     who = f"The {kind} {'file' if location.endswith('.py') else 'module'} {shown(location)}"
     if location.endswith(".py"):
         with _running(who, location):
@@ -82,7 +83,7 @@ def find(name: str, kind: str) -> Callable[..., object]:
     factory = getattr(module, attribute, None)
     if not callable(factory):
         names = [name for name in vars(module) if not name.startswith("_")]
-        raise UnknownName(f"{kind} function in {location}", attribute, names)
+        raise UnknownName(f"{kind} {what} in {location}", attribute, names)
     return factory  # type: ignore[no-any-return]  # checked callable just above
 
 
