@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: audit test check types lint unit generate study-quality study-analytic study-defenses study-generative study-labels study-measures study-lint study-scale study-descent clean
+.PHONY: audit test touched check types lint unit generate study-quality study-analytic study-defenses study-generative study-labels study-measures study-lint study-scale study-descent clean
 
 audit: $(STAMP) ## Attack bundled photos in four set-ups; writes leak-report/report.html
 	$(BIN)/leakatlas audit --out leak-report
 
 test: $(STAMP) browser ## The whole gate: style, types, architecture, tests with coverage
 	$(BIN)/python scripts/check.py
+
+touched: $(STAMP) ## Only what your changes reach, against BASE (main)
+	$(BIN)/python scripts/touched.py --base $(or $(BASE),main)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

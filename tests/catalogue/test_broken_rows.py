@@ -8,20 +8,20 @@ import pytest
 from leakatlas.catalogue import loader
 
 ROW = """[[reference]]
-key = "doe2026lantern"
+key = "doe2026beacon"
 entry = "inproceedings"
-title = "Lantern"
+title = "Beacon"
 authors = ["Doe, Jane", "Roe, Richard"]
 year = 2026
 venue = "A Conference"
 [[reference.links]]
 label = "paper"
-url = "https://example.org/lantern.pdf"
+url = "https://example.org/beacon.pdf"
 
 [[attack]]
-key = "lantern"
-name = "Lantern"
-reference = "doe2026lantern"
+key = "beacon"
+name = "Beacon"
+reference = "doe2026beacon"
 category = "optimization"
 technique = "basic"
 mechanism = "gradient-matching"
@@ -32,7 +32,7 @@ batch = { size = 8 }
 models = ["LeNet"]
 tasks = ["object"]
 label_recovery = { kind = "new" }
-code = { kind = "link", url = "https://example.org/lantern" }
+code = { kind = "link", url = "https://example.org/beacon" }
 summary = "Anneals the prior."
 planned = true
 """
@@ -101,166 +101,166 @@ CORRECTION = '[[attack.corrections]]\nfield = "{}"\nprinted = {}\ncorrected = {}
 BROKEN: dict[str, tuple[Callable[[str], str], str, str, tuple[str, ...]]] = {
     "missing key": (without("key"), "attack", "key", ("missing", "inverting_gradients")),
     "missing threat model": (
-        without("threat_model"), "lantern", "threat_model", ("missing", 'threat_model = "D"'),
+        without("threat_model"), "beacon", "threat_model", ("missing", 'threat_model = "D"'),
     ),
-    "missing batch": (without("batch"), "lantern", "batch", ("missing", "batch = { size = 8 }")),
-    "missing summary": (without("summary"), "lantern", "summary", ("missing", "own words")),
+    "missing batch": (without("batch"), "beacon", "batch", ("missing", "batch = { size = 8 }")),
+    "missing summary": (without("summary"), "beacon", "summary", ("missing", "own words")),
     "unknown letter": (
-        change('"B"', '"Z"'), "lantern", "threat_model", ("'Z' is not allowed", "A, B, C"),
+        change('"B"', '"Z"'), "beacon", "threat_model", ("'Z' is not allowed", "A, B, C"),
     ),
     "lower-case letter": (
-        change('"B"', '"b"'), "lantern", "threat_model",
+        change('"B"', '"b"'), "beacon", "threat_model",
         ("'b' is not allowed", "did you mean 'B'?"),
     ),
     "letter as a list": (
-        change('"B"', '["B"]'), "lantern", "threat_model", ("['B']", "A, B, C"),
+        change('"B"', '["B"]'), "beacon", "threat_model", ("['B']", "A, B, C"),
     ),
     "batch as text": (
-        change("{ size = 8 }", '"8"'), "lantern", "batch", ("'8'", "batch = { size = 8 }"),
+        change("{ size = 8 }", '"8"'), "beacon", "batch", ("'8'", "batch = { size = 8 }"),
     ),
     "batch size as text": (
-        change("size = 8", 'size = "8"'), "lantern", "batch.size", ("'8'", "size = 8"),
+        change("size = 8", 'size = "8"'), "beacon", "batch.size", ("'8'", "size = 8"),
     ),
     "batch size zero": (
-        change("size = 8", "size = 0"), "lantern", "batch.size", ("0", "greater than 0"),
+        change("size = 8", "size = 0"), "beacon", "batch.size", ("0", "greater than 0"),
     ),
     "batch size a fraction": (
-        change("size = 8", "size = 8.5"), "lantern", "batch.size", ("8.5", "whole"),
+        change("size = 8", "size = 8.5"), "beacon", "batch.size", ("8.5", "whole"),
     ),
     "epochs with fedsgd": (
-        change("size = 8", "size = 8, epochs = 5"), "lantern", "batch",
+        change("size = 8", "size = 8, epochs = 5"), "beacon", "batch",
         ("fedsgd", "batch = { size = 8 }"),
     ),
     "fedavg without local work": (
-        change('"fedsgd"', '"fedavg"'), "lantern", "batch", ("fedavg", "epochs = 5, size = 8"),
+        change('"fedsgd"', '"fedavg"'), "beacon", "batch", ("fedavg", "epochs = 5, size = 8"),
     ),
     "dead reference": (
-        change('reference = "doe2026lantern"', 'reference = "doe2026lantrn"'), "lantern",
-        "reference", ("no reference 'doe2026lantrn'", "[[reference]]", "mean 'doe2026lantern'"),
+        change('reference = "doe2026beacon"', 'reference = "doe2026becon"'), "beacon",
+        "reference", ("no reference 'doe2026becon'", "[[reference]]", "mean 'doe2026beacon'"),
     ),
     "reference as a number": (
-        change('reference = "doe2026lantern"', "reference = 60"), "lantern", "reference",
+        change('reference = "doe2026beacon"', "reference = 60"), "beacon", "reference",
         ("60", "text", "zhu2019deep"),
     ),
     "duplicate reference": (
-        change('key = "doe2026lantern"', 'key = "zhu2019deep"'), "zhu2019deep", "key",
+        change('key = "doe2026beacon"', 'key = "zhu2019deep"'), "zhu2019deep", "key",
         ("taken", "references.toml"),
     ),
     "number of a reference": (
-        change('key = "doe2026lantern"', 'key = "doe2026lantern"\nnumber = 60'), "doe2026lantern",
+        change('key = "doe2026beacon"', 'key = "doe2026beacon"\nnumber = 60'), "doe2026beacon",
         "printed", ("belong together", "neither for any other"),
     ),
     "printed although it is not": (
-        change('name = "Lantern"', 'name = "Lantern"\norigin = "published"'), "lantern", "origin",
+        change('name = "Beacon"', 'name = "Beacon"\norigin = "published"'), "beacon", "origin",
         ("no such row", "leave it out"),
     ),
     "a deployed attack": (
-        change('name = "Lantern"', 'name = "Lantern"\norigin = "deployed"'), "lantern", "origin",
+        change('name = "Beacon"', 'name = "Beacon"\norigin = "deployed"'), "beacon", "origin",
         ("not deployed",),
     ),
     "unknown origin": (
-        change('name = "Lantern"', 'name = "Lantern"\norigin = "new"'), "lantern", "origin",
+        change('name = "Beacon"', 'name = "Beacon"\norigin = "new"'), "beacon", "origin",
         ("'new' is not allowed", "newer"),
     ),
     "superseded by nothing": (
-        change('name = "Lantern"', 'name = "Lantern"\nsuperseded_by = "gidf"'), "lantern",
+        change('name = "Beacon"', 'name = "Beacon"\nsuperseded_by = "gidf"'), "beacon",
         "superseded_by", ("no attack 'gidf'", "did you mean 'gifd'"),
     ),
     "superseded by itself": (
-        change('name = "Lantern"', 'name = "Lantern"\nsuperseded_by = "lantern"'), "lantern",
+        change('name = "Beacon"', 'name = "Beacon"\nsuperseded_by = "beacon"'), "beacon",
         "superseded_by", ("itself",),
     ),
     "unknown payload": (
-        change('name = "Lantern"', 'name = "Lantern"\npayload = "heads"'), "lantern", "payload",
+        change('name = "Beacon"', 'name = "Beacon"\npayload = "heads"'), "beacon", "payload",
         ("did you mean 'head'",),
     ),
     "name of another row": (
-        change('name = "Lantern"', 'name = "Lantern"\naliases = ["deep leakage from gradients"]'),
-        "lantern", "name", ("taken", 'attack "dlg"'),
+        change('name = "Beacon"', 'name = "Beacon"\naliases = ["deep leakage from gradients"]'),
+        "beacon", "name", ("taken", 'attack "dlg"'),
     ),
     "duplicate key": (
-        change('key = "lantern"', 'key = "dlg"'), "dlg", "key",
+        change('key = "beacon"', 'key = "dlg"'), "dlg", "key",
         ("taken", 'attack "dlg" in attacks.toml', "choose another key"),
     ),
     "key of a defense": (
-        change('key = "lantern"', 'key = "soteria"'), "soteria", "key", ("taken", "defenses.toml"),
+        change('key = "beacon"', 'key = "soteria"'), "soteria", "key", ("taken", "defenses.toml"),
     ),
     "key with capitals": (
-        change('key = "lantern"', 'key = "Lantern-1"'), "Lantern-1", "key",
+        change('key = "beacon"', 'key = "Beacon-1"'), "Beacon-1", "key",
         ("expected form", "lower case"),
     ),
     "unknown algorithm": (
-        change('"fedsgd"', '"fedsdg"'), "lantern", "algorithm", ("fedsdg", "'fedsgd'"),
+        change('"fedsgd"', '"fedsdg"'), "beacon", "algorithm", ("fedsdg", "'fedsgd'"),
     ),
     "unknown category": (
-        change('"optimization"', '"optimisation"'), "lantern", "category",
+        change('"optimization"', '"optimisation"'), "beacon", "category",
         ("optimisation", "'optimization'"),
     ),
     "technique of another category": (
-        change('"basic"', '"latent"'), "lantern", "technique",
+        change('"basic"', '"latent"'), "beacon", "technique",
         ("does not belong", "basic, augmented"),
     ),
     "resolution as text": (
-        change("[32, 32]", '"32x32"'), "lantern", "resolution", ("32x32", "resolution = [64, 64]"),
+        change("[32, 32]", '"32x32"'), "beacon", "resolution", ("32x32", "resolution = [64, 64]"),
     ),
     "resolution of three": (
-        change("[32, 32]", "[3, 32, 32]"), "lantern", "resolution", ("resolution = [64, 64]",),
+        change("[32, 32]", "[3, 32, 32]"), "beacon", "resolution", ("resolution = [64, 64]",),
     ),
     "unknown task": (
-        change('["object"]', '["faces"]'), "lantern", "tasks", ("faces", "'face'"),
+        change('["object"]', '["faces"]'), "beacon", "tasks", ("faces", "'face'"),
     ),
     "labels as a symbol": (
-        change('{ kind = "new" }', '"★"'), "lantern", "label_recovery", ('kind = "new"',),
+        change('{ kind = "new" }', '"★"'), "beacon", "label_recovery", ('kind = "new"',),
     ),
     "labels of a dead row": (
-        change('{ kind = "new" }', '{ kind = "row", row = "idgl" }'), "lantern",
+        change('{ kind = "new" }', '{ kind = "row", row = "idgl" }'), "beacon",
         "label_recovery.row", ("no attack 'idgl'", "row's key", "'idlg'"),
     ),
     "labels of row nothing": (
-        change('{ kind = "new" }', '{ kind = "row" }'), "lantern", "label_recovery.row",
+        change('{ kind = "new" }', '{ kind = "row" }'), "beacon", "label_recovery.row",
         ("missing", 'kind = "row", row = "idlg"'),
     ),
     "link without an address": (
-        change(', url = "https://example.org/lantern" }', " }"), "lantern", "code.url",
+        change(', url = "https://example.org/beacon" }', " }"), "beacon", "code.url",
         ("does not fit", "https://"),
     ),
     "script as a link": (
-        change('"https://example.org/lantern"', '"javascript:alert(1)"'), "lantern", "code.url",
+        change('"https://example.org/beacon"', '"javascript:alert(1)"'), "beacon", "code.url",
         ("javascript", "http(s)"),
     ),
     "field with a typing error": (
-        change("mechanism =", "mechanizm ="), "lantern", "mechanizm", ("no field", "'mechanism'"),
+        change("mechanism =", "mechanizm ="), "beacon", "mechanizm", ("no field", "'mechanism'"),
     ),
     "authors as text": (
-        change('["Doe, Jane", "Roe, Richard"]', '"Jane Doe"'), "doe2026lantern", "authors",
+        change('["Doe, Jane", "Roe, Richard"]', '"Jane Doe"'), "doe2026beacon", "authors",
         ("Jane Doe", "Family, Given"),
     ),
     "year as text": (
-        change("year = 2026", 'year = "2026"'), "doe2026lantern", "year", ("'2026'", "whole"),
+        change("year = 2026", 'year = "2026"'), "doe2026beacon", "year", ("'2026'", "whole"),
     ),
     "year too late": (
-        change("year = 2026", "year = 20266"), "doe2026lantern", "year", ("2100",),
+        change("year = 2026", "year = 20266"), "doe2026beacon", "year", ("2100",),
     ),
     "correction of what is not printed": (
-        add(CORRECTION.format("threat_model", '"B"', '"A"')), "lantern", "corrections",
+        add(CORRECTION.format("threat_model", '"B"', '"A"')), "beacon", "corrections",
         ("a print that there is not", "into the field itself"),
     ),
     "correction of nothing": (
-        published(add(CORRECTION.format("threatmodel", '"B"', '"A"'))), "lantern",
+        published(add(CORRECTION.format("threatmodel", '"B"', '"A"'))), "beacon",
         "corrections[1].field",
         ("no field", "'threat_model'"),
     ),
     "correction that misquotes": (
-        published(add(CORRECTION.format("threat_model", '"C"', '"A"'))), "lantern",
+        published(add(CORRECTION.format("threat_model", '"C"', '"A"'))), "beacon",
         "corrections[1].printed",
         ("does not repeat", 'printed = "B"'),
     ),
     "correction of the wrong type": (
-        published(add(CORRECTION.format("batch", "{ size = 8 }", '"nine"'))), "lantern",
+        published(add(CORRECTION.format("batch", "{ size = 8 }", '"nine"'))), "beacon",
         "corrections[1].corrected", ("no value for batch", "{ size = 8 }"),
     ),
     "correction that changes nothing": (
-        published(add(CORRECTION.format("threat_model", '"B"', '"B"'))), "lantern",
+        published(add(CORRECTION.format("threat_model", '"B"', '"B"'))), "beacon",
         "corrections[1].corrected", ("equals the printed value", "remove"),
     ),
     "unknown kind of row": (
@@ -270,7 +270,7 @@ BROKEN: dict[str, tuple[Callable[[str], str], str, str, tuple[str, ...]]] = {
         change("[[attack]]", "[attack]"), "attack", "", ("not a list", "[[attack]]"),
     ),
     "broken TOML": (
-        change('name = "Lantern"', "name = Lantern"), "", "", ("no valid TOML", "line"),
+        change('name = "Beacon"', "name = Beacon"), "", "", ("no valid TOML", "line"),
     ),
     "unclosed text": (change('"LeNet"', '"LeNet'), "", "", ("no valid TOML", "line")),
     "stance as a colour": (
@@ -309,7 +309,7 @@ def test_the_unbroken_row_is_accepted(tmp_path: Path) -> None:
     path.write_text(ROW + DEFENSE, encoding="utf-8")
     catalogue, problems = loader.check_files([path])
     assert problems == []
-    assert catalogue.attack[-1].key == "lantern"
+    assert catalogue.attack[-1].key == "beacon"
     assert catalogue.defense[-1].key == "curtain"
 
 

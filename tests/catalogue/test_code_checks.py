@@ -9,10 +9,10 @@ from leakatlas.catalogue import code_checks, loader, registry, results, source
 from leakatlas.catalogue.problems import Problem
 from tests.catalogue.test_broken_rows import DEFENSE, ROW
 
-ATTACK_MODULE = '''"""Lantern: annealed matching."""
+ATTACK_MODULE = '''"""Beacon: annealed matching."""
 
-@attack("lantern", needs=Knowledge.UPDATES | Knowledge.BASIC)
-class Lantern(Attack):
+@attack("beacon", needs=Knowledge.UPDATES | Knowledge.BASIC)
+class Beacon(Attack):
     """Signed descent.
 
     Args:
@@ -34,7 +34,7 @@ class Curtain(Defense):
     knob: ClassVar[str] = "opacity"
     opacity: float = 0.5
 '''
-ATTACK_PLACE = "attacks/optimization/basic/lantern.py"
+ATTACK_PLACE = "attacks/optimization/basic/beacon.py"
 DEFENSE_PLACE = "defenses/heuristic/model/curtain.py"
 
 
@@ -99,11 +99,11 @@ def _leftover(c: Checkout) -> None:
 
 
 def _add_orphan(c: Checkout) -> None:
-    c.write(c.package / "attacks/optimization/basic/lanten.py", ATTACK_MODULE)
+    c.write(c.package / "attacks/optimization/basic/becon.py", ATTACK_MODULE)
 
 
 BROKEN: dict[str, tuple[Callable[[Checkout], object], tuple[str, ...]]] = {
-    "leftover planned": (_leftover, ('attack "lantern": planned: is true although src', "delete")),
+    "leftover planned": (_leftover, ('attack "beacon": planned: is true although src', "delete")),
     "no module and not planned": (
         lambda c: (c.package / ATTACK_PLACE).unlink(),
         (f"src/leakatlas/{ATTACK_PLACE} does not exist", "planned = true"),
@@ -112,10 +112,10 @@ BROKEN: dict[str, tuple[Callable[[Checkout], object], tuple[str, ...]]] = {
         lambda c: c.move(ATTACK_PLACE, "analytic/closed_form"),
         ("optimization/basic", "lies in analytic/closed_form", f"to src/leakatlas/{ATTACK_PLACE}"),
     ),
-    "orphan": (_add_orphan, ("basic/lanten.py: no attack has the key", "did you mean 'lantern'")),
+    "orphan": (_add_orphan, ("basic/becon.py: no attack has the key", "did you mean 'beacon'")),
     "wrong decorator": (
-        lambda c: c.change(ATTACK_PLACE, '@attack("lantern"', '@attack("dlg"'),
-        ("registered as 'dlg'", '@attack("lantern", needs=...)'),
+        lambda c: c.change(ATTACK_PLACE, '@attack("beacon"', '@attack("dlg"'),
+        ("registered as 'dlg'", '@attack("beacon", needs=...)'),
     ),
     "no decorator": (
         lambda c: c.change(ATTACK_PLACE, "@attack", "@other"), ("registered as nothing",),
@@ -125,7 +125,7 @@ BROKEN: dict[str, tuple[Callable[[Checkout], object], tuple[str, ...]]] = {
         ("registered as 'soteria'", 'key = "curtain"'),
     ),
     "wrong class": (
-        lambda c: c.change(ATTACK_PLACE, "class Lantern", "class Lamp"), ("name it Lantern",),
+        lambda c: c.change(ATTACK_PLACE, "class Beacon", "class Lamp"), ("name it Beacon",),
     ),
     "no docstring": (
         lambda c: c.change(DEFENSE_PLACE, '"""Curtain: hides."""', ""), ("has no docstring",),
@@ -149,7 +149,7 @@ BROKEN: dict[str, tuple[Callable[[Checkout], object], tuple[str, ...]]] = {
         lambda c: c.write(c.test(ATTACK_PLACE), "case = 1\n"), ("gives no CASE", "CASE = Case("),
     ),
     "no Python": (
-        lambda c: c.change(ATTACK_PLACE, "class Lantern", "class class"), ("is no Python", "line"),
+        lambda c: c.change(ATTACK_PLACE, "class Beacon", "class class"), ("is no Python", "line"),
     ),
 }  # fmt: skip
 

@@ -193,13 +193,18 @@ def label(kind: str, raw: dict[str, Any], entry: int) -> str:
     return f"{kind} (entry {entry})"
 
 
+@functools.cache
+def _parsed(text: str) -> dict[str, Any]:
+    return tomllib.loads(text)  # read, never changed
+
+
 def _tables(
     file: str, text: str, problems: list[Problem]
 ) -> Iterable[tuple[str, int, dict[str, Any]]]:
     from leakatlas.catalogue.problems import Problem, closest
 
     try:
-        data = tomllib.loads(text)
+        data = _parsed(text)
     except tomllib.TOMLDecodeError as error:
         problems.append(
             Problem(
