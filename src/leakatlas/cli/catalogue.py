@@ -139,14 +139,21 @@ def list_rows(
         attack = row["kind"] == "attack"
         grid.add_row(
             row["key"],
-            "" if row["number"] is None else str(row["number"]),
+            "new" if row["number"] is None else str(row["number"]),
             f"{row['name']}, {row['year'] or 'n/a'}",
             f"{row['category']}/{row['technique']}",
-            row["threat_model"] if attack else f"holds: {''.join(row['holds']) or 'none'}",
+            row["threat_model"] if attack else _holding(row),
             "+".join(row["algorithm"]) if attack else "",
             "yes" if row["implemented"] else "no",
         )
     Console().print(grid)
+
+
+def _holding(row: dict[str, Any]) -> str:
+    """Against whom a defense holds, as printed."""
+    if row["origin"] != "published":
+        return "not printed"
+    return f"holds: {''.join(row['holds']) or 'none'}"
 
 
 def _check_choice(column: str, value: Any, rows: list[dict[str, Any]]) -> None:
