@@ -82,7 +82,10 @@ class LocalStep:
 
 @dataclass
 class RoundSetup:
-    """What the ``setup`` and ``peer`` hooks see: who takes part, and both sides' memories."""
+    """What the ``setup`` and ``peer`` hooks see: who takes part, and both sides' memories.
+
+    ``simulated`` says that nobody's real data are at stake, so that secrets may come from a seed.
+    """
 
     round: int
     cohort: Sequence[int]
@@ -90,6 +93,7 @@ class RoundSetup:
     server: Memory
     protocol: Protocol
     generator: torch.Generator
+    simulated: bool = False
 
 
 @dataclass

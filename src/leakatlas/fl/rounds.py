@@ -249,6 +249,7 @@ class Federation:
             self.server_memories[defense.key],
             self.protocol,
             stream(self.seed, "setup", defense.key, index),
+            simulated=True,
         )
 
     def _sent_to(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -11,13 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from leakatlas.defenses.formal.crypto.secure_aggregation import SecureAggregation
-from leakatlas.defenses.formal.crypto.secure_aggregation._device import (
-    Advert,
-    Device,
-    remove_masks,
-)
+from leakatlas.defenses.formal.crypto.secure_aggregation import SecureAggregation, open_secrets
+from leakatlas.defenses.formal.crypto.secure_aggregation._device import Device, remove_masks
+from leakatlas.defenses.formal.crypto.secure_aggregation._masking import agree, public_of, seal
 from leakatlas.defenses.formal.crypto.secure_aggregation._quantization import Header, tensor_words
+from leakatlas.defenses.formal.crypto.secure_aggregation._shamir import PRIME
 from leakatlas.errors import InvalidInput, InvalidParameter, NotGranted, ProtocolError
 from leakatlas.fl import (
     Client,
@@ -101,13 +100,15 @@ def flat(update: Update) -> Tensor:
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_every_set_of_survivors_opens_exactly_its_sum_or_raises(settings: dict[str, Any]) -> None:
-    defense = SecureAggregation(threshold=0.6, **settings)  # t = 3 of 5
+    # t = 3 of 5, or floor(10 / 3) + 1 = 4
+    defense = SecureAggregation(threshold=2 / 3 if settings.get("signed") else 0.6, **settings)
+    least = 4 if defense.signed else 3
     federation = a_federation(defense)
     for size in range(CLIENTS):
         for gone in combinations(range(CLIENTS), size):
             survivors = [c for c in range(CLIENTS) if c not in gone]
-            if len(survivors) < 3:
-                with pytest.raises(ProtocolError, match="secure aggregation needs 3"):
+            if len(survivors) < least:
+                with pytest.raises(ProtocolError, match=f"secure aggregation needs {least}"):
                     federation.play_round(dropouts=gone)
                 continue
             record = federation.play_round(dropouts=gone)
@@ -172,7 +173,10 @@ def test_sybils_join_and_a_lone_client_is_its_own_sum() -> None:
     alone = record.updates[3]
     # Four sybils sent zeros with the victim's weight: the sum is the victim's, five times thinner.
     assert float((5 * flat(record.aggregate) - flat(alone)).abs().max()) < 1e-12
-    single = federation.play_round(cohort=[2])
+    with pytest.raises(ProtocolError, match=r"Client 2 joins no cohort of 1.*least_cohort"):
+        federation.play_round(cohort=[2])
+    willing = a_federation(SecureAggregation(ring_bits=64, least_cohort=1))
+    single = willing.play_round(cohort=[2])
     assert float((flat(single.aggregate) - flat(single.updates[2])).abs().max()) < 1e-12
     assert not torch.equal(
         single.messages[2].payload["masked"], record.messages[3].payload["masked"]
@@ -349,8 +353,11 @@ def test_updates_that_are_not_finite_are_refused() -> None:
 def test_parameters() -> None:
     with pytest.raises(InvalidParameter, match="threshold"):
         SecureAggregation(threshold=1.5)
-    with pytest.raises(InvalidParameter, match="1/2"):
-        SecureAggregation(signed=True, threshold=0.5)
+    with pytest.raises(InvalidParameter, match="at least 2/3"):
+        SecureAggregation(signed=True, threshold=0.6)
+    signed = SecureAggregation(signed=True)
+    assert [signed.threshold_for(n) for n in (1, 2, 3, 4, 5, 6, 9)] == [1, 2, 3, 3, 4, 5, 7]
+    assert SecureAggregation(signed=True, threshold=1).threshold_for(9) == 9
     defense = SecureAggregation(signed=True, ring_bits=64, levels=2**20)
     assert SecureAggregation.from_json(defense.to_json()) == defense
 
@@ -358,14 +365,17 @@ def test_parameters() -> None:
 # -- a server that does not play by the rules ------------------------------------------------------
 
 
-def devices(defense: SecureAggregation) -> tuple[RoundSetup, dict[int, Device]]:
-    setup = RoundSetup(0, range(5), {c: {} for c in range(5)}, {}, FedSGD(), stream("setup"))
+def devices(defense: SecureAggregation, members: int = 5) -> tuple[RoundSetup, dict[int, Device]]:
+    setup = RoundSetup(
+        0, range(members), {c: {} for c in range(members)}, {}, FedSGD(), stream("setup"),
+        simulated=True,
+    )  # fmt: skip
     defense.setup(setup)
-    return setup, {c: setup.clients[c]["device"] for c in range(5)}
+    return setup, {c: setup.clients[c]["device"] for c in range(members)}
 
 
-def shared(defense: SecureAggregation) -> dict[int, Device]:
-    setup, found = devices(defense)
+def shared(defense: SecureAggregation, members: int = 5) -> dict[int, Device]:
+    setup, found = devices(defense, members)
     defense.peer({}, setup)
     return found
 
@@ -377,6 +387,72 @@ def test_a_device_answers_for_one_list_of_survivors_only() -> None:
     assert device.reveal([3, 2, 1, 0], {}).seeds == first.seeds
     with pytest.raises(ProtocolError, match="second list"):
         device.reveal([0, 1, 2, 4], {})
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_device_confirms_one_list_only_and_one_that_it_is_on(signed: bool) -> None:
+    """Two confirmed lists, one with a client and one without, would open its input."""
+    found = shared(SecureAggregation(signed=signed))
+    everyone = [0, 1, 2, 3, 4]
+    found[0].confirm(everyone)
+    assert found[0].confirm(reversed(everyone)) == found[0].confirm(everyone)  # type: ignore[arg-type]  # any order of one list
+    with pytest.raises(ProtocolError, match="second list"):
+        found[0].confirm([0, 1, 2, 3])
+    with pytest.raises(ProtocolError, match="second list"):
+        found[0].reveal([0, 1, 2, 3], {})
+    with pytest.raises(ProtocolError, match="Client 4 was left off"):
+        found[4].confirm([0, 1, 2, 3])
+    with pytest.raises(ProtocolError, match="Client 4 was left off"):
+        found[4].reveal([0, 1, 2, 3], {})
+
+
+def opens_client_0(found: dict[int, Device], corrupted: set[int]) -> bool:
+    """A server tells half of the honest clients that client 0 dropped out, and asks everyone.
+
+    Corrupted devices belong to the server: they forget what they confirmed.
+    """
+    plan = found[0].plan
+    honest = [c for c in found if c not in corrupted and c != 0]
+    others = [c for c in found if c != 0]
+    told = {
+        c: sorted(found) if c == 0 or place < plan.threshold - len(corrupted) - 1 else others
+        for place, c in enumerate(honest, start=0)
+    } | {0: sorted(found)}  # fmt: skip
+    shares: dict[str, set[int]] = {"seed": set(), "mask key": set()}
+    confirmed: dict[tuple[int, ...], dict[int, bytes]] = {}
+
+    def lists_of(member: int) -> list[list[int]]:
+        return [sorted(found), others] if member in corrupted else [told[member]]
+
+    for member, device in found.items():
+        for shown in lists_of(member):
+            if member in corrupted:
+                device._listed = None
+            try:
+                confirmed.setdefault(tuple(shown), {})[member] = device.confirm(shown)
+            except ProtocolError:
+                continue
+    for member, device in found.items():
+        for shown in lists_of(member):
+            if member in corrupted:
+                device._listed = None
+            try:
+                answer = device.reveal(shown, confirmed.get(tuple(shown), {}))
+            except ProtocolError:
+                continue
+            shares["seed"] |= {member} if 0 in answer.seeds else set()
+            shares["mask key"] |= {member} if 0 in answer.keys else set()
+    return all(len(answers) >= plan.threshold for answers in shares.values())
+
+
+def test_collusion_opens_an_input_exactly_from_2t_minus_n_clients_on() -> None:
+    for members in (6, 9):
+        defense = SecureAggregation(signed=True)
+        t = defense.threshold_for(members)
+        for count in range(members - 1):
+            corrupted = set(range(members - count, members))
+            opened = opens_client_0(shared(defense, members), corrupted)
+            assert opened == (count >= 2 * t - members), (members, count)
 
 
 @pytest.mark.parametrize("survivors", [[0, 1], [0, 1, 9], []])
@@ -404,8 +480,9 @@ def test_signed_keys_cannot_be_replaced_and_unsigned_ones_can() -> None:
     for signed in (True, False):
         setup, found = devices(SecureAggregation(signed=signed))
         adverts = dict(setup.server["adverts"])
-        own = adverts[4]
-        adverts[3] = Advert(own.letter_key, own.mask_key, own.signature)  # server in the middle
+        # The server in the middle, with keys of its own.
+        letter, mask = (public_of(bytes([n]) * 32) for n in (1, 2))
+        adverts[3] = replace(adverts[3], letter_key=letter, mask_key=mask)
         if signed:
             with pytest.raises(ProtocolError, match="client 3 do not carry its signature"):
                 found[0].share(adverts)
@@ -414,14 +491,139 @@ def test_signed_keys_cannot_be_replaced_and_unsigned_ones_can() -> None:
 
 
 def test_signed_survivor_lists_must_agree() -> None:
-    found = shared(SecureAggregation(signed=True, threshold=0.6))
+    found = shared(SecureAggregation(signed=True))
     told = [0, 1, 2, 3]
-    honest = {c: found[c].confirm(told) for c in told}
+    honest = {c: found[c].confirm(told) for c in told if c != 3}
     with pytest.raises(ProtocolError, match="list of survivors of client 3"):
         found[0].reveal(told, {**honest, 3: found[3].confirm([0, 1, 3, 4])})
     with pytest.raises(ProtocolError, match="2 survivors confirmed"):
         found[0].reveal(told, {c: honest[c] for c in (0, 1)})
+    found = shared(SecureAggregation(signed=True))
+    honest = {c: found[c].confirm(told) for c in told}
     assert set(found[0].reveal(told, honest).keys) == {4}
+
+
+def test_a_confirmation_is_good_for_its_own_session_round_cohort_and_threshold() -> None:
+    told = [0, 1, 2, 3]
+    here = shared(SecureAggregation(signed=True))
+    stale = {c: here[c].confirm(told) for c in told}
+    for change in (
+        {"session": b"another"}, {"round": 7}, {"cohort": (0, 1, 2, 3, 4, 5)}, {"threshold": 3},
+    ):  # fmt: skip
+        device = shared(SecureAggregation(signed=True))[0]
+        device.plan = replace(device.plan, **change)
+        with pytest.raises(ProtocolError, match="do not carry its signature"):
+            device.reveal(told, stale)
+
+
+def test_a_client_has_terms_of_its_own() -> None:
+    defense = SecureAggregation(signed=True, least_cohort=4)
+    setup, found = devices(defense)
+    plan, memory = found[0].plan, dict[str, Any]()
+    identity = setup.clients[0]["identity"]
+    for change, word in (
+        ({"threshold": 3}, "a threshold of 4"),
+        ({"cohort": (0, 1, 2)}, "at least 4 members"),
+        ({"cohort": (1, 2, 3, 4, 5)}, "not one of the cohort"),
+        ({"cohort": (0, 0, 1, 2, 3)}, "not one of the cohort"),
+        ({"directory": dict.fromkeys(range(5), plan.directory[0])}, "same signing key"),
+    ):
+        with pytest.raises(ProtocolError, match=word):
+            defense.join(0, replace(plan, **change), bytes(32), identity, memory)
+    defense.join(0, plan, bytes(32), identity, memory)
+    with pytest.raises(ProtocolError, match="took part in this session before"):
+        defense.join(0, plan, bytes(32), identity, memory)
+
+
+def test_a_key_that_is_shown_twice_is_refused() -> None:
+    setup, found = devices(SecureAggregation())
+    adverts = dict(setup.server["adverts"])
+    for name in ("letter_key", "mask_key"):
+        for double in (adverts[4].letter_key, adverts[0].mask_key):
+            shown = {**adverts, 3: replace(adverts[3], **{name: double})}
+            with pytest.raises(ProtocolError, match="shown twice"):
+                found[0].share(shown)
+    found[0].share(adverts)
+    with pytest.raises(ProtocolError, match="once a round"):
+        found[0].share(adverts)
+
+
+@pytest.mark.parametrize("public", [bytes(32), b"\1" + bytes(31), b"short"])
+def test_a_key_of_low_order_is_refused_by_name(public: bytes) -> None:
+    setup, found = devices(SecureAggregation())
+    adverts = dict(setup.server["adverts"])
+    letters = {**adverts, 3: replace(adverts[3], letter_key=public)}
+    with pytest.raises(ProtocolError, match="public key of client 3"):
+        found[0].share(letters)
+    found[1].share({**adverts, 3: replace(adverts[3], mask_key=public)})
+    with pytest.raises(ProtocolError, match="public key of client 3"):
+        found[1].mask(5)
+
+
+def test_a_device_sends_once() -> None:
+    """Two vectors under one mask would show the difference of two inputs."""
+    device = shared(SecureAggregation())[0]
+    update = Update(tensors={"w": torch.ones(3)}, kind="delta", state_hash="", num_examples=1)
+    words = np.zeros(4, dtype=np.uint32)
+    device.send(words, Header.of(update))
+    with pytest.raises(ProtocolError, match="one masked input a round"):
+        device.send(words + 1, Header.of(update))
+
+
+def test_wrong_missing_and_foreign_shares_are_noticed() -> None:
+    setup, found = devices(SecureAggregation(threshold=0.6))
+    SecureAggregation(threshold=0.6).peer({}, setup)
+    plan, adverts = found[0].plan, setup.server["adverts"]
+    told = [0, 1, 2, 3]
+    answers = {c: found[c].reveal(told, {}) for c in told}
+    seeds, keys = open_secrets(plan, answers, adverts)
+    assert set(seeds) == set(told) and set(keys) == {4}
+    first = answers[0]
+    for changed, word in (
+        (replace(first, seeds={**first.seeds, 2: first.seeds[2] + 1}), "client 2's seed do not"),
+        (replace(first, keys={4: first.keys[4] ^ 1}), "client 4's mask key do not"),
+        (replace(first, keys={4: PRIME - 1}), "client 4's mask key do not"),
+        (replace(first, keys={}), "Client 0 gave no share of client 4's mask key"),
+        (replace(first, seeds={0: first.seeds[0]}), "Client 0 gave no share of client 1's seed"),
+    ):
+        with pytest.raises(ProtocolError, match=word):
+            open_secrets(plan, {**answers, 0: changed}, adverts)
+
+
+def test_shares_that_never_came_or_are_none_are_noticed() -> None:
+    setup, found = devices(SecureAggregation(threshold=0.6))
+    adverts = setup.server["adverts"]
+    letters = {c: found[c].share(adverts) for c in range(5)}
+    for sender in (1, 2, 3):
+        found[0].receive(sender, letters[sender][0])
+    with pytest.raises(ProtocolError, match="never got shares from client 4"):
+        found[0].reveal([0, 1, 2, 3], {})
+    with pytest.raises(ProtocolError, match="client 9 is not of this round"):
+        found[0].receive(9, letters[4][0])
+    plan = found[0].plan
+    key = agree(found[4]._letters, adverts[0].letter_key, "letter", plan.round)
+    short = seal(key, bytes(12), b"one", plan.text("shares", 4, 0))
+    with pytest.raises(ProtocolError, match="client 4 holds no two shares"):
+        found[0].receive(4, short)
+
+
+def test_a_seed_opens_everything_and_is_refused_outside_of_simulations() -> None:
+    def setup(simulated: bool) -> RoundSetup:
+        return RoundSetup(
+            0, range(3), {c: {} for c in range(3)}, {}, FedSGD(), stream("known"),
+            simulated=simulated,
+        )  # fmt: skip
+
+    with pytest.raises(ProtocolError, match="two-time pad"):
+        SecureAggregation().setup(setup(simulated=False))
+    SecureAggregation(entropy="system").setup(setup(simulated=False))
+    masks = []
+    for _ in range(2):
+        round_ = setup(simulated=True)
+        SecureAggregation().setup(round_)
+        SecureAggregation().peer({}, round_)
+        masks.append(round_.clients[0]["device"].mask(8))
+    assert (masks[0] == masks[1]).all()
 
 
 def test_identities_last_over_rounds() -> None:

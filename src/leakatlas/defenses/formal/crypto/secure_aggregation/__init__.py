@@ -21,7 +21,24 @@ Ring :math:`\mathbb Z_R`, R a power of two; cohort of n clients; threshold t.
 
 With ``signed`` the keys carry Ed25519 signatures, and survivors sign the list of survivors before
 they reveal anything, so that a server can neither stand between two clients nor tell two halves
-of the cohort different lists.
+of the cohort different lists. A signature binds session, round, cohort, threshold and the keys of
+all members; a device confirms and answers one list a round, and only one that it is on.
+
+**What collusion opens.** A server with c of the n clients on its side, threshold t:
+
+* c >= t: their own shares give both secrets of everyone, hence every input.
+* c < t: from an opened sum it subtracts its own inputs; what is left is a sum over at least t - c
+  honest clients, a single one at c = t - 1.
+* Two lists of survivors, of which one has client u and the other has not, give both secrets of u.
+  Each takes t answers, c of which come from its own side and the others from different clients, as
+  an honest one answers a single list: 2 (t - c) <= n - c, so c >= 2t - n. A server alone (c = 0)
+  needs t <= n/2. Among n = 9, t = 5 falls to one corrupted client, t = 7 to five.
+* Without signatures the server may also stand in for members towards each other (it *is* their
+  letters' other end), and learns the shares that were meant for them: alone it counts as c = n - 1.
+
+Signed mode therefore takes t >= floor(2n/3) + 1, with which 2t - n > n/3: fewer than a third of
+the clients cannot help the server. ``least_cohort`` and ``threshold`` are also what every client
+insists on, whatever the server plans.
 
 **Knob.** What hides a client is the crowd, and the size of the cohort belongs to the scenario. The
 defense's own share in it is ``threshold``: how much of the cohort must survive before a sum is
@@ -35,9 +52,12 @@ opened secrets and nothing that opens a single input.
 
 Departures:
     Every key is drawn afresh in every round, the mask keys too.
-    Everything random derives from the scenario's seed, so that a round can be replayed; with
-    ``entropy="system"`` keys come from the operating system, and the wire differs in every run
-    (the aggregate does not). The masks are ChaCha20 keystreams in both cases.
+    In a simulation everything random derives from the scenario's seed, so that a round can be
+    replayed. That is no protection: who knows the seed opens every input, and two runs of one seed
+    are a two-time pad. Outside of simulations it is refused. With ``entropy="system"`` keys come
+    from the operating system, and the wire differs in every run (the aggregate does not). The masks
+    are ChaCha20 keystreams in both cases.
+    A client publishes a hash of its seed beside its keys, so that a wrong share of it is noticed.
     Weights are integers, n_k, and multiply *after* rounding, so the error of the mean is below one
     step 2c/Q however many examples the clients have. Flower scales by n_k / max_weight before it
     rounds, where clients with few examples lose precision. Defaults c = 8, R = 2^32 and
@@ -68,7 +88,13 @@ from leakatlas.defenses.formal.crypto.secure_aggregation import (
     _quantization,
     _shamir,
 )
-from leakatlas.defenses.formal.crypto.secure_aggregation._device import Device, Plan, Revealed
+from leakatlas.defenses.formal.crypto.secure_aggregation._device import (
+    Advert,
+    Device,
+    Plan,
+    Revealed,
+    Terms,
+)
 from leakatlas.defenses.formal.crypto.secure_aggregation._masking import Ring
 from leakatlas.defenses.formal.crypto.secure_aggregation._quantization import Header
 from leakatlas.errors import InvalidParameter, ProtocolError
@@ -84,6 +110,9 @@ from leakatlas.fl import (
 )
 from leakatlas.params import Fraction, Positive, PositiveInt
 
+SESSION = 16
+"""Bytes of a session's name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SecureAggregation(Defense):
@@ -91,16 +120,19 @@ class SecureAggregation(Defense):
 
     Args:
         threshold: t/n; 0 turns the defense off. Above 1/2 no server can collect both secrets of
-            a client by asking different clients for different ones.
+            a client by asking different clients for different ones. ``signed`` takes 2/3 at least,
+            and then t is at least floor(2n/3) + 1.
         clip_range: c: values are clipped to [-c, c] before they are rounded.
         levels: Q, steps of the rounding; None takes as many as the ring holds.
         ring_bits: R = 2^ring_bits; 64 doubles the traffic and keeps float precision.
         max_examples: Largest n_k; public, and refused above.
         signed: Signed keys and confirmed survivor lists, against a malicious server.
-        entropy: Where keys come from.
+        entropy: Where keys come from; ``seed`` is for simulations, and refused elsewhere.
+        least_cohort: Fewest members that a client joins; a sum over one is its input.
     """
 
     key: ClassVar[str] = "secure_aggregation"
+    version: ClassVar[int] = 2
     knob: ClassVar[str] = "threshold"
     neutral: ClassVar[float] = 0.0
     stage: ClassVar[int] = 90
@@ -113,14 +145,15 @@ class SecureAggregation(Defense):
     max_examples: PositiveInt = 1000
     signed: bool = False
     entropy: Literal["seed", "system"] = "seed"
+    least_cohort: PositiveInt = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.signed and 0 < self.threshold <= 0.5:
+        if self.signed and 0 < self.threshold < 2 / 3:
             raise InvalidParameter(
-                f"SecureAggregation(signed=True, threshold={self.threshold}): two halves of the "
-                "cohort could each confirm another list of survivors; the threshold must exceed "
-                "1/2 (the paper takes more than 2/3)."
+                f"SecureAggregation(signed=True, threshold={self.threshold}): with a corrupted "
+                "client or a few, a server gets two lists of survivors confirmed and opens single "
+                "inputs; signed mode takes a threshold of at least 2/3."
             )
 
     def active_traits(self) -> frozenset[Trait]:
@@ -131,6 +164,11 @@ class SecureAggregation(Defense):
     def ring(self) -> Ring:
         """The ring of the masked vectors."""
         return Ring(self.ring_bits)
+
+    def threshold_for(self, clients: int) -> int:
+        """T for a cohort: the share of it, in signed mode at least floor(2n/3) + 1."""
+        count = _quantization.threshold_count(self.threshold, clients)
+        return max(count, 2 * clients // 3 + 1) if self.signed else count
 
     def levels_for(self, clients: int, *, weighted: bool = True) -> int:
         """Q for a cohort.
@@ -144,9 +182,19 @@ class SecureAggregation(Defense):
     # -- step 1: advertise ---------------------------------------------------------------------
 
     def setup(self, setup: RoundSetup) -> None:
-        """Give every member a device and publish the keys."""
+        """Give every member a device and publish the keys.
+
+        Raises:
+            ProtocolError: If keys would come from a seed outside of a simulation, or a client
+                refuses the plan.
+        """
         if not self.threshold:
             return
+        if self.entropy == "seed" and not setup.simulated:
+            raise ProtocolError(
+                "secure_aggregation(entropy='seed') is for simulations: who knows the seed opens "
+                "every input, and two runs of one seed are a two-time pad. Use entropy='system'."
+            )
         cohort = tuple(sorted(setup.cohort))
         self.levels_for(len(cohort))
         master = self._master(setup.generator)
@@ -154,9 +202,10 @@ class SecureAggregation(Defense):
             member: self._identity(setup.clients[member], master, member) for member in cohort
         }
         plan = Plan(
+            session=_masking.derive(master, "session")[:SESSION],
             round=setup.round,
             cohort=cohort,
-            threshold=_quantization.threshold_count(self.threshold, len(cohort)),
+            threshold=self.threshold_for(len(cohort)),
             ring=self.ring,
             directory={
                 member: identity.public_key().public_bytes_raw()
@@ -167,13 +216,38 @@ class SecureAggregation(Defense):
         devices = {}
         for member in cohort:
             root = _masking.derive(master, "client", member)
-            devices[member] = Device(member, plan, root, identities[member])
-            setup.clients[member]["device"] = devices[member]
+            devices[member] = self.join(
+                member, plan, root, identities[member], setup.clients[member]
+            )
         server = setup.server
         server.clear()
         server["plan"] = plan
         server["lines"] = devices
         server["adverts"] = {member: device.advertise() for member, device in devices.items()}
+
+    def join(
+        self,
+        member: int,
+        plan: Plan,
+        root: bytes,
+        identity: Ed25519PrivateKey | None,
+        memory: Memory,
+    ) -> Device:
+        """A client's side of the beginning: its own terms, and no session twice.
+
+        Raises:
+            ProtocolError: If it refuses the plan.
+        """
+        sessions: set[bytes] = memory.setdefault("sessions", set())
+        if plan.session in sessions:
+            raise ProtocolError(
+                f"Client {member} took part in this session before; its old keys may be known."
+            )
+        terms = Terms(self.least_cohort, self.threshold_for)
+        device = Device(member, plan, root, identity, terms)
+        sessions.add(plan.session)
+        memory["device"] = device
+        return device
 
     # -- step 2: share -------------------------------------------------------------------------
 
@@ -268,7 +342,7 @@ class SecureAggregation(Defense):
         masked = {member: messages[member].payload["masked"] for member in survivors}
         confirmations = {m: lines[m].confirm(survivors) for m in survivors}
         answers = {m: lines[m].reveal(survivors, confirmations) for m in survivors}
-        seeds, mask_secrets = open_secrets(plan, answers)
+        seeds, mask_secrets = open_secrets(plan, answers, server["adverts"])
         server.update(masked=masked, seeds=seeds, mask_secrets=mask_secrets)
         total = sum_words([_quantization.tensor_words(y, self.ring) for y in masked.values()])
         clear = _quantization.from_ring(
@@ -313,22 +387,60 @@ class SecureAggregation(Defense):
 
 
 def open_secrets(
-    plan: Plan, answers: Mapping[int, Revealed]
+    plan: Plan, answers: Mapping[int, Revealed], adverts: Mapping[int, Advert]
 ) -> tuple[dict[int, bytes], dict[int, bytes]]:
-    """Seeds of survivors and mask keys of the others, from the survivors' shares."""
+    """Seeds of survivors and mask keys of the others, from the survivors' shares.
+
+    Args:
+        plan: The round.
+        answers: By survivor, who are those that answered.
+        adverts: What the secrets must fit.
+
+    Raises:
+        ProtocolError: If a share is missing, or a secret is not the one that was published.
+    """
     # Any t shares do; one set of them for all secrets needs the weights once.
     chosen = sorted(answers)[: plan.threshold]
     weights = _shamir.lagrange_weights([plan.point(member) for member in chosen])
 
-    def opened(shares: Callable[[Revealed], Mapping[int, int]]) -> dict[int, bytes]:
-        return {
-            owner: _shamir.reconstruct(
+    def opened(
+        owners: list[int],
+        what: str,
+        shares: Callable[[Revealed], Mapping[int, int]],
+        fits: Callable[[bytes, Advert], bool],
+    ) -> dict[int, bytes]:
+        secrets = {}
+        for owner in owners:
+            silent = [m for m in chosen if owner not in shares(answers[m])]
+            if silent:
+                raise ProtocolError(
+                    f"Client {silent[0]} gave no share of client {owner}'s {what}; the sum stays "
+                    "closed."
+                )
+            found = _shamir.reconstruct(
                 {plan.point(m): shares(answers[m])[owner] for m in chosen}, weights
-            ).to_bytes(_masking.KEY, "big")
-            for owner in shares(answers[chosen[0]])
-        }
+            )
+            secret = found.to_bytes(_shamir.BYTES, "big")[-_masking.KEY :]
+            if found >= 1 << 8 * _masking.KEY or not fits(secret, adverts[owner]):
+                raise ProtocolError(
+                    f"The shares of client {owner}'s {what} do not give what it published; a share "
+                    f"of one of the clients {chosen}, or its own dealing, is wrong."
+                )
+            secrets[owner] = secret
+        return secrets
 
-    return opened(lambda answer: answer.seeds), opened(lambda answer: answer.keys)
+    survivors = sorted(answers)
+    gone = [member for member in plan.cohort if member not in answers]
+    return (
+        opened(
+            survivors, "seed", lambda answer: answer.seeds,
+            lambda secret, advert: _device.commitment(plan, secret) == advert.commitment,
+        ),
+        opened(
+            gone, "mask key", lambda answer: answer.keys,
+            lambda secret, advert: _masking.public_of(secret) == advert.mask_key,
+        ),
+    )  # fmt: skip
 
 
 def sum_words(vectors: list[_masking.Words]) -> _masking.Words:

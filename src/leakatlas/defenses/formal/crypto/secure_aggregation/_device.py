@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from cryptography.exceptions import InvalidSignature, InvalidTag
@@ -15,17 +16,27 @@ from leakatlas.defenses.formal.crypto.secure_aggregation._masking import Entropy
 from leakatlas.defenses.formal.crypto.secure_aggregation._quantization import Header
 from leakatlas.errors import ProtocolError
 
-_SHARE = 66
-"""Bytes of a field element."""
-
 
 @dataclass(frozen=True)
 class Advert:
-    """What a client publishes: X25519 public keys for letters and for masks, and a signature."""
+    """What a client publishes, and its signature.
+
+    Args:
+        letter_key: X25519 public key, for letters.
+        mask_key: X25519 public key, for masks.
+        commitment: To the seed of its own mask, by which a wrongly opened seed is noticed.
+        signature: In the signed protocol.
+    """
 
     letter_key: bytes
     mask_key: bytes
+    commitment: bytes
     signature: bytes = b""
+
+    @property
+    def keys(self) -> tuple[bytes, bytes]:
+        """The two public keys."""
+        return self.letter_key, self.mask_key
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,7 @@ class Plan:
     """What all members of a round agree on.
 
     Args:
+        session: Random bytes, fresh for every run of the protocol.
         round: Round number; enters every key, so that nothing is reused.
         cohort: Members, sorted.
         threshold: t.
@@ -41,6 +53,7 @@ class Plan:
             runs unsigned.
     """
 
+    session: bytes
     round: int
     cohort: tuple[int, ...]
     threshold: int
@@ -50,6 +63,24 @@ class Plan:
     def point(self, client: int) -> int:
         """Where this client's shares are evaluated."""
         return self.cohort.index(client) + 1
+
+    def text(self, what: str, *more: object) -> bytes:
+        """What a signature or a seal is about: this run of the protocol and nothing else."""
+        parts = (what, self.session.hex(), self.round, self.threshold, list(self.cohort), *more)
+        return "|".join(map(str, parts)).encode()
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a client insists on, whatever the server plans.
+
+    Args:
+        least_cohort: Fewest members of a cohort.
+        least_threshold: Smallest t for a cohort of a given size.
+    """
+
+    least_cohort: int
+    least_threshold: Callable[[int], int]
 
 
 @dataclass(frozen=True)
@@ -68,11 +99,32 @@ class Device:
         plan: The round.
         root: 32 secret bytes from which its keys are made.
         identity: Its long-lived signing key, in the signed protocol.
+        terms: What it insists on.
+
+    Raises:
+        ProtocolError: If the plan falls short of the terms, or lists a key twice.
     """
 
     def __init__(
-        self, client: int, plan: Plan, root: bytes, identity: Ed25519PrivateKey | None
+        self,
+        client: int,
+        plan: Plan,
+        root: bytes,
+        identity: Ed25519PrivateKey | None,
+        terms: Terms,
     ) -> None:
+        members = len(plan.cohort)
+        least = terms.least_threshold(members)
+        if members < terms.least_cohort or plan.threshold < least:
+            raise ProtocolError(
+                f"Client {client} joins no cohort of {members} with threshold {plan.threshold}; "
+                f"it takes at least {terms.least_cohort} members (least_cohort) and, among "
+                f"{members}, a threshold of {least}."
+            )
+        if client not in plan.cohort or len(set(plan.cohort)) < members:
+            raise ProtocolError(f"Client {client} is not one of the cohort {list(plan.cohort)}.")
+        if len(set(plan.directory.values())) < len(plan.directory):
+            raise ProtocolError(f"Client {client}: two members have the same signing key.")
         self.client = client
         self.plan = plan
         self.header: Header | None = None
@@ -84,16 +136,21 @@ class Device:
         self._identity = identity
         self._adverts: Mapping[int, Advert] = {}
         self._held: dict[int, tuple[int, int]] = {}
-        self._answered: tuple[int, ...] | None = None
+        self._listed: tuple[int, ...] | None = None
 
     # -- step 1: advertise ---------------------------------------------------------------------
 
     def advertise(self) -> Advert:
         """Publish the two public keys, signed in the signed protocol."""
-        letter_key = self._letters.public_key().public_bytes_raw()
-        mask_key = self._masks.public_key().public_bytes_raw()
-        about = _advert_text(self.plan, self.client, letter_key, mask_key)
-        return Advert(letter_key, mask_key, self._identity.sign(about) if self._identity else b"")
+        advert = Advert(
+            self._letters.public_key().public_bytes_raw(),
+            self._masks.public_key().public_bytes_raw(),
+            commitment(self.plan, self._seed),
+        )
+        if self._identity is None:
+            return advert
+        about = _advert_text(self.plan, self.client, advert)
+        return replace(advert, signature=self._identity.sign(about))
 
     # -- step 2: share -------------------------------------------------------------------------
 
@@ -101,18 +158,28 @@ class Device:
         """Sealed shares of the self-mask seed and of the mask key, one letter per other member.
 
         Raises:
-            ProtocolError: If an advert is missing, or is not signed by whom it names.
+            ProtocolError: If an advert is missing, is not signed by whom it names, or repeats the
+                key of another one; or if shares were dealt before.
         """
+        if self._adverts:
+            raise ProtocolError(f"Client {self.client} deals its shares once a round.")
         for member in self.plan.cohort:
             if member not in adverts:
                 raise ProtocolError(f"Client {self.client}: no keys of client {member} arrived.")
             if self._identity is not None:
                 advert = adverts[member]
-                about = _advert_text(self.plan, member, advert.letter_key, advert.mask_key)
+                about = _advert_text(self.plan, member, advert)
                 self._verify(member, advert.signature, about, "keys")
-        self._adverts = adverts
+        keys = [key for member in self.plan.cohort for key in adverts[member].keys]
+        if len(set(keys)) < len(keys):
+            raise ProtocolError(
+                f"Client {self.client}: the same public key was shown twice, so somebody stands "
+                "in for another member."
+            )
+        # A copy: what is shown later changes nothing.
+        self._adverts = {member: adverts[member] for member in self.plan.cohort}
         points = [self.plan.point(member) for member in self.plan.cohort]
-        seeds, keys = (
+        seeds, masks = (
             _shamir.share(
                 int.from_bytes(secret, "big"), self.plan.threshold, points, self._entropy.below
             )
@@ -120,11 +187,11 @@ class Device:
         )
         letters = {}
         for member in self.plan.cohort:
-            mine = (seeds[self.plan.point(member)], keys[self.plan.point(member)])
+            mine = (seeds[self.plan.point(member)], masks[self.plan.point(member)])
             if member == self.client:
                 self._held[member] = mine
                 continue
-            content = b"".join(value.to_bytes(_SHARE, "big") for value in mine)
+            content = b"".join(value.to_bytes(_shamir.BYTES, "big") for value in mine)
             letters[member] = _masking.seal(
                 self._letter_key(member),
                 self._entropy.take(_masking.NONCE),
@@ -139,6 +206,8 @@ class Device:
         Raises:
             ProtocolError: If the letter was damaged or is not from ``sender``.
         """
+        if sender not in self._adverts:
+            raise ProtocolError(f"Client {self.client}: client {sender} is not of this round.")
         about = _letter_text(self.plan, sender, self.client)
         try:
             content = _masking.unseal(self._letter_key(sender), letter, about)
@@ -146,9 +215,13 @@ class Device:
             raise ProtocolError(
                 f"Client {self.client}: the shares from client {sender} were changed on the way."
             ) from None
+        if len(content) != 2 * _shamir.BYTES:
+            raise ProtocolError(
+                f"Client {self.client}: the letter from client {sender} holds no two shares."
+            )
         self._held[sender] = (
-            int.from_bytes(content[:_SHARE], "big"),
-            int.from_bytes(content[_SHARE:], "big"),
+            int.from_bytes(content[: _shamir.BYTES], "big"),
+            int.from_bytes(content[_shamir.BYTES :], "big"),
         )
 
     # -- step 3: masked input ------------------------------------------------------------------
@@ -167,7 +240,13 @@ class Device:
         return total
 
     def send(self, words: Words, header: Header) -> Words:
-        """y_u = x_u + masks. The input is not kept."""
+        """y_u = x_u + masks. The input is not kept.
+
+        Raises:
+            ProtocolError: If it sent before: two vectors under one mask show their difference.
+        """
+        if self.header is not None:
+            raise ProtocolError(f"Client {self.client} sends one masked input a round.")
         self.header = header
         masked: Words = words + self.mask(len(words))
         return masked
@@ -175,31 +254,25 @@ class Device:
     # -- step 4: unmask ------------------------------------------------------------------------
 
     def confirm(self, survivors: Sequence[int]) -> bytes:
-        """Sign the list of survivors that the server shows (signed protocol)."""
-        if self._identity is None:
-            return b""
-        return self._identity.sign(_survivors_text(self.plan, survivors))
+        """Sign the list of survivors that the server shows (signed protocol).
+
+        Raises:
+            ProtocolError: As for :meth:`reveal`.
+        """
+        listed = self._accept(survivors)
+        return self._identity.sign(self._survivors_text(listed)) if self._identity else b""
 
     def reveal(self, survivors: Sequence[int], confirmations: Mapping[int, bytes]) -> Revealed:
         """Shares of seeds of survivors and of mask keys of the others, never both of anyone.
 
         Raises:
-            ProtocolError: If the list is too short, differs from an earlier one, or, in the
-                signed protocol, was not confirmed by t survivors.
+            ProtocolError: If the list is too short, leaves this client off, differs from the one
+                that it saw before, or, in the signed protocol, was not confirmed by t survivors;
+                or if shares never arrived.
         """
-        listed = tuple(sorted(set(survivors)))
-        if len(listed) < self.plan.threshold or not set(listed) <= set(self.plan.cohort):
-            raise ProtocolError(
-                f"Client {self.client} opens no sum over {len(listed)} clients; it takes at "
-                f"least {self.plan.threshold} of its cohort of {len(self.plan.cohort)}."
-            )
-        if self._answered not in (None, listed):
-            raise ProtocolError(
-                f"Client {self.client} was asked to open round {self.plan.round} for a second "
-                "list of survivors, which would give both secrets of a client away."
-            )
+        listed = self._accept(survivors)
         if self._identity is not None:
-            about = _survivors_text(self.plan, listed)
+            about = self._survivors_text(listed)
             signers = [m for m in confirmations if m in listed]
             if len(signers) < self.plan.threshold:
                 raise ProtocolError(
@@ -208,21 +281,51 @@ class Device:
                 )
             for member in signers:
                 self._verify(member, confirmations[member], about, "list of survivors")
-        self._answered = listed
+        missing = [m for m in self.plan.cohort if m not in self._held]
+        if missing:
+            raise ProtocolError(f"Client {self.client} never got shares from client {missing[0]}.")
         gone = [m for m in self.plan.cohort if m not in listed]
         return Revealed(
             {member: self._held[member][0] for member in listed},
             {member: self._held[member][1] for member in gone},
         )
 
+    def _accept(self, survivors: Sequence[int]) -> tuple[int, ...]:
+        """The one list of this round: what was confirmed or answered once stays."""
+        listed = tuple(sorted(set(survivors)))
+        if len(listed) < self.plan.threshold or not set(listed) <= set(self.plan.cohort):
+            raise ProtocolError(
+                f"Client {self.client} opens no sum over {len(listed)} clients; it takes at "
+                f"least {self.plan.threshold} of its cohort of {len(self.plan.cohort)}."
+            )
+        if self.client not in listed:
+            raise ProtocolError(
+                f"Client {self.client} was left off the list of survivors that it is asked about."
+            )
+        if self._listed not in (None, listed):
+            raise ProtocolError(
+                f"Client {self.client} was asked about a second list of survivors in round "
+                f"{self.plan.round}; two lists would give both secrets of a client away."
+            )
+        self._listed = listed
+        return listed
+
+    def _survivors_text(self, listed: tuple[int, ...]) -> bytes:
+        """What a confirmation binds: the run, the keys of all members, and the list."""
+        shown = hashlib.sha256()
+        for member in self.plan.cohort:
+            if member in self._adverts:
+                shown.update(_advert_text(self.plan, member, self._adverts[member]))
+        return self.plan.text("survivors", shown.hexdigest(), list(listed))
+
     # -- keys ----------------------------------------------------------------------------------
 
     def _letter_key(self, member: int) -> bytes:
         public = self._adverts[member].letter_key
-        return _masking.agree(self._letters, public, "letter", self.plan.round)
+        return _agreed(self._letters, member, public, "letter", self.plan.round)
 
     def _pair_key(self, member: int) -> bytes:
-        return pair_key(self.plan, self._masks, self._adverts[member])
+        return pair_key(self.plan, self._masks, member, self._adverts[member])
 
     def _own_key(self) -> bytes:
         return self_key(self.plan, self._seed)
@@ -243,9 +346,24 @@ def self_key(plan: Plan, seed: bytes) -> bytes:
     return _masking.derive(seed, "self mask", plan.round)
 
 
-def pair_key(plan: Plan, masks: X25519PrivateKey, other: Advert) -> bytes:
-    """Key s_uv of a pair's mask, from one private and the other public key."""
-    return _masking.agree(masks, other.mask_key, "pairwise mask", plan.round)
+def commitment(plan: Plan, seed: bytes) -> bytes:
+    """What is published of b_u: 256 random bits do not show through a hash."""
+    return _masking.derive(seed, "commitment", plan.round)
+
+
+def pair_key(plan: Plan, masks: X25519PrivateKey, member: int, other: Advert) -> bytes:
+    """Key s_uv of a pair's mask, from one private key and the public one of ``member``."""
+    return _agreed(masks, member, other.mask_key, "pairwise mask", plan.round)
+
+
+def _agreed(private: X25519PrivateKey, member: int, public: bytes, *purpose: object) -> bytes:
+    try:
+        return _masking.agree(private, public, *purpose)
+    except ValueError:
+        raise ProtocolError(
+            f"The public key of client {member} is none, or of low order: everybody would agree "
+            "with it on one known secret."
+        ) from None
 
 
 def remove_masks(
@@ -271,7 +389,7 @@ def remove_masks(
         key = X25519PrivateKey.from_private_bytes(secret)
         for survivor in seeds:
             pairwise = _masking.expand(
-                pair_key(plan, key, adverts[survivor]), len(clear), plan.ring
+                pair_key(plan, key, survivor, adverts[survivor]), len(clear), plan.ring
             )
             if _masking.sign(survivor, gone) > 0:
                 clear -= pairwise
@@ -280,13 +398,9 @@ def remove_masks(
     return clear
 
 
-def _advert_text(plan: Plan, client: int, letter_key: bytes, mask_key: bytes) -> bytes:
-    return f"keys|{plan.round}|{client}|".encode() + letter_key + mask_key
+def _advert_text(plan: Plan, client: int, advert: Advert) -> bytes:
+    return plan.text("keys", client, *(p.hex() for p in (*advert.keys, advert.commitment)))
 
 
 def _letter_text(plan: Plan, sender: int, receiver: int) -> bytes:
-    return f"shares|{plan.round}|{sender}|{receiver}".encode()
-
-
-def _survivors_text(plan: Plan, survivors: Sequence[int]) -> bytes:
-    return f"survivors|{plan.round}|{sorted(survivors)}".encode()
+    return plan.text("shares", sender, receiver)

@@ -50,8 +50,18 @@ def derive(secret: bytes, *purpose: object) -> bytes:
 
 
 def agree(private: X25519PrivateKey, public: bytes, *purpose: object) -> bytes:
-    """The key that only the owners of the two X25519 keys can compute."""
+    """The key that only the owners of the two X25519 keys can compute.
+
+    Raises:
+        ValueError: If ``public`` is no key, or one of low order, with which everybody agrees on
+            the same secret.
+    """
     return derive(private.exchange(X25519PublicKey.from_public_bytes(public)), *purpose)
+
+
+def public_of(private: bytes) -> bytes:
+    """The X25519 public key of a private one."""
+    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
 def expand(key: bytes, size: int, ring: Ring) -> Words:

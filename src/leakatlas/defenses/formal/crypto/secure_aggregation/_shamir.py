@@ -12,6 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 PRIME = 2**521 - 1
 """A Mersenne prime; holds the 32-byte secrets of the protocol with room to spare."""
 
+BYTES = 66
+"""Bytes of a field element."""
+
 
 def share(
     secret: int, threshold: int, points: Sequence[int], below: Callable[[int], int]
