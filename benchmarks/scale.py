@@ -62,6 +62,7 @@ from leakatlas.fl import (
     RoundRecord,
     Scenario,
     Stage,
+    TamperedModel,
     Update,
     View,
     stage,
@@ -322,7 +323,8 @@ def lean_round(set_up: Stage, attack: ActiveAttack, total: Plain) -> tuple[View,
     template: Update | None = None
     for member, client in federation.clients.items():
         sent = tampering.sent
-        model = sent[member] if isinstance(sent, Mapping) else sent
+        tampered = sent[member] if isinstance(sent, Mapping) else sent
+        model = tampered.build(federation.model, pixels=client.x[0].numel())
         trained = train_locally(
             model, client.x, client.y, protocol, generator=stream("training", member)
         )
@@ -528,8 +530,9 @@ def scale_mia(folder: Folder) -> Measures:
     # the client's model is the tampered one; its encoder gives the true latents, for scoring only
     tampered = staged(model, victims, public)
     again = attack.tamper(tampered.view(), generator=stream(attack.key, "tamper", 0), watch=Watch())
-    assert again is not None and isinstance(again.sent, nn.Module)
-    parts = find_parts(again.sent, victims.images[:1])
+    assert again is not None and isinstance(again.sent, TamperedModel)
+    sent = again.sent.build(model, pixels=3 * 32 * 32)
+    parts = find_parts(sent, victims.images[:1])
     with torch.no_grad():
         z = torch.cat([encode(parts, x) for x in victims.images.split(256)])
     edges = view.key["thresholds"]

@@ -82,20 +82,16 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor
 
-from leakatlas.defenses.formal.crypto.secure_aggregation import (
-    _device,
-    _masking,
-    _quantization,
-    _shamir,
-)
-from leakatlas.defenses.formal.crypto.secure_aggregation._device import (
-    Advert,
-    Device,
-    Plan,
-    Revealed,
-    Terms,
-)
+from leakatlas.defenses.formal.crypto.secure_aggregation import _masking, _quantization
+from leakatlas.defenses.formal.crypto.secure_aggregation._device import Device
 from leakatlas.defenses.formal.crypto.secure_aggregation._masking import Ring
+from leakatlas.defenses.formal.crypto.secure_aggregation._opening import (
+    common_header,
+    open_secrets,
+    remove_masks,
+    sum_words,
+)
+from leakatlas.defenses.formal.crypto.secure_aggregation._plan import Plan, Terms
 from leakatlas.defenses.formal.crypto.secure_aggregation._quantization import Header
 from leakatlas.errors import InvalidParameter, ProtocolError
 from leakatlas.fl import (
@@ -338,7 +334,7 @@ class SecureAggregation(Defense):
                 f"secure aggregation needs {plan.threshold} (threshold={self.threshold:.3g}); "
                 "the round is lost. Lower the threshold or repeat the round."
             )
-        header = _common_header({member: lines[member] for member in survivors})
+        header = common_header({member: lines[member] for member in survivors})
         masked = {member: messages[member].payload["masked"] for member in survivors}
         confirmations = {m: lines[m].confirm(survivors) for m in survivors}
         answers = {m: lines[m].reveal(survivors, confirmations) for m in survivors}
@@ -346,7 +342,7 @@ class SecureAggregation(Defense):
         server.update(masked=masked, seeds=seeds, mask_secrets=mask_secrets)
         total = sum_words([_quantization.tensor_words(y, self.ring) for y in masked.values()])
         clear = _quantization.from_ring(
-            _device.remove_masks(plan, total, server["adverts"], seeds, mask_secrets), self.ring
+            remove_masks(plan, total, server["adverts"], seeds, mask_secrets), self.ring
         )
         examples = int(clear[-1])
         levels = self.levels_for(len(plan.cohort), weighted=header.weighted)
@@ -384,86 +380,6 @@ class SecureAggregation(Defense):
             memory["identity"] = Ed25519PrivateKey.from_private_bytes(root)
         identity: Ed25519PrivateKey = memory["identity"]
         return identity
-
-
-def open_secrets(
-    plan: Plan, answers: Mapping[int, Revealed], adverts: Mapping[int, Advert]
-) -> tuple[dict[int, bytes], dict[int, bytes]]:
-    """Seeds of survivors and mask keys of the others, from the survivors' shares.
-
-    Args:
-        plan: The round.
-        answers: By survivor, who are those that answered.
-        adverts: What the secrets must fit.
-
-    Raises:
-        ProtocolError: If a share is missing, or a secret is not the one that was published.
-    """
-    # Any t shares do; one set of them for all secrets needs the weights once.
-    chosen = sorted(answers)[: plan.threshold]
-    weights = _shamir.lagrange_weights([plan.point(member) for member in chosen])
-
-    def opened(
-        owners: list[int],
-        what: str,
-        shares: Callable[[Revealed], Mapping[int, int]],
-        fits: Callable[[bytes, Advert], bool],
-    ) -> dict[int, bytes]:
-        secrets = {}
-        for owner in owners:
-            silent = [m for m in chosen if owner not in shares(answers[m])]
-            if silent:
-                raise ProtocolError(
-                    f"Client {silent[0]} gave no share of client {owner}'s {what}; the sum stays "
-                    "closed."
-                )
-            found = _shamir.reconstruct(
-                {plan.point(m): shares(answers[m])[owner] for m in chosen}, weights
-            )
-            secret = found.to_bytes(_shamir.BYTES, "big")[-_masking.KEY :]
-            if found >= 1 << 8 * _masking.KEY or not fits(secret, adverts[owner]):
-                raise ProtocolError(
-                    f"The shares of client {owner}'s {what} do not give what it published; a share "
-                    f"of one of the clients {chosen}, or its own dealing, is wrong."
-                )
-            secrets[owner] = secret
-        return secrets
-
-    survivors = sorted(answers)
-    gone = [member for member in plan.cohort if member not in answers]
-    return (
-        opened(
-            survivors, "seed", lambda answer: answer.seeds,
-            lambda secret, advert: _device.commitment(plan, secret) == advert.commitment,
-        ),
-        opened(
-            gone, "mask key", lambda answer: answer.keys,
-            lambda secret, advert: _masking.public_of(secret) == advert.mask_key,
-        ),
-    )  # fmt: skip
-
-
-def sum_words(vectors: list[_masking.Words]) -> _masking.Words:
-    """The sum in the ring, which is the wrap-around of machine words."""
-    total = vectors[0].copy()
-    for vector in vectors[1:]:
-        total += vector
-    return total
-
-
-def _common_header(lines: Mapping[int, Device]) -> Header:
-    headers = {member: line.header for member, line in lines.items()}
-    first_member, first = next(iter(headers.items()))
-    for member, header in headers.items():
-        if header is None or first is None:
-            raise ProtocolError(f"Client {member} sent no masked input.")
-        if header.layout() != first.layout():
-            raise ProtocolError(
-                f"Client {member}'s masked update has another layout (kind, scale, names or "
-                f"shapes) than client {first_member}'s; their sum has no meaning."
-            )
-    assert first is not None  # checked in the loop, which runs at least once
-    return first
 
 
 def _device_of(memory: Memory) -> Device:

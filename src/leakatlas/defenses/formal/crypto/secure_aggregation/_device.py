@@ -3,92 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-import numpy as np
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from leakatlas.defenses.formal.crypto.secure_aggregation import _masking, _shamir
-from leakatlas.defenses.formal.crypto.secure_aggregation._masking import Entropy, Ring, Words
+from leakatlas.defenses.formal.crypto.secure_aggregation._masking import Entropy, Words
+from leakatlas.defenses.formal.crypto.secure_aggregation._plan import (
+    Advert,
+    Plan,
+    Revealed,
+    Terms,
+    advert_text,
+    agreed,
+    commitment,
+    letter_text,
+    pair_key,
+    self_key,
+)
 from leakatlas.defenses.formal.crypto.secure_aggregation._quantization import Header
 from leakatlas.errors import ProtocolError
-
-
-@dataclass(frozen=True)
-class Advert:
-    """What a client publishes, and its signature.
-
-    Args:
-        letter_key: X25519 public key, for letters.
-        mask_key: X25519 public key, for masks.
-        commitment: To the seed of its own mask, by which a wrongly opened seed is noticed.
-        signature: In the signed protocol.
-    """
-
-    letter_key: bytes
-    mask_key: bytes
-    commitment: bytes
-    signature: bytes = b""
-
-    @property
-    def keys(self) -> tuple[bytes, bytes]:
-        """The two public keys."""
-        return self.letter_key, self.mask_key
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What all members of a round agree on.
-
-    Args:
-        session: Random bytes, fresh for every run of the protocol.
-        round: Round number; enters every key, so that nothing is reused.
-        cohort: Members, sorted.
-        threshold: t.
-        ring: Of the masked vectors.
-        directory: Ed25519 public keys by client, from outside the server; empty if the protocol
-            runs unsigned.
-    """
-
-    session: bytes
-    round: int
-    cohort: tuple[int, ...]
-    threshold: int
-    ring: Ring
-    directory: Mapping[int, bytes]
-
-    def point(self, client: int) -> int:
-        """Where this client's shares are evaluated."""
-        return self.cohort.index(client) + 1
-
-    def text(self, what: str, *more: object) -> bytes:
-        """What a signature or a seal is about: this run of the protocol and nothing else."""
-        parts = (what, self.session.hex(), self.round, self.threshold, list(self.cohort), *more)
-        return "|".join(map(str, parts)).encode()
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a client insists on, whatever the server plans.
-
-    Args:
-        least_cohort: Fewest members of a cohort.
-        least_threshold: Smallest t for a cohort of a given size.
-    """
-
-    least_cohort: int
-    least_threshold: Callable[[int], int]
-
-
-@dataclass(frozen=True)
-class Revealed:
-    """A survivor's answer: shares of self-mask seeds of survivors, of mask keys of the others."""
-
-    seeds: Mapping[int, int]
-    keys: Mapping[int, int]
 
 
 class Device:
@@ -149,7 +86,7 @@ class Device:
         )
         if self._identity is None:
             return advert
-        about = _advert_text(self.plan, self.client, advert)
+        about = advert_text(self.plan, self.client, advert)
         return replace(advert, signature=self._identity.sign(about))
 
     # -- step 2: share -------------------------------------------------------------------------
@@ -168,7 +105,7 @@ class Device:
                 raise ProtocolError(f"Client {self.client}: no keys of client {member} arrived.")
             if self._identity is not None:
                 advert = adverts[member]
-                about = _advert_text(self.plan, member, advert)
+                about = advert_text(self.plan, member, advert)
                 self._verify(member, advert.signature, about, "keys")
         keys = [key for member in self.plan.cohort for key in adverts[member].keys]
         if len(set(keys)) < len(keys):
@@ -196,7 +133,7 @@ class Device:
                 self._letter_key(member),
                 self._entropy.take(_masking.NONCE),
                 content,
-                _letter_text(self.plan, self.client, member),
+                letter_text(self.plan, self.client, member),
             )
         return letters
 
@@ -208,7 +145,7 @@ class Device:
         """
         if sender not in self._adverts:
             raise ProtocolError(f"Client {self.client}: client {sender} is not of this round.")
-        about = _letter_text(self.plan, sender, self.client)
+        about = letter_text(self.plan, sender, self.client)
         try:
             content = _masking.unseal(self._letter_key(sender), letter, about)
         except InvalidTag:
@@ -315,14 +252,14 @@ class Device:
         shown = hashlib.sha256()
         for member in self.plan.cohort:
             if member in self._adverts:
-                shown.update(_advert_text(self.plan, member, self._adverts[member]))
+                shown.update(advert_text(self.plan, member, self._adverts[member]))
         return self.plan.text("survivors", shown.hexdigest(), list(listed))
 
     # -- keys ----------------------------------------------------------------------------------
 
     def _letter_key(self, member: int) -> bytes:
         public = self._adverts[member].letter_key
-        return _agreed(self._letters, member, public, "letter", self.plan.round)
+        return agreed(self._letters, member, public, "letter", self.plan.round)
 
     def _pair_key(self, member: int) -> bytes:
         return pair_key(self.plan, self._masks, member, self._adverts[member])
@@ -339,68 +276,3 @@ class Device:
                 f"Client {self.client}: the {what} of client {member} do not carry its signature; "
                 "somebody in between changed them."
             ) from None
-
-
-def self_key(plan: Plan, seed: bytes) -> bytes:
-    """Key of a client's own mask, from b_u."""
-    return _masking.derive(seed, "self mask", plan.round)
-
-
-def commitment(plan: Plan, seed: bytes) -> bytes:
-    """What is published of b_u: 256 random bits do not show through a hash."""
-    return _masking.derive(seed, "commitment", plan.round)
-
-
-def pair_key(plan: Plan, masks: X25519PrivateKey, member: int, other: Advert) -> bytes:
-    """Key s_uv of a pair's mask, from one private key and the public one of ``member``."""
-    return _agreed(masks, member, other.mask_key, "pairwise mask", plan.round)
-
-
-def _agreed(private: X25519PrivateKey, member: int, public: bytes, *purpose: object) -> bytes:
-    try:
-        return _masking.agree(private, public, *purpose)
-    except ValueError:
-        raise ProtocolError(
-            f"The public key of client {member} is none, or of low order: everybody would agree "
-            "with it on one known secret."
-        ) from None
-
-
-def remove_masks(
-    plan: Plan,
-    total: Words,
-    adverts: Mapping[int, Advert],
-    seeds: Mapping[int, bytes],
-    mask_secrets: Mapping[int, bytes],
-) -> Words:
-    """The sum of inputs behind a sum of masked inputs.
-
-    Args:
-        plan: The round.
-        total: Sum of the survivors' masked vectors.
-        adverts: Public keys of the cohort.
-        seeds: b_u of every survivor.
-        mask_secrets: Mask key of every client that did not survive.
-    """
-    clear: Words = np.array(total)
-    for seed in seeds.values():
-        clear -= _masking.expand(self_key(plan, seed), len(clear), plan.ring)
-    for gone, secret in mask_secrets.items():
-        key = X25519PrivateKey.from_private_bytes(secret)
-        for survivor in seeds:
-            pairwise = _masking.expand(
-                pair_key(plan, key, survivor, adverts[survivor]), len(clear), plan.ring
-            )
-            if _masking.sign(survivor, gone) > 0:
-                clear -= pairwise
-            else:
-                clear += pairwise
-    return clear
-
-
-def _advert_text(plan: Plan, client: int, advert: Advert) -> bytes:
-    return plan.text("keys", client, *(p.hex() for p in (*advert.keys, advert.commitment)))
-
-
-def _letter_text(plan: Plan, sender: int, receiver: int) -> bytes:
-    return plan.text("shares", sender, receiver)
