@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import leakatlas
 from leakatlas import tensorfiles
+from leakatlas.blocks.labels import require_plain
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import ImageSet
 from leakatlas.errors import InvalidInput, InvalidParameter, NotGranted
@@ -141,6 +142,8 @@ class Attack(Configured, ABC):
     """The knowledge without which ``run`` cannot start."""
     version: ClassVar[int] = 1
     """Raised whenever results may change."""
+    plain_loss_only: ClassVar[bool] = False
+    """Whether the method rests on plain softmax cross-entropy; it refuses other losses."""
     departs_from_letter: ClassVar[str] = ""
     """Why ``needs`` differs from what the row's letter gives, if it does."""
 
@@ -216,6 +219,7 @@ class Attack(Configured, ABC):
 
         Raises:
             NotGranted: Naming the knowledge or the grant, and the way out.
+            UnsupportedModel: If the method rests on another loss than the client's.
         """
         missing = self.missing(view)
         if missing:
@@ -231,6 +235,8 @@ class Attack(Configured, ABC):
                 f"this scenario does not give ({view.describe()}); add it to `grants`, or change "
                 "the parameters that need it."
             )
+        if self.plain_loss_only:
+            require_plain(view.loss, type(self).__name__)
 
     @final
     def __call__(

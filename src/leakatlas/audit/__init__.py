@@ -21,6 +21,7 @@ from leakatlas.blocks.watch import Execution, Watch
 from leakatlas.data import Box, ImageSet
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import Defense, FedSGD, ModelRef, Protocol, Update
+from leakatlas.fl.intake import Selector
 from leakatlas.report import VERDICTS, Comparison, Gate, LetterVerdict, Report, Run, parse_gate
 from leakatlas.threat import Grant, Vantage, threat_models
 
@@ -68,6 +69,7 @@ def audit(
     grants: Iterable[Grant | str] = (),
     clients: int = 1,
     box: Box | None = None,
+    output: Selector | None = None,
     surrogate: ImageSet | None = None,
     attacks: Sequence[str] | None = None,
     attack_parameters: Mapping[str, Mapping[str, Any]] | None = None,
@@ -83,8 +85,9 @@ def audit(
     Args:
         model: Image classifier ``(N, C, H, W) -> (N, K)`` with the weights that a client would
             receive; it is not changed.
-        batch: Private images in [0, 1] and labels, dealt evenly to the clients.
-        protocol: FedSGD or FedAVG; FedSGD if None.
+        batch: Private images in [0, 1] and labels ``(N,)``, or targets ``(N, K)`` of the
+            protocol's loss; dealt evenly to the clients.
+        protocol: FedSGD or FedAVG, with the client's loss and what it shares; FedSGD if None.
         defenses: In force.
         alternatives: Other sets of defenses to compare with.
         threat: Letters, such as ``"A-E"``.
@@ -92,6 +95,8 @@ def audit(
         grants: Facts given on top; recorded in the report.
         clients: Number of clients.
         box: Normalisation between [0, 1] and the model's inputs; none if None.
+        output: Which part of the model's output holds the logits (place, key or attribute), if it
+            returns more than one tensor.
         surrogate: Public images of the same kind, for D, E, G and H.
         attacks: Keys; every implemented one if None.
         attack_parameters: Changes to the presets, by key.
@@ -110,7 +115,9 @@ def audit(
         UnknownName: If a letter, grant or attack does not exist.
         InvalidParameter: If a parameter is outside its range.
     """
-    setting = _setting(model, batch, protocol, defenses, clients, box, surrogate, vantage, grants)
+    setting = _setting(
+        model, batch, protocol, defenses, clients, box, output, surrogate, vantage, grants
+    )
     if attacks is not None:
         setting = replace(setting, attacks=tuple(attacks))
     plan = Plan(
@@ -137,6 +144,7 @@ def doctor(
     grants: Iterable[Grant | str] = (),
     clients: int = 1,
     box: Box | None = None,
+    output: Selector | None = None,
     surrogate: ImageSet | None = None,
     captured: Update | None = None,
     seed: int = 0,
@@ -153,11 +161,14 @@ def doctor(
         grants: As for :func:`audit`.
         clients: As for :func:`audit`.
         box: As for :func:`audit`.
+        output: As for :func:`audit`.
         surrogate: As for :func:`audit`.
         captured: An update from a real client.
         seed: Of everything random.
     """
-    setting = _setting(model, batch, protocol, defenses, clients, box, surrogate, vantage, grants)
+    setting = _setting(
+        model, batch, protocol, defenses, clients, box, output, surrogate, vantage, grants
+    )
     letters = tuple(m.letter for m in threat_models(threat))
     stage = setting.stage(letter=letters[0], seed=seed)
     attacks = presets(None, {}, published=False)
@@ -171,6 +182,7 @@ def _setting(
     defenses: Sequence[Defense],
     clients: int,
     box: Box | None,
+    output: Selector | None,
     surrogate: ImageSet | None,
     vantage: Vantage | str,
     grants: Iterable[Grant | str],
@@ -181,12 +193,15 @@ def _setting(
             raise InvalidInput(
                 f"The batch's images have shape {tuple(images.shape)}, expected (N, C, H, W)."
             )
-        highest = int(labels.max()) + 1 if labels.numel() else 1
+        if labels.dim() == 2:
+            labels, highest = labels.float(), labels.shape[1]
+        else:
+            highest = int(labels.max()) + 1 if labels.numel() else 1
         batch = ImageSet(images, labels, tuple(str(k) for k in range(highest)), "batch")
     return Setting(
         name=f"{type(model).__name__}, {type(protocol or FedSGD()).__name__}",
         model=model,
-        model_ref=ModelRef("object", type(model).__name__),
+        model_ref=ModelRef("object", type(model).__name__, output=output),
         victims=batch,
         protocol=protocol or FedSGD(),
         clients=clients,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,8 @@ from leakatlas.audit.plan import Plan, Setting, parse_budget
 from leakatlas.blocks.watch import Execution
 from leakatlas.data import Box
 from leakatlas.errors import InvalidInput, UnknownName, shown
-from leakatlas.fl import ModelRef, Update
+from leakatlas.fl import ModelRef, Protocol, Update
+from leakatlas.fl.losses import with_code
 from leakatlas.fl.state import load_into
 from leakatlas.fl.view import defense_from_json, protocol_from_json
 from leakatlas.threat import Grant, Vantage, threat_models
@@ -33,6 +35,9 @@ class ModelConfig(_Strict):
     """``file.py:factory`` or ``package.module:factory``, a callable that returns the module."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the factory."""
+    output: int | str | None = None
+    """Which part of the model's output holds the logits (place, key or attribute), if it returns
+    more than one tensor."""
     weights: str | None = None
     """safetensors (or plain-tensor torch) file, or the name of a shipped checkpoint."""
 
@@ -58,7 +63,7 @@ class AuditConfig(_Strict):
     model: ModelConfig
     data: DataConfig = DataConfig()
     protocol: dict[str, Any] = Field(default_factory=lambda: {"algorithm": "fedsgd"})
-    """``algorithm: fedsgd | fedavg`` and its parameters."""
+    """``algorithm: fedsgd | fedavg`` and its parameters, ``loss`` and ``shared`` among them."""
     clients: int = Field(default=1, gt=0)
     targets: tuple[int, ...] = (0,)
     defenses: tuple[dict[str, Any], ...] = ()
@@ -184,7 +189,7 @@ def make_setting(config: AuditConfig, *, base: Path) -> Setting:
         model=model,
         model_ref=reference,
         victims=victims,
-        protocol=protocol_from_json(config.protocol),
+        protocol=_protocol(config.protocol, base),
         clients=config.clients,
         targets=config.targets,
         defenses=tuple(_defense(d) for d in config.defenses),
@@ -199,6 +204,12 @@ def make_setting(config: AuditConfig, *, base: Path) -> Setting:
 def captured_update(config: AuditConfig, *, base: Path) -> Update | None:
     """The captured update that the file names, checked."""
     return None if config.captured is None else Update.load(_rebased(config.captured, base))
+
+
+def _protocol(description: Mapping[str, Any], base: Path) -> Protocol:
+    """The protocol; a loss in Python code is the audit's own, like its model."""
+    protocol = protocol_from_json(description)
+    return replace(protocol, loss=with_code(protocol.loss, base))
 
 
 def _defense(description: Mapping[str, Any]) -> Any:
@@ -216,12 +227,13 @@ def _model_ref(config: ModelConfig, base: Path) -> ModelRef:
     if (config.builtin is None) == (config.python is None):
         raise InvalidInput("model: give exactly one of 'builtin' and 'python'.")
     if config.builtin is not None:
-        return ModelRef("builtin", config.builtin, config.kwargs)
+        return ModelRef("builtin", config.builtin, config.kwargs, config.output)
     assert config.python is not None
     location, _, factory = config.python.rpartition(":")
     if location.endswith(".py"):
-        return ModelRef("python", f"{_rebased(location, base)}:{factory}", config.kwargs)
-    return ModelRef("python", config.python, config.kwargs)
+        name = f"{_rebased(location, base)}:{factory}"
+        return ModelRef("python", name, config.kwargs, config.output)
+    return ModelRef("python", config.python, config.kwargs, config.output)
 
 
 def _rebased(spec: str, base: Path) -> str:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from leakatlas.attacks.api import Attack
+from leakatlas.audit.facts import facts_of
 from leakatlas.audit.start import Start, can_start
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import FedAVG, FedSGD, Protocol, Stage, Update, state_hash
 from leakatlas.fl.draws import Draws
 from leakatlas.fl.replay import simulate_client
 from leakatlas.fl.state import buffers, parameters, trained
-from leakatlas.models import structure
 from leakatlas.threat import LETTERS
 from leakatlas.vulnerability import Case, Measure, assess, words_of
 
@@ -304,7 +304,8 @@ def examine(
         drawn=None if captured else record.draws[target],
         defended=bool(federation.defenses) and captured is None,
     )
-    facts, findings = _facts(stage, model, client.y)
+    facts, findings = facts_of(stage, model, client.x, client.y, update)
+    findings = [*(f"Note: {note}." for note in stage.notes), *findings]
     if not replay.consistent and replay.culprit != "defense":
         findings.insert(0, f"The update is not consistent with this set-up: {replay.explanation}.")
     outlooks = {attack.key: can_start(stage, attack, letters, record) for attack in attacks}
@@ -330,50 +331,3 @@ def measured(case: Case) -> tuple[tuple[Measure, ...], str]:
 def best_informed(letters: Sequence[str]) -> str:
     """Of the chosen threat models one that knows most, the first of equals."""
     return max(letters, key=lambda letter: len(LETTERS[letter].knowledge.names()))
-
-
-def _facts(stage: Stage, model: nn.Module, y: Tensor) -> tuple[dict[str, float], list[str]]:
-    private = stage.federation.private_names
-    shared = sum(p.numel() for n, p in trained(model).items() if n not in private)
-    unknowns = len(y) * int(torch.tensor(stage.input_shape).prod())
-    duplicates = len(y) - len(y.unique(dim=0))
-    steps = stage.federation.protocol.steps(len(y))
-    facts: dict[str, float] = {
-        "examples": len(y),
-        "shared parameters": shared,
-        "unknown pixels": unknowns,
-        "equations per unknown": shared / unknowns,
-        "duplicate labels": duplicates,
-        "local steps": steps,
-    }
-    findings = []
-    if shared < unknowns:
-        findings.append(
-            f"Fewer equations than unknown pixels ({shared:,} against {unknowns:,}): without a "
-            "prior, exact recovery of the whole batch is impossible for a passive adversary."
-        )
-    if duplicates:
-        findings.append(
-            f"{duplicates} of {len(y)} labels repeat: label rules that return distinct classes "
-            "must fail, and images that share a label tend to fuse."
-        )
-    if steps > 1:
-        findings.append(
-            f"The upload sums {steps} local steps: attacks must unroll them (letter C and above "
-            "know how), or treat the delta as one gradient and pay for the drift."
-        )
-    if structure.has_batchnorm(model):
-        mode = stage.federation.protocol.mode
-        findings.append(
-            "The model has batch normalisation in "
-            + ("train mode: examples are coupled through the batch's own statistics, which the "
-               "adversary does not hold unless they are granted." if mode == "train" else
-               "eval mode: the shared running statistics serve the adversary as an image prior.")
-        )  # fmt: skip
-    bins = 4 * len(y)
-    hits = len(y) * (1 - 1 / bins) ** (len(y) - 1)
-    facts["expected singleton bins (4 bins per image)"] = hits
-    first = structure.first_linear(model)
-    if first is None:
-        findings.append("No linear layer: read-outs of gradient ratios have nothing to read.")
-    return facts, findings

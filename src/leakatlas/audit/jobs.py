@@ -120,12 +120,13 @@ def _scored(job: Job, blank: Run, live: Stage, seed: int, watch: Watch) -> Run:
             torch.arange(len(trial.found.label_counts)), trial.found.label_counts.long()
         )
     oracle = "labels" in trial.found.reads
+    vectors = trial.truth.labels.dim() > 1  # targets of several entries are no labels to count
     scores = score(
         trial.images if len(trial.images) else None,
         trial.truth.images.to(trial.images.dtype),
         public=job.setting.public.images.to(trial.images.dtype),
-        labels=trial.truth.labels,
-        recovered_labels=None if oracle else labels,
+        labels=None if vectors else trial.truth.labels,
+        recovered_labels=None if oracle or vectors else labels,
         classes=live.classes,
     )
     return replace(

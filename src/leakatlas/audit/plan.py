@@ -17,6 +17,7 @@ from leakatlas.catalogue import registry
 from leakatlas.data import Box, ImageSet, strangers
 from leakatlas.errors import InvalidInput, InvalidParameter, UnknownName
 from leakatlas.fl import Defense, ModelRef, Protocol, Scenario, Stage, Trait, stage
+from leakatlas.fl.intake import take_in
 from leakatlas.threat import Grant, Vantage
 
 
@@ -39,6 +40,7 @@ class Setting:
         grants: Extra facts for the adversary.
         vantage: Where it looks; ``aggregate`` is used where a defense hides single updates.
         attacks: Keys of the attacks to try here; every implemented one if None.
+        notes: What was done to the model to make it a client's.
     """
 
     name: str
@@ -54,8 +56,15 @@ class Setting:
     grants: frozenset[Grant] = frozenset()
     vantage: Vantage = Vantage.SERVER
     attacks: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        # Unwrapped once: every stage of this setting trains the same module.
+        output = self.model_ref.output if self.model_ref.kind == "object" else None
+        model, notes = take_in(self.model, self.victims.images[:1], output=output)
+        if notes and not self.notes:
+            object.__setattr__(self, "model", model)
+            object.__setattr__(self, "notes", notes)
         if len(self.victims) < self.clients:
             raise InvalidInput(
                 f"{self.name}: {len(self.victims)} images cannot be dealt to {self.clients} "
@@ -111,13 +120,15 @@ class Setting:
             grants=self.grants,
             seed=seed,
         )  # fmt: skip
-        return stage(
+        live = stage(
             scenario,
             model=self.model,
             victims=self.victims,
             surrogate=self.public,
             box=self.box,
         )
+        live.notes = self.notes
+        return live
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,16 +24,20 @@ def mean_gradient(view: View) -> dict[str, Tensor]:
 
 
 def known_labels(view: View) -> Tensor:
-    """The granted labels ``(N,)``, else iDLG's (N = 1), else those of the recovered counts.
+    """The granted labels ``(N,)``, else the one target (N = 1), else those of recovered counts.
 
     Only the multiset of recovered counts is known, so they come in ascending order.
+
+    Raises:
+        UnsupportedModel: If the client's loss does not let them be read.
     """
     if view.has("labels"):
         return view.labels
     g = mean_gradient(view)
     head = labels.find_head(view.model, next(iter(g.values())).new_zeros(1, *view.input_shape))
     if view.num_examples == 1:
-        return labels.idlg(g, head)
+        return labels.target_of_one(view.loss, g, head, view.model)
+    labels.require_plain(view.loss, "Counting labels")
     if head.bias_name is None:
         return labels.column_min(g, head, view.num_examples)
     counts = labels.uniform_counts(head.bias_grad(g), view.num_examples)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,7 @@ _WRAPPERS = {
 """The attribute that holds the inner model, by class."""
 
 
-@dataclass(frozen=True)
-class Intake:
+class Intake(NamedTuple):
     """A model that is ready, and what was done to get there.
 
     Args:

@@ -191,6 +191,8 @@ class Stage:
         others: ImageSet | None = None,
     ) -> None:
         self.scenario = scenario
+        self.notes: tuple[str, ...] = ()
+        """What was done to the model to make it a client's, for people."""
         self.victims = dict(victims)
         self.box = box
         self.surrogate = surrogate
@@ -416,8 +418,10 @@ def stage(
         surrogate = data.load(scenario.surrogate)
     example = next(iter(dealt.values())).images[:1]
     channels = example.shape[1]
-    model = take_in(model, example).model
-    return Stage(scenario, model, dealt, box or Box.unit(channels), surrogate, others)
+    model, notes = take_in(model, example)
+    live = Stage(scenario, model, dealt, box or Box.unit(channels), surrogate, others)
+    live.notes = notes
+    return live
 
 
 def _choose(images: ImageSet, needed: int, scenario: Scenario) -> list[int]:

@@ -41,6 +41,9 @@ from leakatlas.blocks.labels.head import find_head as find_head
 from leakatlas.blocks.labels.joint import joint_logits as joint_logits
 from leakatlas.blocks.labels.joint import soft_cross_entropy as soft_cross_entropy
 from leakatlas.blocks.labels.joint import soft_labels as soft_labels
+from leakatlas.blocks.labels.joint import soft_targets as soft_targets
+from leakatlas.blocks.labels.losses import require_plain as require_plain
+from leakatlas.blocks.labels.losses import target_of_one as target_of_one
 from leakatlas.blocks.labels.methods import METHODS as METHODS
 from leakatlas.blocks.labels.methods import Evidence as Evidence
 from leakatlas.blocks.labels.methods import Method as Method

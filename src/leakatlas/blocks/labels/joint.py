@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from leakatlas.errors import InvalidInput
+from leakatlas.fl.losses import BCE, MSE, Loss
 
 
 def joint_logits(
@@ -30,6 +31,21 @@ def joint_logits(
 def soft_labels(logits: Tensor) -> Tensor:
     """``softmax`` over classes: soft labels ``(B, K)`` that stay on the simplex."""
     return logits.softmax(dim=-1)
+
+
+def soft_targets(loss: Loss, logits: Tensor) -> Tensor:
+    """Free variables ``(B, K)`` in the range of the loss's targets.
+
+    On the simplex for losses of one class; in [0, 1] each for several labels at once; as they are
+    for values.
+    """
+    match loss:
+        case BCE():
+            return logits.sigmoid()
+        case MSE():
+            return logits
+        case _:
+            return soft_labels(logits)
 
 
 def soft_cross_entropy(z: Tensor, soft: Tensor) -> Tensor:

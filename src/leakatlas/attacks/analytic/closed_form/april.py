@@ -227,7 +227,8 @@ def label_of(view: View) -> Tensor:
         return view.labels
     g = mean_gradient(view)
     example = next(iter(g.values())).new_zeros(1, *view.input_shape)
-    return labels.idlg(g, labels.find_head(view.model, example))
+    head = labels.find_head(view.model, example)
+    return labels.target_of_one(view.loss, g, head, view.model)
 
 
 # -- the front of a vision transformer -------------------------------------------------------------

@@ -53,11 +53,13 @@ from torch.nn.grad import conv2d_input
 
 from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
 from leakatlas.blocks import least_squares, readout
+from leakatlas.blocks.labels import require_plain
 from leakatlas.blocks.observed import mean_gradient
 from leakatlas.blocks.surgery import Link, chain
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import View, task_loss
+from leakatlas.fl.losses import BCE
 from leakatlas.params import Positive
 from leakatlas.threat import Knowledge
 
@@ -86,6 +88,7 @@ class RGAP(Attack):
             )
         if view.has("protocol") and view.protocol.steps(1) > 1:
             return Outlook("hopeless", "several local steps do not give one gradient")
+        _require_loss(view)
         example = torch.zeros(1, *view.input_shape, dtype=torch.float64)
         layers = affine_layers(view.model.double(), example)
         start_layer(layers)
@@ -101,6 +104,7 @@ class RGAP(Attack):
             return nothing_found(
                 shape, f"R-GAP inverts one example; the update holds {view.num_examples}."
             )
+        _require_loss(view)
         update = view.update
         like = next(iter(update.tensors.values()))
         g = {name: tensor.double() for name, tensor in mean_gradient(view).items()}
@@ -143,6 +147,12 @@ class RGAP(Attack):
             reason="; ".join(reasons),
             notes={"residual": best.residual, **lost},
         )
+
+
+def _require_loss(view: View) -> None:
+    """Logistic loss of one logit, or plain softmax cross-entropy of several."""
+    if not (view.classes == 1 and isinstance(view.loss, BCE)):
+        require_plain(view.loss, "RGAP")
 
 
 # -- the model as a list of affine layers ----------------------------------------------------------

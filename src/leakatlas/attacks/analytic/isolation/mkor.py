@@ -104,6 +104,8 @@ class MKOR(ActiveAttack):
     isolate: Literal["absent", "sink"] = "absent"
     smoothing: NonNegative = 10.0
 
+    plain_loss_only = True
+
     @classmethod
     def tuned(cls) -> Self:
         """The sink, which works whichever classes a batch has, and no blur, for small images."""

@@ -94,6 +94,8 @@ class Fishing(ActiveAttack):
     lr: Positive = 0.1
     tv_weight: NonNegative = 0.2
 
+    plain_loss_only = True
+
     def outlook(self, view: View) -> Outlook:
         """A gradient, and a biased head by which a class or a cut is chosen."""
         if view.protocol.steps(view.num_examples) > 1 or isinstance(view.protocol, FedAVG):

@@ -104,7 +104,8 @@ class DLG(Attack):
         def objective(variables: descent.Variables, t: Tensor) -> descent.Value:
             del t
             x_hat, logits = gather(variables, N)
-            D = matching.squared_l2(replay(x_hat, labels.soft_labels(logits)), g) / scale
+            y_hat = labels.soft_targets(view.loss, logits)
+            D = matching.squared_l2(replay(x_hat, y_hat), g) / scale
             return descent.Value(D / UNIT, D)
 
         optimizer = descent.lbfgs(
@@ -132,7 +133,9 @@ class DLG(Attack):
         failed = D == float("inf")
         return Reconstruction(
             images=x_hat,
-            labels=logits.argmax(1),
+            labels=labels.soft_targets(view.loss, logits).detach()
+            if view.loss.multilabel
+            else logits.argmax(1),
             confidence=torch.full((N,), -D, dtype=torch.float64),
             status="failed" if failed else "complete",
             reason="the gradient distance was never finite" if failed else "",

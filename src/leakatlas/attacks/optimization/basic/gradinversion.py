@@ -43,9 +43,10 @@ from torch import Tensor
 
 from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
 from leakatlas.blocks import batchnorm, descent, init, labels, matching, priors
-from leakatlas.blocks.observed import mean_gradient
+from leakatlas.blocks.observed import known_labels, mean_gradient
 from leakatlas.blocks.watch import Step, Watch
 from leakatlas.fl import View
+from leakatlas.fl.losses import PLAIN
 from leakatlas.models.structure import has_batchnorm
 from leakatlas.params import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
 from leakatlas.threat import Grant, Knowledge
@@ -132,6 +133,8 @@ class GradInversion(Attack):
                 view.input_shape,
                 f"{N} examples cannot have distinct labels among {view.classes} classes",
             )
+        elif view.loss != PLAIN:
+            y = known_labels(view)
         else:
             head = labels.find_head(view.model, like.new_zeros(1, *view.input_shape))
             y = labels.column_min(mean_gradient(view), head, N)

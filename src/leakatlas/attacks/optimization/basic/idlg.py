@@ -42,6 +42,7 @@ from leakatlas.blocks.observed import mean_gradient
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import View
+from leakatlas.fl.losses import PLAIN
 from leakatlas.params import NonNegative, Positive, PositiveInt
 from leakatlas.threat import Knowledge
 
@@ -103,7 +104,12 @@ class IDLG(Attack):
         scale = torch.stack([tensor.square().sum() for tensor in g.values()]).sum()
         if not bool(head.weight_grad(g).any()):
             return nothing_found(view.input_shape, "the head's gradient is zero; the label is lost")
-        c = labels.idlg(mean_gradient(view), head, rule=self.rule)
+        g_mean = mean_gradient(view)
+        c = (
+            labels.idlg(g_mean, head, rule=self.rule)
+            if view.loss == PLAIN
+            else labels.target_of_one(view.loss, g_mean, head, view.model)
+        )
         replay = view.replayer()
 
         def objective(variables: descent.Variables, t: Tensor) -> descent.Value:
