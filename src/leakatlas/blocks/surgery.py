@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from leakatlas.data import Box
 from leakatlas.errors import UnsupportedModel
+from leakatlas.fl import TamperedModel, edits
 
 SCALINGS = (0.7, 0.77, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 """Values of s tried on surrogate images; the papers' own are 0.7, 0.95 and 0.99."""
@@ -44,6 +45,57 @@ class Normalise(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """``(N, C, H, W)`` to the same shape."""
         return (images - self.mean) / self.std
+
+
+def columns_of_their_own(
+    clients: Sequence[int],
+    edges: Tensor,
+    box: Box,
+    shape: tuple[int, ...],
+    *,
+    kappa: float,
+    anchor: bool,
+    spread: float,
+    connection: edits.Connection,
+) -> dict[int, TamperedModel]:
+    """Every client's model: the global one behind its own group of an imprint of brightness.
+
+    The kernels undo the normalisation, so that a row of the gradient is an image in [0, 1] times
+    one number.
+
+    Args:
+        clients: Their ids; the place of one is its group.
+        edges: ``(k + 1,)`` of the mean pixel, in the model's dtype and on its device.
+        box: The pixel space.
+        shape: ``(C, H, W)``.
+        kappa: As in :class:`~leakatlas.fl.edits.SplitImprint`, like what follows.
+        anchor: Whether every group has a constant channel.
+        spread: Size of the block's output.
+        connection: Whether the input is added to it.
+    """
+    channels, height, width = shape
+    n = math.prod(shape)
+    w = edges.new_full((n,), 1 / n)
+    return {
+        client: TamperedModel(
+            edits=(
+                edits.SplitImprint(
+                    w,
+                    edges,
+                    shape=(channels, height, width),
+                    clients=len(clients),
+                    group=group,
+                    kappa=kappa,
+                    anchor=anchor,
+                    spread=spread,
+                    connection=connection,
+                    std=box.std,
+                    mean=box.mean,
+                ),
+            )
+        )
+        for group, client in enumerate(clients)
+    }
 
 
 # -- trap weights and copying kernels --------------------------------------------------------------

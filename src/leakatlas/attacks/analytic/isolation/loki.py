@@ -50,15 +50,14 @@ from leakatlas.attacks.api import (
     ActiveAttack,
     Outlook,
     Reconstruction,
-    TamperedModel,
     Tampering,
     attack,
     nothing_found,
 )
-from leakatlas.blocks import readout
+from leakatlas.blocks import readout, surgery
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box
-from leakatlas.fl import View, edits
+from leakatlas.fl import View
 from leakatlas.params import OpenFraction, Positive, PositiveInt
 from leakatlas.threat import Knowledge
 
@@ -122,26 +121,16 @@ class LOKI(ActiveAttack):
             edges = readout.bin_edges("empirical", self.bins, values=h)
         edges = edges.to(like)
         clients = view.clients
-        channels, height, width = shape
-        box, n = view.box, channels * height * width
-        w = like.new_full((n,), 1 / n)
-
-        def block(group: int) -> edits.SplitImprint:
-            return edits.SplitImprint(
-                w,
-                edges,
-                shape=(channels, height, width),
-                clients=len(clients),
-                group=group,
-                kappa=self.kappa,
-                anchor=self.scale == "anchor",
-                spread=self.spread,
-                connection=self.connection,
-                std=box.std,
-                mean=box.mean,
-            )
-
-        sent = {c: TamperedModel(edits=(block(group),)) for group, c in enumerate(clients)}
+        sent = surgery.columns_of_their_own(
+            clients,
+            edges,
+            view.box,
+            shape,
+            kappa=self.kappa,
+            anchor=self.scale == "anchor",
+            spread=self.spread,
+            connection=self.connection,
+        )
         return Tampering(sent=sent, key={"edges": edges, "clients": torch.tensor(clients)})
 
     def learned_edges(self, view: View, shape: tuple[int, ...]) -> Tensor:

@@ -54,12 +54,11 @@ from leakatlas.attacks.api import (
     ActiveAttack,
     Outlook,
     Reconstruction,
-    TamperedModel,
     Tampering,
     attack,
     nothing_found,
 )
-from leakatlas.blocks import readout
+from leakatlas.blocks import readout, surgery
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box
 from leakatlas.fl import View, edits
@@ -120,27 +119,17 @@ class MANDRAKE(ActiveAttack):
         like = next(view.model.parameters()).detach()
         h = view.surrogate.images.to(like).flatten(1).mean(dim=1)
         edges = readout.bin_edges("empirical", self.bins, values=h).to(like)
-        clients, box = view.clients, view.box
-        channels, height, width = view.input_shape
-        n = channels * height * width
-        w = like.new_full((n,), 1 / n)
-
-        def block(group: int) -> edits.SplitImprint:
-            return edits.SplitImprint(
-                w,
-                edges,
-                shape=(channels, height, width),
-                clients=len(clients),
-                group=group,
-                kappa=1.0,
-                anchor=self.scale == "anchor",
-                spread=self.spread,
-                connection=self.connection,
-                std=box.std,  # the kernels undo the normalisation
-                mean=box.mean,
-            )
-
-        sent = {c: TamperedModel(edits=(block(group),)) for group, c in enumerate(clients)}
+        clients = view.clients
+        sent = surgery.columns_of_their_own(
+            clients,
+            edges,
+            view.box,
+            tuple(view.input_shape),
+            kappa=1.0,
+            anchor=self.scale == "anchor",
+            spread=self.spread,
+            connection=self.connection,
+        )
         return Tampering(sent=sent, key={"edges": edges, "clients": torch.tensor(clients)})
 
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
