@@ -1,25 +1,35 @@
 """Write the generated documents, or check that they are up to date.
 
 Usage: ``python scripts/generate.py [--check]``. Generated are the rows' pages, the threat models'
-pages and the tables under ``docs/``, the JSON Schema of the rows, and the tables in README.md if
-it has the markers. With ``--check`` nothing is written and stale files are named (exit code 1).
+pages and the tables under ``docs/``, the JSON Schemas of the rows and of study files, and the
+tables in README.md if it has the markers. With ``--check`` nothing is written and stale files are
+named (exit code 1).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
+from leakatlas.bench import schema
 from leakatlas.catalogue import pages
 
 ROOT = Path(__file__).resolve().parent.parent
+STUDY_SCHEMA = "src/leakatlas/bench/study.schema.json"
 FOLDERS = ("docs/attacks", "docs/defenses", "docs/threat-models")
+
+
+def generated(root: Path) -> dict[str, str]:
+    """Every generated file, by its path, and its text."""
+    study_schema = json.dumps(schema.json_schema(), indent=1, ensure_ascii=False) + "\n"
+    return {**pages.generated(root), STUDY_SCHEMA: study_schema}
 
 
 def stale(root: Path) -> list[str]:
     """Generated files that are missing, differ, or belong to no row any more."""
-    wanted = pages.generated(root)
+    wanted = generated(root)
     different = [
         name
         for name, text in wanted.items()
@@ -37,7 +47,7 @@ def orphans(root: Path, wanted: dict[str, str]) -> list[str]:
 
 def write(root: Path) -> int:
     """Write what differs and remove orphans; the number of files touched."""
-    wanted = pages.generated(root)
+    wanted = generated(root)
     touched = stale(root)
     for name in touched:
         path = root / name

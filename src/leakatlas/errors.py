@@ -11,6 +11,7 @@
     ├── IncompatibleDefenses (ValueError)     defenses that break each other's guarantee
     ├── ProtocolError       (RuntimeError)    a round cannot be completed (dropouts, refusal)
     ├── Undecided           (RuntimeError)    too little ran to answer what was asked
+    ├── AttackCrashed       (RuntimeError)    the process of an attack ended, or was ended
     ├── Unavailable         (RuntimeError)    an optional asset or package is not on this machine
     └── CatalogueError      (ValueError)      a row of the published tables is malformed
 
@@ -126,6 +127,10 @@ class ProtocolError(LeakAtlasError, RuntimeError):
 
 class Undecided(LeakAtlasError, RuntimeError):
     """Too little ran to answer what was asked; silence is not an all-clear."""
+
+
+class AttackCrashed(LeakAtlasError, RuntimeError):
+    """The process in which an attack ran ended before it had answered, or was ended."""
 
 
 class Unavailable(LeakAtlasError, RuntimeError):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from leakatlas import catalogue
-from leakatlas.catalogue import export, pages, results
+from leakatlas.catalogue import export, measured, pages, results
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -35,13 +35,13 @@ def write(folder: Path, name: str = "dlg.json", **changes: Any) -> Path:
 @pytest.fixture
 def version_of_dlg(monkeypatch: pytest.MonkeyPatch) -> None:
     """The class behind the row is at version 2."""
-    monkeypatch.setattr(results, "current_version", lambda kind, key: 2)
+    monkeypatch.setattr(measured, "current_version", lambda kind, key: 2)
 
 
 def test_a_sound_result_is_read(tmp_path: Path) -> None:
-    result, problems = results.read(write(tmp_path))
-    assert problems == [] and result is not None
-    assert results.of_row(results.load(tmp_path), "attack", "dlg") == (result,)
+    found, problems = results.read(write(tmp_path))
+    assert problems == [] and len(found) == 1
+    assert results.of_row(results.load(tmp_path), "attack", "dlg") == found
     assert results.load(tmp_path / "nowhere") == ()
 
 
@@ -111,12 +111,12 @@ def test_an_older_code_version_is_stale_and_shown_so(tmp_path: Path) -> None:
     row = next(a for a in export.export(tmp_path)["attacks"] if a["key"] == "dlg")
     assert [entry["stale"] for entry in row["measured"]] == [False, True]
     page = pages.attack_page(catalogue.attack("dlg"), found)
-    assert "| fresh |" in page and "| stale |" in page
+    assert "| current |" in page and "| outdated |" in page
 
 
 def test_studies_are_never_stale(tmp_path: Path) -> None:
-    result, problems = results.read(write(tmp_path, kind="benchmark", key="cifar-study"))
-    assert problems == [] and result is not None and not result.stale
+    (result,), problems = results.read(write(tmp_path, kind="benchmark", key="cifar-study"))
+    assert problems == [] and not result.stale
 
 
 @pytest.mark.parametrize(

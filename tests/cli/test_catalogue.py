@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from leakatlas import catalogue
-from leakatlas.catalogue import results
+from leakatlas.catalogue import measured, results
 from leakatlas.cli import catalogue as commands
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,7 +195,7 @@ def test_validate_finds_every_problem_and_leaves_with_1(tmp_path: Path) -> None:
 
 
 def test_validate_names_stale_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "current_version", lambda kind, key: 4)
+    monkeypatch.setattr(measured, "current_version", lambda kind, key: 4)
     document = {
         "schema": "leakatlas/result/1", "kind": "attack", "key": "dlg", "code_version": 3,
         "recipe": {"attack": {"key": "dlg"}}, "hardware": "2 CPU cores", "seeds": [0],

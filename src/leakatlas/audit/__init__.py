@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from leakatlas.audit.config import AuditConfig, captured_update, make_plan, read_config
 from leakatlas.audit.diagnosis import Diagnosis, ReplayCheck, check_replay, examine
 from leakatlas.audit.listener import Listener, Silent
-from leakatlas.audit.plan import Plan, Setting, parse_budget, parse_execution, presets
+from leakatlas.audit.plan import Plan, Setting, parse_execution, presets
 from leakatlas.audit.run import carry_out
 from leakatlas.bench.harness import Trial, run_trial
-from leakatlas.blocks.watch import Execution, Watch
+from leakatlas.blocks.watch import Execution, Watch, parse_budget
 from leakatlas.data import Box, ImageSet
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import Defense, FedSGD, ModelRef, Protocol, Update

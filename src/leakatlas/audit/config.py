@@ -11,8 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from leakatlas import data, models, reading
-from leakatlas.audit.plan import Plan, Setting, parse_budget
-from leakatlas.blocks.watch import Execution
+from leakatlas.audit.plan import Plan, Setting
+from leakatlas.blocks.watch import Execution, parse_budget
 from leakatlas.data import Box
 from leakatlas.errors import InvalidInput, UnknownName, shown
 from leakatlas.fl import ModelRef, Protocol, Update

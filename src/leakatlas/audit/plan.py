@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -220,9 +219,6 @@ def cost_weight(attack: Attack) -> float:
     return {"analytic": 0.1, "optimization": 1.0, "generative": 1.5}.get(category, 1.0)
 
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|seconds?|m|min|minutes?|h|hours?)?")
-
-
 def parse_execution(text: str) -> Execution:
     """An execution by name.
 
@@ -232,20 +228,3 @@ def parse_execution(text: str) -> Execution:
     if text not in EXECUTIONS:
         raise UnknownName("execution", text, EXECUTIONS)
     return text
-
-
-def parse_budget(text: str | float | None) -> float | None:
-    """Seconds from ``30s``, ``10m``, ``1.5h`` or a number; None for ``paper`` (no limit).
-
-    Raises:
-        InvalidParameter: If the text is none of these or not positive.
-    """
-    if text is None or text == "paper":
-        return None
-    match = _DURATION.fullmatch(str(text).strip().lower())
-    if match is None or float(match.group(1)) <= 0:
-        raise InvalidParameter(
-            f"The budget {text!r} cannot be read; write '30s', '10m', '1.5h' or 'paper'."
-        )
-    unit = (match.group(2) or "s")[0]
-    return float(match.group(1)) * {"s": 1, "m": 60, "h": 3600}[unit]

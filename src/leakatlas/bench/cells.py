@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from leakatlas.bench.code import ALWAYS, code_hash
 from leakatlas.bench.schema import Case
 from leakatlas.bench.study import Study
-from leakatlas.catalogue import registry
+from leakatlas.catalogue import code
 
 SAID_ABOUT = {"measures", "beside", "note", "seeds", "batches", "memory", "time"}
 """Keys of a case that change what is said of a cell, or whether it survives, but not its figures.
@@ -50,6 +48,29 @@ class Cell:
     hook: Path | None = None
     data: Path = Path()
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for another process."""
+        return {
+            "study": self.study,
+            "label": self.label,
+            "case": self.case.model_dump(mode="json"),
+            "seed": self.seed,
+            "batch": self.batch,
+            "device": self.device,
+            "threads": self.threads,
+            "hook": None if self.hook is None else str(self.hook.resolve()),
+            "data": str(self.data.resolve()),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Cell:
+        """The cell whose :meth:`to_json` is ``values``."""
+        plain = dict(values)
+        plain["case"] = Case.model_validate(plain["case"])
+        plain["hook"] = None if plain["hook"] is None else Path(plain["hook"])
+        plain["data"] = Path(plain["data"])
+        return cls(**plain)
+
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """All that decides what comes out, code and machine left out."""
@@ -71,20 +92,9 @@ class Cell:
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     @cached_property
-    def code(self) -> str:
+    def code_hash(self) -> str:
         """Hash of the code that it runs."""
-        files = [] if self.hook is None else [self.hook]
-        rows: list[tuple[registry.Kind, str]] = [("defense", d["key"]) for d in self.case.defenses]
-        if self.case.attack is not None:
-            rows.append(("attack", self.case.attack.key))
-        modules = list(ALWAYS)
-        for kind, key in rows:
-            if "/" in key:  # an outsider's: its file counts, the rest of its package does not
-                cls = registry.load_attack(key) if kind == "attack" else registry.load_defense(key)
-                files.append(Path(inspect.getfile(cls)))
-            else:
-                modules.append(registry.module_path(kind, key))
-        return code_hash(modules, files)
+        return code.of_case(self.case.model_dump(mode="json"), self.hook)
 
 
 def cells_of(

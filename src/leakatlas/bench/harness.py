@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction
+from leakatlas.bench.adversary import Adversary, Here
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import InvalidInput, NotGranted, ProtocolError
-from leakatlas.fl import RoundRecord, Stage, Truth, View, stream
+from leakatlas.fl import RoundRecord, Stage, Truth, View
+from leakatlas.metrics.score import Scores, score
 from leakatlas.threat import Knowledge, Vantage
 
 SYBIL_IDS = 1_000_000
@@ -45,13 +48,24 @@ def observe(
     target: int = 0,
     seed: int = 0,
     watch: Watch | None = None,
+    adversary: Adversary | None = None,
 ) -> tuple[View, tuple[RoundRecord, ...]]:
     """Play the rounds that ``attack`` watches or tampers with.
+
+    Args:
+        stage: The set-up.
+        attack: The attack.
+        target: The client under attack.
+        seed: Of the attack.
+        watch: Budget.
+        adversary: Who tampers; this process if None.
 
     Raises:
         NotGranted: If the scenario does not let this adversary tamper or select.
         ProtocolError: If a client refuses, or the attack never stops asking for rounds.
+        AttackCrashed: If the adversary's process ended.
     """
+    adversary = adversary or Here()
     watch = watch or Watch()
     records: list[RoundRecord] = []
     federation = stage.federation
@@ -64,12 +78,13 @@ def observe(
     attack.check(view)
     reads: frozenset[str] = frozenset()
     keys: list[dict[str, torch.Tensor]] = []
-    generator = stream(attack.key, "tamper", seed)
+    draws: torch.Tensor | None = None
     while True:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator.initial_seed() + len(records))
-            tampering = attack.tamper(view, generator=generator, watch=watch)
-        reads |= view.reads
+        turn = adversary.tamper(
+            attack, view, seed=seed, turn=len(records), draws=draws, watch=watch
+        )
+        reads |= turn.reads
+        draws, tampering = turn.draws, turn.tampering
         if tampering is None:
             view.remember(reads)
             return view, tuple(records)
@@ -99,23 +114,86 @@ def run_trial(
     target: int = 0,
     seed: int = 0,
     watch: Watch | None = None,
+    adversary: Adversary | None = None,
 ) -> Trial:
     """Observe, attack, and map the candidates back to pixels.
 
     The budget of ``watch`` holds for preparing and tampering, and once more for the attack itself;
-    the rounds are the clients' time, not the adversary's.
+    the rounds are the clients' time, not the adversary's. Arguments as of :func:`observe`.
     """
+    adversary = adversary or Here()
     watch = watch or Watch()
-    view, records = observe(stage, attack, target=target, seed=seed, watch=watch)
-    found = attack(view, seed=seed, watch=watch.again(), scenario=stage.scenario.to_json())
-    last = records[-1] if records else None
-    pooled = (
-        last is not None
-        and stage.scenario.vantage is Vantage.AGGREGATE
-        and len([c for c in last.cohort if c not in last.sybils]) > 1
+    view, records = observe(
+        stage, attack, target=target, seed=seed, watch=watch, adversary=adversary
     )
-    truth = stage.pooled_truth() if pooled else stage.truth(target)
+    found = adversary.attack(attack, view, seed=seed, watch=watch.again())
+    found = replace(found, recipe=attack.recipe(seed, stage.scenario.to_json()))
+    truth = truth_of(stage, target, records)
     return Trial(view, truth, records, found, stage.box.denormalize(found.images))
+
+
+def truth_of(stage: Stage, target: int, records: Sequence[RoundRecord] = ()) -> Truth:
+    """What is at stake: one client's batch, or everybody's where only the sum is seen."""
+    members = len(stage.federation.clients)
+    if records:
+        members = len([c for c in records[-1].cohort if c not in records[-1].sybils])
+    pooled = stage.scenario.vantage is Vantage.AGGREGATE and members > 1
+    return stage.pooled_truth() if pooled else stage.truth(target)
+
+
+def scored(
+    trial: Trial,
+    stage: Stage,
+    *,
+    public: tuple[torch.Tensor, torch.Tensor | None],
+    other_batch: torch.Tensor | None = None,
+) -> Scores:
+    """The scores of a trial, null baselines included.
+
+    Args:
+        trial: The trial.
+        stage: Its stage.
+        public: Public images in the victims' shape, and their labels, for the null baselines.
+        other_batch: What the attack found on another batch (:func:`control_trial`).
+    """
+    found = trial.found
+    labels = found.labels
+    if labels is None and found.label_counts is not None:
+        labels = torch.repeat_interleave(
+            torch.arange(len(found.label_counts)), found.label_counts.long()
+        )
+    oracle = "labels" in found.reads  # what was given was not recovered
+    return _scored(
+        trial.truth, stage, trial.images, public, None if oracle else labels, other_batch
+    )
+
+
+def nothing_scored(
+    truth: Truth, stage: Stage, *, public: tuple[torch.Tensor, torch.Tensor | None]
+) -> Scores:
+    """The scores of an attack that gave nothing back: every original is a failure."""
+    return _scored(truth, stage, None, public, None, None)
+
+
+def _scored(
+    truth: Truth,
+    stage: Stage,
+    images: torch.Tensor | None,
+    public: tuple[torch.Tensor, torch.Tensor | None],
+    labels: torch.Tensor | None,
+    other_batch: torch.Tensor | None,
+) -> Scores:
+    like = truth.images if images is None else images
+    return score(
+        images if images is not None and len(images) else None,
+        truth.images.to(like.dtype),
+        public=public[0].to(like.dtype),
+        labels=truth.labels,
+        recovered_labels=labels,
+        classes=stage.classes,
+        public_labels=public[1],
+        baselines=None if other_batch is None else {"other_batch": other_batch.to(like.dtype)},
+    )
 
 
 def control_trial(
@@ -126,6 +204,7 @@ def control_trial(
     target: int = 0,
     seed: int = 0,
     watch: Watch | None = None,
+    adversary: Adversary | None = None,
 ) -> Trial:
     """The null baseline of an attack: run on the update of *another* batch, held against this one.
 
@@ -139,6 +218,7 @@ def control_trial(
         target: As in the real trial.
         seed: As in the real trial.
         watch: With the budget of the real trial.
+        adversary: Who attacks; this process if None.
 
     Returns:
         The decoy's trial, with the truth of ``stage``.
@@ -165,6 +245,6 @@ def control_trial(
                 f"control_trial: client {client}'s decoy batch holds an image of the real one, so "
                 "it is no null baseline."
             )
-    trial = run_trial(decoy, attack, target=target, seed=seed, watch=watch)
+    trial = run_trial(decoy, attack, target=target, seed=seed, watch=watch, adversary=adversary)
     pooled = len(trial.truth.images) != len(stage.truth(target).images)
     return replace(trial, truth=stage.pooled_truth() if pooled else stage.truth(target))

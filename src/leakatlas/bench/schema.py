@@ -16,6 +16,7 @@ SCHEMA = "leakatlas/study/1"
 
 Whole = Annotated[int, Field(strict=True, ge=0)]
 Counted = Annotated[int, Field(strict=True, gt=0)]
+Duration = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(s|m|h)$")]
 PositiveNumber = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -233,7 +234,7 @@ class Case(Strict):
         tuple[Text, ...], Field(description="Extra facts.", examples=[["labels"]])
     ] = ()
     budget: Annotated[
-        Text,
+        Literal["paper"] | Duration,
         Field(
             description="`paper` runs the attack's own steps to their end; `30s` or `10m` is what "
             "an audit would give it.",
@@ -284,7 +285,7 @@ class Case(Strict):
         Field(description="GiB that the attack may take on top of its libraries.", examples=[4.0]),
     ] = 4.0
     time: Annotated[
-        Text, Field(description="Time after which the attack is killed.", examples=["1h"])
+        Duration, Field(description="Time after which the attack is killed.", examples=["1h"])
     ] = "6h"
     note: Annotated[str, Field(description="What a reader must know of this case.")] = ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
+
+from leakatlas.errors import InvalidParameter
 
 Execution = Literal["auto", "eager", "channels_last", "vmap", "traced", "compiled", "finite"]
 """How slopes are computed; see :mod:`leakatlas.blocks.descent.execution`."""
@@ -169,3 +172,23 @@ def _scaled(
     listen: Callable[[float, str], None], offset: float, width: float
 ) -> Callable[[float, str], None]:
     return lambda fraction, note: listen(offset + width * fraction, note)
+
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|sec|seconds?|m|min|minutes?|h|hours?)?")
+
+
+def parse_budget(text: str | float | None) -> float | None:
+    """Seconds from ``30s``, ``10m``, ``1.5h`` or a number; None for ``paper`` (no limit).
+
+    Raises:
+        InvalidParameter: If the text is none of these or not positive.
+    """
+    if text is None or text == "paper":
+        return None
+    match = _DURATION.fullmatch(str(text).strip().lower())
+    if match is None or float(match.group(1)) <= 0:
+        raise InvalidParameter(
+            f"The budget {text!r} cannot be read; write '30s', '10m', '1.5h' or 'paper'."
+        )
+    unit = (match.group(2) or "s")[0]
+    return float(match.group(1)) * {"s": 1, "m": 60, "h": 3600}[unit]

@@ -39,7 +39,7 @@ def render(results: Iterable[Result]) -> str | None:
             lines += _curves(curves)
         cases: dict[str, list[tuple[str, Measure]]] = {}
         for measure in result.measures:
-            case, _, what = measure.name.rpartition(": ")
+            case, _, what = measure.title.rpartition(": ")
             cases.setdefault(case, []).append((what, measure))
         for case, measures in cases.items():
             lines += [f"### {case}" if case else "### in general", ""]

@@ -295,7 +295,7 @@ def _show_numbers(console: Console, row: Any, measured: Any) -> None:
                     "" if measure.interval is None else "[{:.4g}, {:.4g}]".format(*measure.interval)
                 )
                 grid.add_row(
-                    measure.name,
+                    measure.title,
                     f"{measure.value:.4g} {measure.unit}",
                     escape(interval),
                     str(measure.n),
@@ -423,14 +423,11 @@ def validate(
     _, problems = loader.check_files(rows)
     stale = []
     for path in measured:
-        result, found = results.read(path)
-        problems += found
-        if result is not None and result.stale:
-            now = results.current_version(result.kind, result.key)
-            stale.append(
-                f"{path.name}: measured with version {result.code_version} of {result.key}, "
-                f"which is now version {now}; run again: {result.command}"
-            )
+        found, wrong = results.read(path)
+        problems += wrong
+        for result in found:
+            if result.stale:
+                stale.append(f"{path.name}: {_since(result)}; run again: {result.command}")
     if as_json:
         _emit({"problems": [problem.to_json() for problem in problems], "stale": stale})
     else:
@@ -443,6 +440,17 @@ def validate(
         console.print(f"{checked} files checked, {len(problems)} problems, {len(stale)} stale.")
     if problems:
         raise typer.Exit(1)
+
+
+def _since(result: Any) -> str:
+    from leakatlas.catalogue import results
+
+    if result.study:
+        return f"the code behind the figures of {result.key} has changed since"
+    now = results.current_version(result.kind, result.key)
+    return (
+        f"measured with version {result.code_version} of {result.key}, which is now version {now}"
+    )
 
 
 @site_app.command("build")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,12 +12,18 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.table import Table
 
 from leakatlas.report import RECOGNISABLE_PSNR, Report, Run, beside
+
+if TYPE_CHECKING:
+    from leakatlas.bench.cells import Cell
+    from leakatlas.bench.record import Record
 
 STYLES = {
     "exact leak": "bold red",
@@ -91,6 +98,64 @@ def not_tried(report: Report) -> list[str]:
         said = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
         lines.append(f"[dim]Attacks that did not fit a set-up: {said}; the report says why.[/]")
     return lines
+
+
+class Cells:
+    """A bar for a study with the time left, and a line for each cell that did not end well.
+
+    Args:
+        console: Where.
+        name: Of the study.
+        total: Cells that will be run.
+        quiet: Show nothing.
+    """
+
+    def __init__(self, console: Console, name: str, *, total: int, quiet: bool = False) -> None:
+        self.console = console
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=quiet,
+        )
+        self._all = self.progress.add_task(name, total=total)
+        self._running: dict[str, TaskID] = {}
+        self._quiet = quiet
+
+    def __enter__(self) -> Cells:
+        """Start to show."""
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop showing."""
+        self.progress.stop()
+
+    def begun(self, cell: Cell) -> None:
+        """A further bar."""
+        said = f"[dim]{escape(cell.label)}, seed {cell.seed}, batch {cell.batch}[/]"
+        self._running[cell.name] = self.progress.add_task(said, total=1.0)
+
+    def moved(self, cell: Cell, fraction: float, note: str) -> None:
+        """Move its bar."""
+        self.progress.update(self._running[cell.name], completed=fraction)
+
+    def done(self, cell: Cell, record: Record) -> None:
+        """Remove its bar; say how it ended if not well."""
+        self.progress.remove_task(self._running.pop(cell.name))
+        self.progress.advance(self._all)
+        if not self._quiet and record.status in ("error", "refused"):
+            self.console.print(
+                f"  [yellow]{record.status}[/] {escape(cell.label)}, seed {cell.seed}, batch "
+                f"{cell.batch}: [dim]{escape(record.reason)}[/]",
+                highlight=False,
+            )
 
 
 def verdict_table(report: Report) -> Table:

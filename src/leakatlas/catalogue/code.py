@@ -9,14 +9,40 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-import leakatlas
+from leakatlas.catalogue import registry
 
-PACKAGE = Path(leakatlas.__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
 ALWAYS = ("leakatlas.bench.harness", "leakatlas.bench.scene", "leakatlas.metrics.score")
 """What every cell runs, whatever its attack: the rounds and the scores."""
+
+
+def of_case(case: Mapping[str, Any], hook: Path | None = None) -> str:
+    """Hash of the code that the cells of a study's case run.
+
+    Args:
+        case: The case as JSON; its attack and defenses count.
+        hook: The study's own Python file.
+
+    Raises:
+        UnknownName: If an attack or defense does not exist.
+    """
+    files = [] if hook is None else [hook]
+    rows: list[tuple[registry.Kind, str]] = [("defense", d["key"]) for d in case["defenses"]]
+    if case["attack"] is not None:
+        rows.append(("attack", case["attack"]["key"]))
+    modules = list(ALWAYS)
+    for kind, key in rows:
+        if "/" in key:  # an outsider's: its file counts, the rest of its package does not
+            cls = registry.load_attack(key) if kind == "attack" else registry.load_defense(key)
+            files.append(Path(inspect.getfile(cls)))
+        else:
+            modules.append(registry.module_path(kind, key))
+    return code_hash(modules, files)
 
 
 def code_hash(modules: Iterable[str], files: Iterable[Path] = ()) -> str:

@@ -1,0 +1,193 @@
+"""One cell: play, attack, score; what comes of it is a record, whatever happens."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.util
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from leakatlas.bench import harness, machine, scene
+from leakatlas.bench.adversary import Adversary
+from leakatlas.bench.cells import Cell
+from leakatlas.bench.record import Record, Status
+from leakatlas.bench.schema import OwnMeasure
+from leakatlas.blocks.watch import Conduct, Watch, parse_budget
+from leakatlas.errors import AttackCrashed, InvalidInput, LeakAtlasError
+from leakatlas.fl import Stage
+
+
+def run_cell(cell: Cell, adversary: Adversary, *, watch: Watch | None = None) -> Record:
+    """Run a cell.
+
+    Args:
+        cell: Which.
+        adversary: Who attacks.
+        watch: Told about progress; stopping it cuts the attack short.
+    """
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    torch.set_num_threads(cell.threads)
+    facts: dict[str, Any] = {
+        "cell": cell.name, "code": cell.code_hash, "study": cell.study, "label": cell.label,
+        "seed": cell.seed, "batch": cell.batch, "recipe": cell.recipe, "started": started,
+        "machine": machine.facts(cell.device), "process": adversary.process,
+    }  # fmt: skip
+    begun = time.perf_counter()
+    try:
+        if cell.case.attack is None:
+            own = _checked(cell, _own(cell, "measure")(cell))
+            costs = {"seconds": time.perf_counter() - begun}
+            return Record(**facts, status="complete", own=own, costs=costs)
+        stage = scene.staged(cell)
+    except LeakAtlasError as refusal:
+        return Record(**facts, status="refused", reason=f"{type(refusal).__name__}: {refusal}")
+    return _attacked(cell, stage, adversary, watch or Watch(), facts)
+
+
+def nothing_came(cell: Cell, reason: str) -> Record:
+    """The record of a cell whose process died: an error, and every original is a failure."""
+    return run_cell(cell, _Dead(reason))
+
+
+class _Dead:
+    """Stands for an adversary that is no more."""
+
+    process: Literal["own", "shared"] = "own"
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def tamper(self, *args: Any, **kwargs: Any) -> Any:
+        raise AttackCrashed(self.reason)
+
+    def attack(self, *args: Any, **kwargs: Any) -> Any:
+        raise AttackCrashed(self.reason)
+
+    def costs(self) -> Mapping[str, float]:
+        return {}
+
+
+def _attacked(
+    cell: Cell, stage: Stage, adversary: Adversary, watch: Watch, facts: dict[str, Any]
+) -> Record:
+    case = cell.case
+    truth = harness.truth_of(stage, case.target)
+    own: Mapping[str, Any] = {}
+    trial: harness.Trial | None = None
+    other: Tensor | None = None
+    seconds = parse_budget(case.budget)
+
+    def budget() -> Watch:
+        return Watch(seconds, watch.listen, parent=watch, conduct=Conduct(execution=case.execution))
+
+    status: Status
+    try:
+        attack = scene.attack_of(case)
+        trial = harness.run_trial(
+            stage, attack, target=case.target, seed=cell.seed, watch=budget(), adversary=adversary
+        )
+        truth = trial.truth
+        status, reason = trial.found.status, trial.found.reason
+        if case.control:
+            decoy = harness.control_trial(
+                stage, scene.staged(cell, decoy=True), attack, target=case.target,
+                seed=cell.seed, watch=budget(), adversary=adversary,
+            )  # fmt: skip
+            other = decoy.images
+    except AttackCrashed as crash:
+        status, reason = "error", str(crash)
+    except LeakAtlasError as refusal:
+        status, reason = "refused", f"{type(refusal).__name__}: {refusal}"
+    if trial is not None and any(isinstance(m, OwnMeasure) for m in case.measures):
+        own = _checked(cell, _own(cell, "examine")(trial, stage))
+    public = scene.public_images(stage)
+    scores = (
+        harness.nothing_scored(truth, stage, public=public)
+        if trial is None
+        else harness.scored(trial, stage, public=public, other_batch=other)
+    )
+    found = None if trial is None else trial.found
+    return Record(
+        **facts,
+        status=status,
+        reason=reason,
+        scores=scores.to_json(),
+        own=own,
+        notes={} if found is None else {n: float(v) for n, v in found.notes.items()},
+        images=tuple(_digest(image)[:12] for image in truth.images),
+        found="" if found is None else _digest(
+            found.images, found.labels, found.label_counts, found.confidence
+        ),
+        reads=() if found is None else tuple(sorted(found.reads)),
+        execution="" if found is None else found.execution,
+        costs={
+            **adversary.costs(),
+            **({} if found is None else {"seconds": found.seconds}),
+            **({} if trial is None else {"rounds": float(len(trial.records))}),
+        },
+    )  # fmt: skip
+
+
+def _digest(*tensors: Tensor | None) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor is None:
+            digest.update(b"none")
+            continue
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# -- the study's own Python file -----------------------------------------------------------------
+
+_HOOKS: dict[Path, ModuleType] = {}
+
+
+def _own(cell: Cell, name: str) -> Any:
+    assert cell.hook is not None
+    if cell.hook not in _HOOKS:
+        spec = importlib.util.spec_from_file_location(f"leakatlas_study_{cell.study}", cell.hook)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        _HOOKS[cell.hook] = module
+    function = getattr(_HOOKS[cell.hook], name, None)
+    if not callable(function):
+        arguments = "cell" if name == "measure" else "trial, stage"
+        raise InvalidInput(
+            f"{cell.hook} must define {name}({arguments}) -> dict for the measures of study "
+            f"{cell.study!r} that describe themselves."
+        )
+    return function
+
+
+def _checked(cell: Cell, values: Any) -> dict[str, Any]:
+    """What the study's file measured: every measure that the case names, as finite numbers."""
+    wanted = [m.name for m in cell.case.measures if isinstance(m, OwnMeasure)]
+    if not isinstance(values, dict) or sorted(values) != sorted(wanted):
+        got = sorted(values) if isinstance(values, dict) else type(values).__name__
+        raise InvalidInput(
+            f"{cell.hook} must return the measures {sorted(wanted)} of case {cell.label!r}; "
+            f"it returned {got}."
+        )
+    plain: dict[str, Any] = {}
+    for name, value in values.items():
+        numbers = torch.as_tensor(value, dtype=torch.float64)
+        if numbers.ndim > 1 or not bool(torch.isfinite(numbers).all()):
+            raise InvalidInput(
+                f"{cell.hook}: {name!r} of case {cell.label!r} must be a finite number or a list "
+                f"of them, got {value!r}."
+            )
+        plain[name] = numbers.tolist()
+    return plain

@@ -1,0 +1,176 @@
+"""A whole study: what is left to do, who does it, and the result file that follows."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from leakatlas.bench import figures, lanes, store
+from leakatlas.bench.cells import Cell, cells_of
+from leakatlas.bench.record import FINAL, Record
+from leakatlas.bench.store import Store
+from leakatlas.bench.study import HOOK, Study, default_folder
+from leakatlas.catalogue import results
+from leakatlas.errors import InvalidInput
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a study is run.
+
+    Args:
+        only: A pattern that the names of its cases must match.
+        workers: Processes of this machine.
+        device: Where attacks compute.
+        threads: Threads of every process.
+        seconds: No further cell is begun after so long.
+        data: Folder of the data sets.
+        records: Folder of the records of all studies.
+        results: Folder of the result files.
+        trust_code: Whether a study from elsewhere may bring Python code.
+    """
+
+    only: str | None = None
+    workers: int = 1
+    device: str = "cpu"
+    threads: int = 1
+    seconds: float | None = None
+    data: Path = field(default_factory=lambda: data_folder())
+    records: Path = field(default_factory=store.default_folder)
+    results: Path = field(default_factory=results.default_folder)
+    trust_code: bool = False
+
+
+def data_folder() -> Path:
+    """``$LEAKATLAS_DATA``, else ``../shared/data`` beside the checkout."""
+    chosen = os.environ.get("LEAKATLAS_DATA")
+    if chosen:
+        return Path(chosen)
+    return (results.repository_root() or Path.cwd()).parent / "shared" / "data"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a study is.
+
+    Args:
+        cells: All its cells.
+        records: The last record of each that has one.
+        left: Cells without a final record of the present code, in order.
+    """
+
+    cells: tuple[Cell, ...]
+    records: dict[str, Record]
+    left: tuple[Cell, ...]
+
+    @property
+    def stale(self) -> int:
+        """Cells whose record is of other code."""
+        return sum(
+            cell.name in self.records and self.records[cell.name].code != cell.code_hash
+            for cell in self.cells
+        )
+
+
+def standing(study: Study, options: Options) -> Standing:
+    """What a study has and what it lacks."""
+    cells = tuple(
+        cells_of(
+            study,
+            only=options.only,
+            device=options.device,
+            threads=options.threads,
+            data=options.data,
+        )
+    )
+    if not cells:
+        raise InvalidInput(
+            f"Study {study.name!r} has no case that matches {options.only!r}; its cases: "
+            f"{', '.join(study.cases)}."
+        )
+    records = Store(options.records / study.name).records()
+    left = tuple(
+        cell
+        for cell in cells
+        if (kept := records.get(cell.name)) is None
+        or kept.status not in FINAL
+        or kept.code != cell.code_hash
+    )
+    return Standing(cells, records, left)
+
+
+def run_study(study: Study, options: Options, sink: lanes.Sink | None = None) -> Standing:
+    """Run what is left of a study, and write its result file.
+
+    Args:
+        study: The study.
+        options: How.
+        sink: Told about progress.
+
+    Raises:
+        InvalidInput: If no case matches, code is not trusted, or a record cannot be written.
+    """
+    if study.hook is not None and not options.trust_code:
+        if study.folder.parent != default_folder().resolve():
+            raise InvalidInput(
+                f"Study {study.name!r} brings Python code ({study.folder / HOOK}), which would "
+                "run here. Read it, and allow it with --trust-code."
+            )
+    before = standing(study, options)
+    kept = Store(options.records / study.name)
+    kept.tidy()
+    deadline = None if options.seconds is None else time.monotonic() + options.seconds
+    try:
+        lanes.run(
+            before.left,
+            min(options.workers, len(before.left)),
+            _Keeping(kept, sink),
+            enough=lambda: deadline is not None and time.monotonic() >= deadline,
+        )
+    finally:
+        after = standing(study, options)
+        write(study, options)
+    return after
+
+
+def write(study: Study, options: Options) -> Path | None:
+    """Derive the result file of a study from its records; None if it has none."""
+    whole = Options(
+        device=options.device, threads=options.threads, data=options.data, records=options.records
+    )
+    now = standing(study, whole)
+    command = f"leakatlas bench {study.name}"
+    content = figures.document(study, now.cells, now.records, command)
+    if content is None:
+        return None
+    path = options.results / f"{study.name}.json"
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    partial = path.with_suffix(".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+class _Keeping:
+    """Keeps every record before anybody else hears of it."""
+
+    def __init__(self, kept: Store, sink: lanes.Sink | None) -> None:
+        self._kept = kept
+        self._sink = sink
+
+    def begun(self, cell: Cell) -> None:
+        if self._sink is not None:
+            self._sink.begun(cell)
+
+    def moved(self, cell: Cell, fraction: float, note: str) -> None:
+        if self._sink is not None:
+            self._sink.moved(cell, fraction, note)
+
+    def done(self, cell: Cell, record: Record) -> None:
+        self._kept.append(record)
+        if self._sink is not None:
+            self._sink.done(cell, record)

@@ -1,0 +1,166 @@
+"""``leakatlas bench``: studies, what there is of them, and running them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from leakatlas.errors import InvalidParameter, LeakAtlasError
+
+if TYPE_CHECKING:  # torch takes a second to load; --help should not wait for it
+    from leakatlas.bench.runner import Options, Standing
+    from leakatlas.bench.study import Study
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command()(bench)
+
+
+def bench(
+    study: Annotated[
+        str | None, typer.Argument(help="A study: its name, its folder, or its study.yaml.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Only cases of this name; * and ? stand for anything.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Cells at a time on this machine.")] = 1,
+    device: Annotated[str, typer.Option(help="Where attacks compute: cpu, cuda, cuda:1.")] = "cpu",
+    limit: Annotated[
+        str | None,
+        typer.Option(help="30s, 10m, 1h: no further cell is begun after it; running ones end."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the data sets.", show_default="$LEAKATLAS_DATA"),
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder for result files.", show_default="results/")
+    ] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Run a study.py that is not in studies/.")
+    ] = False,
+    show: Annotated[bool, typer.Option("--list", help="List studies and their state.")] = False,
+    stale: Annotated[
+        bool, typer.Option("--stale", help="List studies that have something to run, and why.")
+    ] = False,
+    every: Annotated[bool, typer.Option("--all", help="Run everything that is left.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Run a study, from where it stopped: one set-up, its axes, every combination scored alike.
+
+    Exit code 0: every cell has a record; 2: bad input; 3: cells are left, or some crashed. Ctrl-C
+    loses the cells that are being run and nothing else; the same command continues.
+    """
+    if sum((study is not None, show, stale, every)) != 1:
+        raise InvalidParameter("Give one study, or one of --list, --stale and --all.")
+    from leakatlas.bench.runner import Options
+    from leakatlas.bench.study import find, load
+    from leakatlas.blocks.watch import parse_budget
+
+    given: dict[str, Any] = {"data": data, "results": results}
+    options = Options(
+        only=only,
+        workers=workers,
+        device=device,
+        seconds=parse_budget(limit),
+        trust_code=trust_code,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    if study is not None:
+        ended = _run([load(study)], options, as_json)
+    else:
+        studies = [load(path) for path in find().values()]
+        if every:
+            ended = _run(studies, options, as_json)
+        else:
+            ended = _table(studies, options, only_stale=stale, as_json=as_json)
+    raise typer.Exit(0 if ended else 3)
+
+
+def _run(studies: list[Study], options: Options, as_json: bool) -> bool:
+    """Run studies one after the other; whether all of their cells have ended well."""
+    from leakatlas.bench.runner import run_study, standing
+    from leakatlas.cli.progress import Cells
+
+    console = Console(stderr=True)
+    whole = True
+    told = []
+    for study in studies:
+        left = standing(study, options).left
+        with Cells(console, study.name, total=len(left), quiet=as_json) as sink:
+            after = run_study(study, options, sink)
+        whole &= not after.left
+        told.append(_facts(study, after))
+        if not as_json:
+            _summary(console, study, after, options)
+    if as_json:
+        typer.echo(json.dumps(told))
+    return whole
+
+
+def _summary(console: Console, study: Study, after: Standing, options: Options) -> None:
+    facts = _facts(study, after)
+    ends = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in facts["status"].items())
+    console.print(
+        f"{study.name}: {len(after.cells)} cells, {ends or 'none run'}; {len(after.left)} left.",
+        highlight=False,
+    )
+    for reason in facts["reasons"]:
+        console.print(f"  {escape(reason)}", highlight=False)
+    path = options.results / f"{study.name}.json"
+    if path.is_file():
+        console.print(f"Figures: {escape(str(path))}", highlight=False)
+
+
+def _facts(study: Study, now: Standing) -> dict[str, Any]:
+    """How far a study is, for machines."""
+    mine = [now.records[cell.name] for cell in now.cells if cell.name in now.records]
+    status: dict[str, int] = {}
+    for record in mine:
+        status[record.status] = status.get(record.status, 0) + 1
+    return {
+        "study": study.name,
+        "title": study.file.title,
+        "cases": len(study.cases),
+        "cells": len(now.cells),
+        "left": len(now.left),
+        "stale": now.stale,
+        "status": dict(sorted(status.items())),
+        "reasons": sorted({r.reason for r in mine if r.status in ("error", "refused")})[:5],
+    }
+
+
+def _table(studies: list[Study], options: Options, *, only_stale: bool, as_json: bool) -> bool:
+    from leakatlas.bench.runner import standing
+
+    facts = []
+    for study in studies:
+        try:
+            facts.append(_facts(study, standing(study, options)))
+        except LeakAtlasError as problem:  # one study's trouble must not hide the others
+            facts.append({"study": study.name, "title": study.file.title, "problem": str(problem)})
+    if only_stale:
+        facts = [f for f in facts if f.get("left") or f.get("problem")]
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return True
+    table = Table()
+    for column in ("study", "title", "cases", "cells", "left", "of old code", "errors"):
+        table.add_column(column, overflow="fold")
+    for f in facts:
+        if "problem" in f:
+            table.add_row(f["study"], escape(f["problem"]))
+            continue
+        table.add_row(
+            f["study"], f["title"], *(str(f[k]) for k in ("cases", "cells", "left", "stale")),
+            str(f["status"].get("error", 0)),
+        )  # fmt: skip
+    Console().print(table)
+    return True

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from leakatlas.bench import study as studies
+from leakatlas.bench.cells import Cell, cells_of
+from leakatlas.bench.study import Study
+from leakatlas.errors import InvalidInput, UnknownName
+
+SMALL: dict[str, Any] = {
+    "schema": "leakatlas/study/1",
+    "title": "A small study",
+    "question": "Does the machinery work?",
+    "chosen": "nothing",
+    "setup": {
+        "model": {"builtin": "fc", "kwargs": {"size": 8, "classes": 10, "widths": [12]}},
+        "victims": "photos:8",
+        "attack": {"key": "rgap"},
+        "measures": ["psnr", "exact"],
+    },
+}
+
+
+def write(folder: Path, content: Any = None, **changes: Any) -> Path:
+    path = folder / "small" / "study.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = (
+        content
+        if isinstance(content, str)
+        else yaml.safe_dump({**SMALL, **changes}, sort_keys=False)
+    )
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def load(folder: Path, **changes: Any) -> Study:
+    return studies.load(write(folder, **changes))
+
+
+def setup(**changes: Any) -> dict[str, Any]:
+    return {"setup": {**SMALL["setup"], **changes}}
+
+
+def test_a_study_without_axes_has_one_case(tmp_path: Path) -> None:
+    study = load(tmp_path)
+    assert study.name == "small" and list(study.cases) == ["main"]
+    assert study.cases["main"].model.builtin == "fc"
+    assert [(c.seed, c.batch) for c in cells_of(study)] == [(0, 0)]
+
+
+def test_the_cases_are_all_combinations_but_the_excluded_ones(tmp_path: Path) -> None:
+    study = load(
+        tmp_path,
+        axes={
+            "letter": ["A", "B"],
+            "model.kwargs.widths": [[4], [5]],
+            "attack": {"plain": {}, "ratio": {"attack": "april"}},
+        },
+        exclude=[{"letter": "A", "attack": "ratio"}],
+    )
+    assert list(study.cases) == [
+        "A/[4]/plain", "A/[5]/plain",
+        "B/[4]/plain", "B/[4]/ratio", "B/[5]/plain", "B/[5]/ratio",
+    ]  # fmt: skip
+    case = study.cases["B/[5]/ratio"]
+    assert case.letter == "B" and case.model.kwargs["widths"] == [5]
+    assert case.model.kwargs["classes"] == 10  # the rest of the table stays
+    assert case.attack is not None and case.attack.key == "april"
+
+
+def test_another_attack_does_not_inherit_the_parameters_of_the_first(tmp_path: Path) -> None:
+    first = {"key": "dlg", "parameters": {"steps": 5}}
+    study = load(tmp_path, **setup(attack=first), axes={"a": {"x": {}, "y": {"attack": "idlg"}}})
+    x, y = study.cases["x"].attack, study.cases["y"].attack
+    assert x is not None and x.parameters == {"steps": 5}
+    assert y is not None and y.parameters == {}
+
+
+def test_seeds_times_batches_or_one_batch_a_seed(tmp_path: Path) -> None:
+    product = load(tmp_path, **setup(seeds=[3, 4], batches=2))
+    assert [(c.seed, c.batch) for c in cells_of(product)] == [(3, 0), (3, 1), (4, 0), (4, 1)]
+    paired = load(tmp_path, **setup(seeds=[3, 4], batches="one a seed"))
+    assert [(c.seed, c.batch) for c in cells_of(paired)] == [(3, 0), (4, 1)]
+
+
+def test_only_takes_patterns(tmp_path: Path) -> None:
+    study = load(tmp_path, axes={"letter": ["A", "B"], "batch": [1, 2]})
+    assert {c.label for c in cells_of(study, only="A/*")} == {"A/1", "A/2"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "word"),
+    [
+        ({"titel": "x"}, "titel", "did you mean 'title'"),
+        ({"title": ""}, "title", "empty"),
+        ({"schema": "leakatlas/study/0"}, "schema", "leakatlas/study/1"),
+        ({"axes": {"letter": []}}, "axes", "has no value"),
+        (setup(batc=2), "batc", "did you mean 'batch'"),
+        (setup(batch=0), "batch", "greater than 0"),
+        (setup(batch="2"), "batch", "whole number"),
+        (setup(model={"builtin": "fc", "kwarg": {}}), "model.kwarg", "did you mean 'kwargs'"),
+        (setup(vantage="sever"), "vantage", "did you mean 'server'"),
+        (setup(attack="rgab"), "attack.key", "did you mean 'rgap'"),
+        (setup(defenses=[{"key": "cliping"}]), "defenses[1].key", "did you mean 'clipping'"),
+        (setup(measures=["psnrr"]), "measures[1]", "did you mean 'psnr'"),
+        (setup(measures=[{"name": "own"}]), "measures[1]", "computed by nobody"),
+        (setup(measures=[]), "measures", "too short"),
+        (setup(beside={"attack": "gaussian"}), "beside.attack", "one of: dlg"),
+        (setup(beside={"attack": "dlg", "defense": "clipping"}), "beside", "exactly one"),
+        (setup(beside={"attack": "dlg", "reported": "label acuracy"}), "beside.reported",
+         "label accuracy"),
+        (setup(choose="one class"), "", "label"),
+        (setup(clients=2, target=2), "", "client 2"),
+        (setup(budget="soon"), "budget", "paper"),
+        ({"axes": {"letter": ["A", "B"]}, "exclude": [{"leter": "A"}]}, "exclude[1]", "letter"),
+        ({"axes": {"letter": ["A", "B"]}, "exclude": [{"letter": "C"}]}, "exclude[1]", "A, B"),
+        ({"compare": [{"measure": "psnr", "of": "main", "minus": "mian"}]}, "compare[1].minus",
+         "did you mean 'main'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_with_its_place_and_a_way_out(
+    tmp_path: Path, changes: dict[str, Any], field: str, word: str
+) -> None:
+    study, problems = studies.check(write(tmp_path, **changes))
+    assert study is None
+    assert [problem.field for problem in problems] == [field], [str(p) for p in problems]
+    assert word in str(problems[0]) and "small/study.yaml" in str(problems[0])
+
+
+def test_a_mistake_that_every_case_inherits_is_said_once(tmp_path: Path) -> None:
+    path = write(tmp_path, **setup(bach=3), axes={"letter": ["A", "B", "C"]})
+    _, problems = studies.check(path)
+    assert len(problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("schema: [", "not YAML"),
+        ("- a", "holds list"),
+        ("a: 1\na: 2", "stands twice"),
+        ("a: &x [1]\nb: *x", "aliases"),
+        ("a: !!python/object/apply:os.system ['true']", "not YAML"),
+        ("[" * 3_000, "not YAML"),
+        ("\x00", "not YAML"),
+    ],
+)
+def test_what_is_no_study_is_refused_in_words(tmp_path: Path, text: str, word: str) -> None:
+    study, problems = studies.check(write(tmp_path, text))
+    assert study is None and word in str(problems[0])
+
+
+def test_a_name_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="study"):
+        studies.load("no-such-study")
+    with pytest.raises(InvalidInput, match=r"small/study\.yaml"):
+        studies.load(write(tmp_path, "{}"))
+
+
+def test_a_cell_is_named_by_what_decides_its_figures(tmp_path: Path) -> None:
+    def cell(**changes: Any) -> Cell:
+        return next(iter(cells_of(load(tmp_path, **setup(**changes)))))
+
+    same = cell().name
+    assert cell(measures=["ssim"]).name == same
+    assert cell(note="words").name == same
+    assert cell(memory=1.0).name == same
+    assert cell(batches=7).name == same
+    others = [cell(batch=2), cell(letter="A"), cell(seeds=[1]), cell(execution="auto"),
+              cell(attack={"key": "rgap", "preset": "tuned"}), cell(control=True)]  # fmt: skip
+    assert len({same, *(other.name for other in others)}) == len(others) + 1
+
+
+def test_a_cell_travels_as_json(tmp_path: Path) -> None:
+    cell = next(iter(cells_of(load(tmp_path))))
+    again = Cell.from_json(cell.to_json())
+    assert (again.name, again.code_hash) == (cell.name, cell.code_hash)
