@@ -1,9 +1,10 @@
-"""Train the classifiers that LeakAtlas ships: the ConvNet with and without batch normalisation.
+"""Train the classifiers that LeakAtlas ships, and those that its studies attack.
 
     python scripts/train_checkpoints.py --data cifar10/train.parquet
 
-SGD with Nesterov momentum and a one-cycle step size, random flips and 4-pixel shifts, label
-smoothing 0.1, bfloat16 matrix products. The last 5,000 images are held out for the figures.
+SGD with Nesterov momentum (AdamW for the sigmoid LeNet and the ViT) and a one-cycle step size,
+random flips and 4-pixel shifts, label smoothing 0.1, bfloat16 matrix products. The last 5,000
+images are held out for the figures. Weights that only a study needs go beside it, by ``--out``.
 """
 
 from __future__ import annotations
@@ -24,8 +25,16 @@ from leakatlas.models.registry import build
 
 HELD_OUT = 5_000
 BATCH = 128
-# Name of the weights -> (model, largest step size). Without normalisation 0.2 diverges.
-MODELS = {"convnet-bn-cifar10": ("convnet-bn", 0.2), "convnet-cifar10": ("convnet", 0.03)}
+# Name of the weights -> (model, optimizer, largest step size). Without normalisation 0.2 diverges.
+SHIPPED = {
+    "convnet-bn-cifar10": ("convnet-bn", "sgd", 0.2),
+    "convnet-cifar10": ("convnet", "sgd", 0.03),
+}
+STUDIED = {
+    "lenet-cifar10": ("lenet", "adamw", 5e-3),
+    "vit-cifar10": ("vit", "adamw", 2e-3),
+    "resnet20-cifar10": ("resnet20", "sgd", 0.3),
+}
 
 
 def augment(x: Tensor, draws: torch.Generator) -> Tensor:
@@ -47,16 +56,19 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
 
 
 def train(
-    model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, lr: float, draws: torch.Generator
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    epochs: int,
+    optimizer: torch.optim.Optimizer,
+    draws: torch.Generator,
 ) -> None:
     """Fit ``model`` in place to normalised images ``x`` ``(N, C, H, W)`` and labels ``y``."""
     model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True
-    )
     per_epoch = len(x) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=lr, total_steps=per_epoch * epochs
+        optimizer, max_lr=optimizer.param_groups[0]["lr"], total_steps=per_epoch * epochs
     )
     start = time.monotonic()
     for epoch in range(epochs):
@@ -80,11 +92,20 @@ def train(
     model.to(memory_format=torch.contiguous_format)
 
 
+def optimizer_of(model: nn.Module, kind: str, lr: float) -> torch.optim.Optimizer:
+    """The optimizer of a model's row in the tables above."""
+    if kind == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
+    return torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+
+
 def main() -> None:
     """Read the arguments, train each model, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 train, as Parquet")
-    parser.add_argument("--only", choices=tuple(MODELS), help="train this one alone")
+    parser.add_argument("--only", choices=(*SHIPPED, *STUDIED), help="train this one alone")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
@@ -94,13 +115,18 @@ def main() -> None:
     torch.set_num_threads(1)
     images = parquet(arguments.data, 32)
     x, y = CIFAR10.normalize(images.images), images.labels
-    for name, (architecture, lr) in MODELS.items():
-        if arguments.only not in (None, name):
-            continue
+    chosen = SHIPPED
+    if arguments.only is not None:
+        chosen = {arguments.only: {**SHIPPED, **STUDIED}[arguments.only]}
+    for name, (architecture, kind, lr) in chosen.items():
         start = time.monotonic()
         model = build(architecture, seed=arguments.seed)
         draws = torch.Generator().manual_seed(arguments.seed)
-        train(model, x[:-HELD_OUT], y[:-HELD_OUT], epochs=arguments.epochs, lr=lr, draws=draws)
+        optimizer = optimizer_of(model, kind, lr)
+        train(
+            model, x[:-HELD_OUT], y[:-HELD_OUT],
+            epochs=arguments.epochs, optimizer=optimizer, draws=draws,
+        )  # fmt: skip
         loss, accuracy = evaluate(model, x[-HELD_OUT:], y[-HELD_OUT:])
         about = Card(
             name=name,

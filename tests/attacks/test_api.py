@@ -123,6 +123,7 @@ def test_the_result_is_stamped() -> None:
         "scenario": {"name": "s"},
         "seed": 3,
         "versions": {"leakatlas": leakatlas.__version__, "torch": torch.__version__},
+        "rehearsal": {},
     }
 
 

@@ -47,12 +47,15 @@ class Recipe:
         scenario: The scenario as JSON, or empty for a view from elsewhere.
         seed: Seed of the attack.
         versions: LeakAtlas and torch.
+        rehearsal: How the parameters were chosen, if the adversary rehearsed; no part of the
+            identity, since equal parameters give equal results.
     """
 
     attack: Mapping[str, Any]
     scenario: Mapping[str, Any]
     seed: int
     versions: Mapping[str, str]
+    rehearsal: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -61,6 +64,7 @@ class Recipe:
             "scenario": dict(self.scenario),
             "seed": self.seed,
             "versions": dict(self.versions),
+            "rehearsal": dict(self.rehearsal),
         }
 
     @classmethod
@@ -70,8 +74,9 @@ class Recipe:
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 of the canonical JSON, the versions left out."""
-        plain = {k: v for k, v in self.to_json().items() if k != "versions"}
+        """SHA-256 of the canonical JSON, the versions and the rehearsal left out."""
+        left_out = ("versions", "rehearsal")
+        plain = {k: v for k, v in self.to_json().items() if k not in left_out}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -146,6 +151,9 @@ class Attack(Configured, ABC):
     """Whether the method rests on plain softmax cross-entropy; it refuses other losses."""
     departs_from_letter: ClassVar[str] = ""
     """Why ``needs`` differs from what the row's letter gives, if it does."""
+    counts: ClassVar[tuple[str, ...]] = ("steps",)
+    """Parameters that count iterations along the run's schedule; those that it lacks are passed
+    over."""
 
     def grants(self) -> frozenset[Grant]:
         """Grants that these parameters need."""
@@ -155,6 +163,38 @@ class Attack(Configured, ABC):
     def tuned(cls) -> Self:
         """The preset for short budgets, chosen on public images; the published one by default."""
         return cls()
+
+    @classmethod
+    def variants(cls) -> Mapping[str, Self]:
+        """What a rehearsal chooses from, by name: our short preset, the published one, others.
+
+        A rehearsal makes all of them equally long. The first is what runs without a rehearsal.
+        """
+        return {"tuned": cls.tuned(), "published": cls()}
+
+    @property
+    @final
+    def length(self) -> int | None:
+        """Iterations of the whole run; None if no schedule depends on their number."""
+        counted = [getattr(self, name) for name in self.counts if hasattr(self, name)]
+        return sum(counted) if counted else None
+
+    @final
+    def lasting(self, iterations: int) -> Self:
+        """The same attack with its schedule stretched over so many iterations, at least one each.
+
+        Args:
+            iterations: In place of :attr:`length`; an attack without one stays as it is.
+        """
+        length = self.length
+        if length is None:
+            return self
+        scaled = {
+            name: max(1, getattr(self, name) * iterations // length)
+            for name in self.counts
+            if getattr(self, name, 0)
+        }
+        return replace(self, **scaled)
 
     def outlook(self, view: View) -> Outlook:
         """Whether this attack can work on ``view``, judged in a second from what it holds."""

@@ -76,6 +76,7 @@ def audit(
     budget: str | float | None = "5m",
     seed: int = 0,
     execution: Execution = "auto",
+    rehearsal: bool = True,
     out: Path | str | None = None,
     listener: Listener | None = None,
     stop: Watch | None = None,
@@ -105,6 +106,9 @@ def audit(
         seed: Of everything random.
         execution: How optimisation attacks compute slopes: ``"auto"`` tries faster ways where
             the rest of a run repays it, ``"eager"`` repeats a long run bit for bit.
+        rehearsal: Whether the adversary first tries its attacks on public images, within the
+            budget, and so chooses variants and order; a published preset has no budget and no
+            rehearsal.
         out: Folder that keeps finished runs and checkpoints of the present one, so that a killed
             audit resumes.
         listener: Shown progress.
@@ -128,6 +132,7 @@ def audit(
         seconds=parse_budget(budget),
         seed=seed,
         execution=execution,
+        rehearsal=rehearsal,
         command="leakatlas.audit(model, batch, ...)",
     )
     return carry_out(plan, out=None if out is None else Path(out), listener=listener, stop=stop)

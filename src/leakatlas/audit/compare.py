@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from leakatlas.audit.jobs import Job, run_job
+from leakatlas.audit.effort import REHEARSED, Readied, iterates, readied
+from leakatlas.audit.jobs import Job, finished, run_job
 from leakatlas.audit.listener import Listener
-from leakatlas.audit.plan import Plan, presets
-from leakatlas.audit.utility import accuracy_under
+from leakatlas.audit.plan import Plan, Setting, presets
+from leakatlas.audit.utility import Utility, accuracy_under
 from leakatlas.blocks.watch import Watch
 from leakatlas.fl import FedSGD
 from leakatlas.fl.view import defense_json
 from leakatlas.report import Comparison, Run, rank
 from leakatlas.threat import LETTERS
 
-COMPARISON_SHARE = 0.35
-"""Part of the budget that goes to comparing defenses, if any are compared."""
+MEASURING = 0.1
+"""Share of the comparisons' time that measuring the price in accuracy may take, where nothing is
+kept."""
 
 
 def compare(
     plan: Plan,
     runs: Sequence[Run],
+    watch: Watch,
     out: Path | None,
     listener: Listener,
     stop: Watch,
 ) -> list[Comparison]:
-    """The strongest attacks of the first setting again, under each alternative."""
+    """The strongest attacks of the first setting again, under each set of defenses.
+
+    Every set, the configured one included, meets the same attacker: the same letter, a rehearsal
+    of the same length against that set, as many iterations, the same seeds. An attack that runs
+    longer on one of them would make its defense look worse.
+
+    Args:
+        plan: The alternatives.
+        runs: On the settings as they are.
+        watch: What is left of the budget.
+        out: Folder that keeps finished runs.
+        listener: Told about progress.
+        stop: Ends the comparisons early.
+    """
     if not plan.alternatives:
         return []
     first = plan.settings[0]
@@ -35,46 +51,85 @@ def compare(
         (key, _informed(letter, plan.letters))
         for key, letter in _battery([run for run in runs if run.setting == first.name])
     ]
-    attacks = {
-        attack.key: attack
-        for attack in presets(
-            [key for key, _ in battery], plan.attack_parameters, published=plan.seconds is None
-        )
-    }
-    comparisons: list[Comparison] = []
     cases = {"as configured": first.defenses, **plan.alternatives}
-    # The same time for every defense, whatever came before: an attack that gets less of it would
-    # make a defense look better.
-    pieces = max(len(plan.alternatives) * len(battery), 1)
-    allowance = None if plan.seconds is None else COMPARISON_SHARE * plan.seconds / pieces
-    for name, defenses in cases.items():
-        setting = replace(first, defenses=defenses, targets=first.targets[:1])
-        found: list[Run] = []
-        for key, letter in battery:
-            if stop.stopped:
-                return comparisons
-            if name == "as configured":
-                found += [
-                    run for run in runs
-                    if (run.setting, run.attack) == (first.name, key) and run.tried
-                ][:1]  # fmt: skip
-                continue
-            job = Job(setting, attacks[key], letter, setting.targets[0], 1.0)
-            run = run_job(job, plan, allowance, out, listener, stop)
-            found.append(run)
+    settings = {
+        name: replace(first, defenses=defenses, targets=first.targets[:1])
+        for name, defenses in cases.items()
+    }
+    prices = _prices(plan, settings, watch, stop)
+    found: dict[str, list[Run]] = {name: [] for name in cases}
+    for position, (key, letter) in enumerate(battery):
+        left = watch.remaining()
+        seconds = None if left is None else max(left, 1.0) / (len(battery) - position)
+        for name, run in _duel(plan, settings, key, letter, seconds, out, listener, stop):
+            found[name].append(run)
             listener.done(run)
-        local = not isinstance(first.protocol, FedSGD)
-        utility = accuracy_under(defenses, local=local, seed=plan.seed, watch=Watch(parent=stop))
-        comparisons.append(
-            Comparison(
-                name,
-                tuple(defense_json(d) for d in defenses),
-                tuple(found),
-                utility.accuracy,
-                utility.reason,
-            )
+    return [
+        Comparison(
+            name,
+            tuple(defense_json(d) for d in cases[name]),
+            tuple(found[name]),
+            prices[name].accuracy,
+            prices[name].reason,
         )
-    return comparisons
+        for name in cases
+        if found[name] or not stop.stopped
+    ]
+
+
+def _prices(
+    plan: Plan, settings: Mapping[str, Setting], watch: Watch, stop: Watch
+) -> dict[str, Utility]:
+    """Accuracy under each set, by name."""
+    left = watch.remaining()
+    allowed = Watch(None if left is None else max(MEASURING * left, 1.0), parent=stop)
+    prices: dict[str, Utility] = {}
+    for (name, setting), share in zip(settings.items(), allowed.share(len(settings)), strict=False):
+        local = not isinstance(setting.protocol, FedSGD)
+        prices[name] = accuracy_under(setting.defenses, local=local, seed=plan.seed, watch=share)
+    missing = Utility(None, "the budget ended before its price was measured")
+    return {name: prices.get(name, missing) for name in settings}
+
+
+def _duel(
+    plan: Plan,
+    settings: Mapping[str, Setting],
+    key: str,
+    letter: str,
+    seconds: float | None,
+    out: Path | None,
+    listener: Listener,
+    stop: Watch,
+) -> Iterator[tuple[str, Run]]:
+    """One attack against every set of defenses, with equal effort."""
+    published = plan.seconds is None
+    (attack,) = presets([key], plan.attack_parameters, published=published)
+    jobs = {name: Job(setting, attack, letter, setting.targets[0], 1.0)
+            for name, setting in settings.items()}  # fmt: skip
+    each = None if seconds is None else seconds / len(jobs)
+    if each is not None and iterates(attack):
+        share = REHEARSED if plan.rehearsal else 0.0
+        kept = {name: finished(job, plan, out) for name, job in jobs.items()}
+        ready: dict[str, Readied] = {}
+        for name, job in jobs.items():
+            if kept[name] is not None or stop.stopped:
+                continue
+            listener.run(f"{name}: {key}, rehearsal", 0.0)
+            ready[name] = readied(
+                job, plan, seconds=share * each, allowance=(1 - share) * each, stop=stop
+            )
+        lengths = [at.lasting((1 - share) * each).length or 1 for at in ready.values()]
+        for name, at in ready.items():
+            jobs[name] = replace(
+                jobs[name],
+                attack=at.attack.lasting(min(lengths)),
+                preset=attack,
+                rehearsal=at.told(),
+            )
+    for name, job in jobs.items():
+        if stop.stopped:
+            return
+        yield name, run_job(job, plan, each, out, listener, stop)
 
 
 def _battery(runs: Sequence[Run]) -> list[tuple[str, str]]:

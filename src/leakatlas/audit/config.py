@@ -80,6 +80,8 @@ class AuditConfig(_Strict):
     seed: int = 0
     execution: Execution = "auto"
     """How optimisation attacks compute slopes; ``eager`` repeats long runs bit for bit."""
+    rehearsal: bool = True
+    """Whether the adversary first tries its attacks on public images, within the budget."""
     captured: str | None = None
     """An update captured from a real client, for ``doctor``."""
     fail_on: tuple[str, ...] = ()
@@ -158,6 +160,7 @@ def make_plan(config: AuditConfig, *, base: Path, command: str) -> Plan:
         seconds=parse_budget(config.budget),
         seed=config.seed,
         execution=config.execution,
+        rehearsal=config.rehearsal,
         source=config.model_dump(mode="json"),
         command=command,
     )

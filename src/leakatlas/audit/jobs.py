@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import traceback
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,6 +40,9 @@ class Job:
         letter: Threat model it runs under.
         target: Client attacked.
         weight: Share of the budget, relative to the other jobs.
+        preset: What the attack was before a rehearsal and a plan changed its parameters, if they
+            did: the name under which its run is kept.
+        rehearsal: How the parameters were chosen, for recipe and report.
     """
 
     setting: Setting
@@ -45,6 +50,24 @@ class Job:
     letter: str
     target: int
     weight: float
+    preset: Attack | None = None
+    rehearsal: Mapping[str, Any] = field(default_factory=dict)
+
+
+def kept_as(job: Job, plan: Plan, out: Path | None) -> Path | None:
+    """Where the run of a job is kept; None if nothing is."""
+    if out is None:
+        return None
+    live = job.setting.stage(letter=job.letter, seed=plan.seed)
+    named = (job.preset or job.attack).recipe(plan.seed, live.scenario.to_json())
+    effort = f"{named.content_hash}|{plan.seconds}|{plan.rehearsal}"
+    return out / "runs" / kept.identity(job.setting, job.target, effort)
+
+
+def finished(job: Job, plan: Plan, out: Path | None) -> Run | None:
+    """The run of a job that was finished before, if it was kept."""
+    place = kept_as(job, plan, out)
+    return None if place is None else kept.load(place)
 
 
 def run_job(
@@ -67,12 +90,10 @@ def run_job(
     """
     vantage = job.setting.effective_vantage
     live = job.setting.stage(letter=job.letter, seed=plan.seed)
-    recipe = job.attack.recipe(plan.seed, live.scenario.to_json())
-    cache = None
-    if out is not None:
-        cache = out / "runs" / kept.identity(job.setting, job.target, recipe.content_hash)
-    if cache is not None and (finished := kept.load(cache)) is not None:
-        return finished
+    recipe = replace(job.attack.recipe(plan.seed, live.scenario.to_json()), rehearsal=job.rehearsal)
+    cache = kept_as(job, plan, out)
+    if cache is not None and (before := kept.load(cache)) is not None:
+        return before
     name = f"{job.setting.name}: {job.attack.key}"
     progress = None if cache is None else cache.with_name(f"{cache.name}.progress")
     watch = Watch(

@@ -97,10 +97,14 @@ class Setting:
         return found.subset(kept)
 
     @property
+    def hides_updates(self) -> bool:
+        """Whether a defense hides single updates from the server."""
+        return any(Trait.HIDES_UPDATES in defense.active_traits() for defense in self.defenses)
+
+    @property
     def effective_vantage(self) -> Vantage:
         """The vantage, or ``aggregate`` where a defense hides single updates from it."""
-        hidden = any(Trait.HIDES_UPDATES in defense.active_traits() for defense in self.defenses)
-        if hidden and self.vantage in (Vantage.WIRE, Vantage.SERVER):
+        if self.hides_updates and self.vantage in (Vantage.WIRE, Vantage.SERVER):
             return Vantage.AGGREGATE
         return self.vantage
 
@@ -143,6 +147,7 @@ class Plan:
         seed: Of everything.
         execution: How optimisation attacks compute slopes; see
             :mod:`leakatlas.blocks.descent.execution`.
+        rehearsal: Whether attacks that iterate are tried on public images first, within a budget.
         source: The configuration as JSON, for the report.
         command: The command that repeats this audit.
     """
@@ -154,6 +159,7 @@ class Plan:
     seconds: float | None = 300.0
     seed: int = 0
     execution: Execution = "auto"
+    rehearsal: bool = True
     source: Mapping[str, Any] = field(default_factory=dict)
     command: str = "leakatlas audit"
 

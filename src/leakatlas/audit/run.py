@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ import torch
 
 import leakatlas
 from leakatlas.attacks.api import ActiveAttack
-from leakatlas.audit.compare import COMPARISON_SHARE, compare
+from leakatlas.audit.budget import Budget, Writer
+from leakatlas.audit.compare import compare
 from leakatlas.audit.diagnosis import examine
-from leakatlas.audit.jobs import Job, not_run, run_job
+from leakatlas.audit.effort import spend
+from leakatlas.audit.jobs import Job, not_run
 from leakatlas.audit.listener import Listener, Silent
 from leakatlas.audit.plan import Plan, cost_weight, presets
 from leakatlas.blocks.watch import Watch
 from leakatlas.fl.view import defense_json
-from leakatlas.report import Report, Run, check_writable
+from leakatlas.report import Comparison, Report, Run, check_writable
 
 
 def carry_out(
@@ -72,36 +74,30 @@ def carry_out(
                 for target in targets
             )
     listener.begin(len(jobs))
-    seconds = plan.seconds
-    main = Watch(
-        None if seconds is None else seconds * (1 - COMPARISON_SHARE * bool(plan.alternatives)),
-        parent=stop,
-    )
-    jobs.sort(key=lambda job: job.weight)
-    for index, job in enumerate(jobs):
-        if stop.stopped:
-            break
-        left = main.remaining()
-        weight = sum(other.weight for other in jobs[index:])
-        allowance = None if left is None else max(left, 1.0) * job.weight / weight
-        run = run_job(job, plan, allowance, out, listener, stop)
+    budget = Budget.of(plan, begun)
+    written = Writer(out)
+
+    def report(comparisons: Sequence[Comparison], *, complete: bool) -> Report:
+        return Report(
+            runs=tuple(runs),
+            comparisons=tuple(comparisons),
+            letters=plan.letters,
+            diagnoses=diagnoses,
+            facts=_facts(plan),
+            command=plan.command,
+            source=plan.source,
+            complete=complete,
+            seconds=time.perf_counter() - begun,
+        )
+
+    for run in spend(jobs, plan, budget.attacks(stop), out, listener, stop):
         runs.append(run)
         listener.done(run)
-    comparisons = compare(plan, runs, out, listener, stop)
-    report = Report(
-        runs=tuple(runs),
-        comparisons=tuple(comparisons),
-        letters=plan.letters,
-        diagnoses=diagnoses,
-        facts=_facts(plan),
-        command=plan.command,
-        source=plan.source,
-        complete=not stop.stopped,
-        seconds=time.perf_counter() - begun,
-    )
-    if out is not None:
-        report.save(out)
-    return report
+        written.now_and_then(lambda: report((), complete=False))
+    comparisons = compare(plan, runs, budget.comparisons(stop), out, listener, stop)
+    whole = report(comparisons, complete=not stop.stopped)
+    written.finally_(whole)
+    return whole
 
 
 def _facts(plan: Plan) -> dict[str, Any]:

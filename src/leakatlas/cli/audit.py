@@ -48,6 +48,14 @@ def audit(
         str | None,
         typer.Option(help="How slopes are computed: auto, eager, vmap, traced, compiled, finite."),
     ] = None,
+    rehearsal: Annotated[
+        bool | None,
+        typer.Option(
+            "--rehearsal/--no-rehearsal",
+            help="Try attacks on public images first, and so choose variants and order (default).",
+            show_default=False,
+        ),
+    ] = None,
     allow_undecided: Annotated[
         bool,
         typer.Option("--allow-undecided", help="Warn instead of exit code 3 where too little ran."),
@@ -99,6 +107,9 @@ def audit(
     if execution is not None:
         plan = replace(plan, execution=parse_execution(execution))
         command += ["--execution", execution]
+    if rehearsal is not None:
+        plan = replace(plan, rehearsal=rehearsal)
+        command += ["--rehearsal" if rehearsal else "--no-rehearsal"]
     plan = replace(plan, command=shlex.join([*command, "--out", str(out)]))
     console = Console(stderr=True)
     stop = Watch()

@@ -41,7 +41,7 @@ from leakatlas import reading, tensorfiles
 from leakatlas.catalogue import registry
 from leakatlas.data import Box, ImageSet
 from leakatlas.errors import InvalidInput, NotGranted, UnknownName, UnsupportedModel, shown
-from leakatlas.fl import draws, replay, state
+from leakatlas.fl import draws, rehearsal, replay, state
 from leakatlas.fl.hooks import Defense
 from leakatlas.fl.losses import PLAIN, Loss, as_loss, loss_json, with_code
 from leakatlas.fl.protocol import PROTOCOLS, FedSGD, Protocol
@@ -441,6 +441,54 @@ class View:
     ) -> dict[str, Tensor]:
         """What the client would have sent for ``(x, y)``; see :meth:`replayer`."""
         return self.replayer(round=round, adaptive=adaptive)(x, y)
+
+    def rehearse(self, x: Tensor, y: Tensor, *, seed: int = 0) -> View:
+        """The same adversary, had its own images been the victim's; see :mod:`.rehearsal`.
+
+        Letter, vantage and grants stay. The update of the last round is what the adversary makes
+        of its images at the received state, under the protocol and the defenses as far as it knows
+        them; what was granted about the private batch describes these images instead. Defense
+        secrets are the victim's and are absent.
+
+        Args:
+            x: ``(N, C, H, W)``, model space, shaped as the private batch.
+            y: ``(N,)`` labels.
+            seed: Of local orders and of the defenses' noise.
+
+        Raises:
+            NotGranted: If there is no readable update, or a delta cannot be simulated without the
+                protocol.
+            InvalidInput: If the images have another shape.
+            UnsupportedModel: If the last round had another architecture.
+        """
+        seen = self._fields["rounds"][-1] if self._fields.get("rounds") else None
+        if seen is None or seen.update is None:
+            raise NotGranted(
+                f"There is no update to imitate for {self.describe()}"
+                + (f": {seen.hidden_by}." if seen is not None else ": no round was played yet.")
+            )
+        protocol = self._fields.get("protocol")
+        if protocol is None and seen.update.kind != "gradient":
+            raise NotGranted(
+                f"{self.describe()} cannot imitate a {seen.update.kind} without the protocol; it "
+                "takes a threat model with TRAINING."
+            )
+        N = self._fields["num_examples"]
+        aggregated = self.vantage in (Vantage.AGGREGATE, Vantage.PEER) and N % seen.cohort == 0
+        copy = self._copy(self._fields)
+        model = copy.model
+        played = rehearsal.play(
+            model,
+            x,
+            y,
+            observed=seen.update,
+            protocol=protocol,
+            loss=self._loss,
+            defenses=self._fields.get("defenses", ()),
+            clients=seen.cohort if aggregated else 1,
+            seed=seed,
+        )
+        return self._copy(rehearsal.own_fields(self._fields, model, x, y, played))
 
     def without(self, name: str) -> View:
         """The same view with one field taken away, to test what an attack needs."""

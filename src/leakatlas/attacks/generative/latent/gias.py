@@ -92,6 +92,8 @@ class GIAS(Attack):
         prior_latent: Length of its latent.
     """
 
+    counts = ("latent_steps", "generator_steps")
+
     latent_steps: PositiveInt = 500
     generator_steps: NonNegativeInt = 5_000
     latent_lr: Positive = 3e-2

@@ -1,0 +1,78 @@
+"""One budget for a whole audit, and a report on disk at every moment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from leakatlas.audit.plan import Plan
+from leakatlas.blocks.watch import Watch
+from leakatlas.report import Report
+
+COMPARISONS = 0.35
+"""Part of the budget that goes to comparing defenses, if any are compared."""
+
+WRITING = 10.0
+"""Between two reports written on the way, at least so many times what the last one took."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """When an audit's parts must end; diagnosis and everything before count as spent.
+
+    Args:
+        begun: When the audit began, by ``time.perf_counter``.
+        seconds: Of the whole audit; None without a limit.
+        compares: Whether defenses are compared after the attacks.
+    """
+
+    begun: float
+    seconds: float | None
+    compares: bool
+
+    @classmethod
+    def of(cls, plan: Plan, begun: float) -> Budget:
+        """The budget of a plan that was begun then."""
+        return cls(begun, plan.seconds, bool(plan.alternatives))
+
+    def attacks(self, stop: Watch) -> Watch:
+        """The watch of the attacks on the settings as they are."""
+        return self._until(1 - COMPARISONS * self.compares, stop)
+
+    def comparisons(self, stop: Watch) -> Watch:
+        """The watch of the comparisons: all that is left."""
+        return self._until(1.0, stop)
+
+    def _until(self, share: float, stop: Watch) -> Watch:
+        if self.seconds is None:
+            return Watch(parent=stop)
+        spent = time.perf_counter() - self.begun
+        return Watch(max(share * self.seconds - spent, 0.0), parent=stop)
+
+
+class Writer:
+    """Writes the report while the audit runs, so that a killed audit leaves what it has.
+
+    Args:
+        out: Folder; nothing is written if None.
+    """
+
+    def __init__(self, out: Path | None) -> None:
+        self.out = out
+        self._next = 0.0
+
+    def now_and_then(self, make: Callable[[], Report]) -> None:
+        """Write, unless writing would take a noticeable part of the time."""
+        if self.out is None or time.perf_counter() < self._next:
+            return
+        begun = time.perf_counter()
+        make().save(self.out)
+        ended = time.perf_counter()
+        self._next = ended + WRITING * (ended - begun)
+
+    def finally_(self, report: Report) -> None:
+        """Write the whole report."""
+        if self.out is not None:
+            report.save(self.out)

@@ -1,0 +1,279 @@
+"""Who gets which part of an audit's budget: closed forms, rehearsals, then what rehearsed best.
+
+Closed forms take seconds and come first. Attacks that iterate are rehearsed, each with the same
+time for each of its trials; what is left goes to them in the order and in proportion of what they
+rebuilt of the adversary's own images, as schedules planned to fit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from leakatlas.attacks.api import ActiveAttack, Attack, Outlook
+from leakatlas.audit import strangers
+from leakatlas.audit.jobs import Job, finished, not_run, run_job
+from leakatlas.audit.listener import Listener
+from leakatlas.audit.plan import Plan, Setting
+from leakatlas.audit.rehearsal import LEAST, Rehearsal, rehearse, stages
+from leakatlas.audit.schedule import LONGEST, fits, pace, shares
+from leakatlas.audit.start import Start
+from leakatlas.bench import harness
+from leakatlas.blocks.watch import Watch
+from leakatlas.errors import LeakAtlasError
+from leakatlas.fl import View
+from leakatlas.report import Run
+from leakatlas.threat import LETTERS, Knowledge
+
+REHEARSED = 0.4
+"""Share of the iterating attacks' time that their rehearsals may take, where nothing is kept."""
+
+CLOSED = 0.4
+"""Share of the attacks' time after which closed forms give way to attacks that iterate."""
+
+LATE = 0.15
+"""Share of what is left that waits for closed forms which had to give way."""
+
+IMAGES = 2
+"""Batches of public images for each trial, at most."""
+
+
+@dataclass(frozen=True)
+class Readied:
+    """An iterating attack on one setting, ready for its targets.
+
+    Args:
+        attack: With the parameters that the rehearsal chose; its length not yet planned.
+        pace: Seconds of an iteration; None where it could not be timed.
+        rehearsal: How it was chosen, or None.
+        reason: Why there was no rehearsal.
+        fixed: Length that the user set, or None.
+    """
+
+    attack: Attack
+    pace: float | None
+    rehearsal: Rehearsal | None
+    reason: str = ""
+    fixed: int | None = None
+
+    def told(self) -> dict[str, Any]:
+        """The rehearsal for recipe and report."""
+        if self.rehearsal is not None:
+            return self.rehearsal.to_json()
+        return {"refused": self.reason} if self.reason else {}
+
+    def lasting(self, seconds: float) -> Attack:
+        """The attack with as many iterations as fit into ``seconds``."""
+        if self.pace is None:
+            return self.attack
+        return self.attack.lasting(fits(seconds, self.pace, self.fixed or LONGEST))
+
+
+def iterates(attack: Attack) -> bool:
+    """Whether a schedule can be planned: a passive attack that counts its iterations."""
+    return not isinstance(attack, ActiveAttack) and attack.length is not None
+
+
+def spend(
+    jobs: Sequence[Job],
+    plan: Plan,
+    main: Watch,
+    out: Path | None,
+    listener: Listener,
+    stop: Watch,
+) -> Iterator[Run]:
+    """Every job's run, in the order in which the budget repays most.
+
+    Args:
+        jobs: Of all settings.
+        plan: Seed, execution, whether to rehearse.
+        main: The budget of these runs.
+        out: Folder that keeps finished runs.
+        listener: Told about progress.
+        stop: Ends the audit; what was not reached is left out.
+    """
+    waiting: list[Job] = []
+    for job in jobs:
+        kept = finished(job, plan, out)
+        if kept is None:
+            waiting.append(job)
+        else:
+            yield kept
+    timed = main.remaining() is not None
+    long = [job for job in waiting if timed and iterates(job.attack)]
+    short = [job for job in waiting if job not in long]
+    # Masks on large models take the simulated clients minutes: what needs them comes last.
+    short.sort(key=lambda job: (job.setting.hides_updates, job.weight))
+    closing = time.perf_counter() + CLOSED * (main.remaining() or 0.0)
+    late: list[Job] = []
+    weight = sum(job.weight for job in waiting)
+    for job in short:
+        if stop.stopped:
+            return
+        if timed and long and (job.setting.hides_updates or time.perf_counter() > closing):
+            late.append(job)
+            continue
+        yield run_job(job, plan, _allowance(main, job.weight / weight), out, listener, stop)
+        weight -= job.weight
+    yield from _spend_on_schedules(long, plan, _leaving(main, late), out, listener, stop)
+    for position, job in enumerate(late):
+        if stop.stopped:
+            return
+        if _over(main):
+            yield unreached(job)
+            continue
+        part = _allowance(main, 1 / (len(late) - position))
+        yield run_job(job, plan, part, out, listener, stop)
+
+
+def _allowance(main: Watch, share: float) -> float | None:
+    left = main.remaining()
+    return None if left is None else max(left, 1.0) * share
+
+
+def _over(main: Watch) -> bool:
+    left = main.remaining()
+    return left is not None and left <= 0
+
+
+def _leaving(main: Watch, late: Sequence[Job]) -> Watch:
+    """The budget of the iterating attacks: all that is left, but for what comes after them."""
+    left = main.remaining()
+    if left is None or not late:
+        return main
+    return Watch(max(left, 0.0) * (1 - LATE), parent=main)
+
+
+def unreached(job: Job) -> Run:
+    """The entry of a job whose turn did not come: its outcome is open, and more time would tell."""
+    ended = Outlook("unknown", "the budget ended before it began")
+    return not_run(
+        replace(job.setting, targets=(job.target,)),
+        job.attack,
+        Start(job.letter, ended, "refused", "give it more time, as with --budget"),
+    )
+
+
+def _spend_on_schedules(
+    jobs: Sequence[Job],
+    plan: Plan,
+    main: Watch,
+    out: Path | None,
+    listener: Listener,
+    stop: Watch,
+) -> Iterator[Run]:
+    groups: dict[tuple[str, str], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((job.setting.name, job.attack.key), []).append(job)
+    if not groups:
+        return
+    total = max(main.remaining() or 0.0, 0.0)
+    share = REHEARSED if plan.rehearsal else 0.0
+    each = total * (1 - share) / len(jobs)
+    costs = {key: rehearsal_cost(group[0].attack) for key, group in groups.items()}
+    ready: dict[tuple[str, str], Readied] = {}
+    for key, group in groups.items():
+        if stop.stopped:
+            return
+        first = group[0]
+        if _over(main):
+            break
+        part = total * share * costs[key] / sum(costs.values())
+        listener.run(f"{first.setting.name}: {first.attack.key}, rehearsal", 0.0)
+        ready[key] = readied(first, plan, seconds=part, allowance=each, stop=stop)
+    reached = [job for job in jobs if (job.setting.name, job.attack.key) in ready]
+    gains = [_gain(ready[job.setting.name, job.attack.key]) for job in reached]
+    best = max((gain for gain in gains if gain is not None), default=0.0)
+    known = [best if gain is None else gain for gain in gains]
+    order = sorted(range(len(reached)), key=lambda index: -known[index])
+    for position, index in enumerate(order):
+        if stop.stopped:
+            return
+        job = reached[index]
+        if _over(main):
+            yield unreached(job)
+            continue
+        at = ready[job.setting.name, job.attack.key]
+        share = shares([known[i] for i in order[position:]])[0]
+        allowance = max(main.remaining() or 0.0, 0.0) * share
+        made = replace(job, attack=at.lasting(allowance), preset=job.attack, rehearsal=at.told())
+        yield run_job(made, plan, allowance, out, listener, stop)
+    for job in jobs:
+        if job not in reached:
+            yield unreached(job)
+
+
+def rehearsal_cost(attack: Attack) -> float:
+    """Iterations of a whole rehearsal in units of the planned length."""
+    unit = 1_000
+    several = len(distinct_variants(attack, {}))
+    return sum(stage.cost for stage in stages(several, unit, IMAGES)) / unit
+
+
+def readied(job: Job, plan: Plan, *, seconds: float, allowance: float, stop: Watch) -> Readied:
+    """Time an iterating attack on a job's view, and rehearse it.
+
+    Args:
+        job: The first of the jobs that share the result.
+        plan: Seed, parameters that the user set, whether to rehearse.
+        seconds: What the rehearsal may take.
+        allowance: What the victim's run may take.
+        stop: Ends it early.
+    """
+    changes = plan.attack_parameters.get(job.attack.key, {})
+    fixed = job.attack.length if set(changes) & set(job.attack.counts) else None
+    try:
+        live = job.setting.stage(letter=job.letter, seed=plan.seed)
+        view, _ = harness.observe(live, job.attack, target=job.target, seed=plan.seed)
+        job.attack.check(view)
+        at = pace(job.attack, view, watch=stop, seed=plan.seed)
+    except LeakAtlasError as problem:
+        return Readied(job.attack, None, None, str(problem), fixed)
+    if at is None or not plan.rehearsal:
+        return Readied(job.attack, at, None, "", fixed)
+    length = fits(allowance, at, fixed or LONGEST)
+    if seconds < at * min(LEAST, length):
+        return Readied(job.attack, at, None, "the budget leaves no time for a rehearsal", fixed)
+    try:
+        found = rehearse(
+            view,
+            distinct_variants(job.attack, changes),
+            public_images(job.setting, view),
+            planned=length,
+            images=IMAGES,
+            seconds=seconds,
+            per_iteration=at,
+            watch=Watch(1.5 * seconds, parent=stop),
+            seed=plan.seed,
+        )
+    except LeakAtlasError as problem:
+        return Readied(job.attack, at, None, str(problem), fixed)
+    chosen = type(job.attack).from_json(dict(found.parameters))
+    return Readied(chosen, found.per_iteration, found, "", fixed)
+
+
+def distinct_variants(attack: Attack, changes: Any) -> dict[str, Attack]:
+    """The attack's variants under the user's changes, equal ones once.
+
+    Lengths do not count: a rehearsal and a plan set them.
+    """
+    made: dict[str, Attack] = {}
+    for name, variant in type(attack).variants().items():
+        changed = type(attack).from_json({**variant.to_json(), **changes})
+        if changed.lasting(1_000) not in [other.lasting(1_000) for other in made.values()]:
+            made[name] = changed
+    return made
+
+
+def public_images(setting: Setting, view: View) -> Any:
+    """The surrogate images where the adversary holds them, bundled photos of strangers else."""
+    if LETTERS[view.letter].knowledge & Knowledge.SURROGATE and setting.surrogate is not None:
+        return setting.surrogate
+    return strangers.photos_like(setting.victims)
+
+
+def _gain(at: Readied) -> float | None:
+    return None if at.rehearsal is None else at.rehearsal.gain
