@@ -202,7 +202,7 @@ def in_turns(given: Problem, way: Execution, steps: int) -> tuple[list[float], l
     by_hand: list[float] = []
     left = [time.perf_counter()]
 
-    def turn(variables: descent.Variables, lr: float, step: object) -> None:
+    def turn(variables: descent.Variables, rates: object, step: object) -> None:
         entered = time.perf_counter()
         engine.append(entered - left[0])
         with torch.enable_grad():  # hooks run without a tape

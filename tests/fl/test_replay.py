@@ -16,7 +16,9 @@ from leakatlas.fl import (
     FedSGD,
     Protocol,
     RoundView,
+    Stage,
     Update,
+    View,
     model_state,
     replay,
     state_hash,
@@ -312,3 +314,72 @@ def test_central_differences_of_a_distance_without_slope_are_zero() -> None:
         g = gradient(model, parameters, {}, leaf, torch.tensor([0]))
     flat = torch.stack([0.0 * t.sum() for t in g.values()]).sum()
     assert not bool(torch.autograd.grad(flat, leaf)[0].any())
+
+
+def _seen(protocol: Protocol, letter: str = "C") -> tuple[Stage, View]:
+    stage = build_stage(protocol=protocol, examples=3, letter=letter,
+                        grants=frozenset({Grant.LABELS}))  # fmt: skip
+    return stage, stage.view([stage.federation.play_round()])
+
+
+def test_one_step_at_the_received_weights_is_the_gradient_itself() -> None:
+    stage, view = _seen(FedSGD(reduction="sum"))
+    x = stage.federation.clients[0].x
+    one = view.replayer(one_step=True)(x, view.labels)
+    assert relative_error(one, view.update.tensors) < 1e-12
+
+
+def test_one_step_stands_for_all_of_them_and_may_be_taken_elsewhere() -> None:
+    """A gradient at the weights where the second step begins is the second step."""
+    lr = 0.2
+    stage, view = _seen(FedAVG(epochs=2, batch_size=3, lr=lr, mode="eval"))
+    x, y = stage.federation.clients[0].x, view.labels
+    one = view.replayer(one_step=True)
+    before = {n: p.detach() for n, p in view.model.named_parameters()}
+    first = {n: d / 2 for n, d in one(x, y).items()}
+    middle = {n: before[n] + first[n] for n in before}
+    second = {n: d / 2 for n, d in one(x, y, at=middle).items()}
+    both = {n: first[n] + second[n] for n in first}
+    assert relative_error(both, view.update.tensors) < 1e-12
+
+
+def test_one_step_has_slopes_in_the_weights_and_finite_differences_refuse_them() -> None:
+    stage, view = _seen(FedAVG(epochs=2, batch_size=3, lr=0.2, mode="eval"))
+    x, y = stage.federation.clients[0].x, view.labels
+    one = view.replayer(one_step=True)
+    before = {n: p.detach() for n, p in view.model.named_parameters()}
+    delta = view.update.tensors
+
+    def value(alpha: Tensor) -> Tensor:
+        sent = one(x, y, at={n: before[n] + alpha * delta[n] for n in before})
+        return torch.stack([(sent[n] - delta[n]).square().sum() for n in delta]).sum()
+
+    alpha = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(value, (alpha,), eps=1e-6)
+    with replay.derivative("finite"), pytest.raises(InvalidInput, match="not through weights"):
+        value(alpha)
+    with replay.derivative("finite"):  # weights that stay where they are may be anywhere
+        value(torch.tensor(0.4, dtype=torch.float64))
+
+
+def test_one_step_without_the_protocol_has_a_direction_and_no_size() -> None:
+    stage, view = _seen(FedAVG(epochs=1, batch_size=3, lr=0.2, mode="eval"), letter="B")
+    x, y = stage.federation.clients[0].x, view.labels
+    sent = view.replayer(one_step=True)(x, y)
+    scaled = {n: 0.2 * tensor for n, tensor in sent.items()}
+    assert relative_error(scaled, view.update.tensors) < 1e-12
+    with pytest.raises(NotGranted):
+        view.replayer()
+
+
+def test_one_step_goes_through_the_mirrors_of_known_defenses() -> None:
+    from leakatlas.defenses.heuristic.perturbation.clipping import Clipping
+
+    stage = build_stage(protocol=FedSGD(), examples=2, defenses=(Clipping(max_norm=0.1),),
+                        grants=frozenset({Grant.LABELS}))  # fmt: skip
+    view = stage.view([stage.federation.play_round()])
+    x = stage.federation.clients[0].x
+    one = view.replayer(one_step=True)(x, view.labels)
+    assert relative_error(one, view.replay(x, view.labels)) < 1e-12
+    with pytest.raises(InvalidInput, match="no trained parameter"):
+        view.replayer(one_step=True)(x, view.labels, at={"nobody": torch.zeros(1)})

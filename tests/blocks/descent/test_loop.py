@@ -10,6 +10,7 @@ from leakatlas.blocks import descent
 from leakatlas.blocks.descent import Value, Variables
 from leakatlas.blocks.watch import Conduct, Watch
 from leakatlas.data import Box
+from leakatlas.errors import InvalidParameter
 
 TARGET = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
 START = {"x": torch.zeros(3, dtype=torch.float64)}
@@ -365,3 +366,60 @@ def test_progress_says_criterion_rate_and_wait() -> None:
     watch = Watch(listen=lambda fraction, note: None)
     descent.descend(bowl, START, optimizer=descent.sgd(0.1), steps=50, watch=watch)
     assert "criterion" in watch.note and "it/s" in watch.note and "s left" in watch.note
+
+
+@pytest.mark.parametrize("optimizer", [descent.adam(0.2), descent.lbfgs(0.5, inner=4)])
+def test_a_variable_may_be_one_number_for_each_candidate(optimizer: descent.Factory) -> None:
+    start = torch.tensor([0.9, -0.4, 0.1], dtype=torch.float64)
+
+    def objective(variables: Variables, t: Tensor) -> Tensor:
+        del t
+        assert variables["alpha"].dim() == 0
+        return (variables["alpha"] - 0.3).square()
+
+    end = descent.descend(
+        objective, {"alpha": start}, candidates=3, optimizer=optimizer, steps=60, watch=Watch()
+    )
+    torch.testing.assert_close(end.best["alpha"], torch.full_like(start, 0.3), atol=1e-2, rtol=0)
+    assert bool(end.alive.all()) and end.chosen()["alpha"].dim() == 0
+
+
+def test_one_number_that_breaks_halts_its_candidate_alone() -> None:
+    def objective(variables: Variables, t: Tensor) -> Tensor:
+        del t
+        return (variables["alpha"] - 2).square() + 0 * variables["alpha"].log()
+
+    end = descent.descend(
+        objective, {"alpha": torch.tensor([0.5, -1.0])}, candidates=2,
+        optimizer=descent.sgd(0.01), steps=30, watch=Watch(), report_every=5,
+    )  # fmt: skip
+    assert end.alive.tolist() == [True, False]
+
+
+def test_learning_rates_go_by_the_names_of_variables() -> None:
+    noise = descent.langevin(3.0, "b", generator=torch.Generator().manual_seed(0))
+
+    def slope(variables: Variables, t: Tensor) -> Tensor:
+        del t
+        return variables["a"].sum() + 0 * variables["b"].sum()
+
+    end = descent.descend(
+        slope, {"a": torch.zeros(2), "b": torch.zeros(50_000)},
+        optimizer=descent.sgd({"b": 0.01, "a": 0.5}), steps=1, watch=Watch(), after=(noise,),
+    )  # fmt: skip
+    torch.testing.assert_close(end.last["a"], torch.full((2,), -0.5))
+    assert float(end.last["b"].std()) == pytest.approx(0.01 * 3.0, rel=0.02)
+    with pytest.raises(InvalidParameter, match="given for a; the variables are a, b"):
+        descent.descend(
+            slope, {"a": torch.zeros(2), "b": torch.zeros(2)},
+            optimizer=descent.adam({"a": 0.1}), steps=1, watch=Watch(),
+        )  # fmt: skip
+
+
+def test_a_variable_that_is_no_image_stays_between_its_bounds() -> None:
+    end = descent.descend(
+        lambda variables, t: variables["alpha"], {"alpha": torch.tensor([0.5, 0.9])}, candidates=2,
+        optimizer=descent.sgd(0.3), steps=9, watch=Watch(),
+        after=(descent.between(0.25, 1.0, "alpha"),),
+    )  # fmt: skip
+    assert end.last["alpha"].tolist() == [0.25, 0.25]

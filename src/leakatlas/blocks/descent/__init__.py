@@ -10,6 +10,7 @@ from leakatlas.blocks.descent.loop import Descended, descend
 from leakatlas.blocks.descent.objective import Objective, Value, Variables
 from leakatlas.blocks.descent.optimizers import Factory, adam, in_turn, lbfgs, sgd
 from leakatlas.blocks.descent.steps import (
+    between,
     cosine_decay,
     inside,
     langevin,
@@ -25,6 +26,7 @@ __all__ = [
     "Value",
     "Variables",
     "adam",
+    "between",
     "cosine_decay",
     "descend",
     "in_turn",

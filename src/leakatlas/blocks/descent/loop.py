@@ -127,7 +127,7 @@ def descend(
             break
         with torch.no_grad():
             for hook in after:
-                hook(run.leaves, run.rates[0] * factor, now)
+                hook(run.leaves, {n: lr * factor for n, lr in run.rate_of.items()}, now)
         if run.executor.undecided():
             per_step = run.executor.evaluations / (now.index + 1 - first)
             run.decide(left=(steps - now.index - 1) * per_step, seconds=watch.remaining())
@@ -175,6 +175,8 @@ class _Run:
         self.leaves = {n: t.detach().clone() for n, t in start.items()}
         self.engine = optimizer.make(self.leaves, candidates)
         self.rates = [float(group["lr"]) for group in self.engine.param_groups]
+        self.rate_of = self._rate_of()
+        """The learning rate of each variable, before the schedule."""
         self.executor = Executor(objective, candidates, watch.conduct.execution)
         self.transform = transform
         self.watch = watch
@@ -188,6 +190,15 @@ class _Run:
         self.trace: list[Tensor] = []
         self.t = torch.zeros((), dtype=like.dtype, device=like.device)
         self.constants: Variables = {}
+
+    def _rate_of(self) -> dict[str, float]:
+        names = {id(leaf): name for name, leaf in self.leaves.items()}
+        found: dict[str, float] = {}
+        for group, lr in zip(self.engine.param_groups, self.rates, strict=True):
+            # An optimizer of our own moves all variables at one rate and lists none.
+            for leaf in group.get("params", self.leaves.values()):
+                found[names[id(leaf)]] = lr
+        return found
 
     def now(self, step: Step, shared: Shared | None) -> None:
         """Set the time, and what the candidates agree on."""
@@ -232,7 +243,8 @@ class _Run:
         """
         for leaf in self.leaves.values():
             finite = torch.isfinite(leaf)
-            held = finite.flatten(1).all(1) if self.alive.dim() else finite.all()
+            rows = finite.reshape(len(self.alive), -1) if self.alive.dim() else finite
+            held = rows.all(1) if self.alive.dim() else rows.all()
             self.alive = self.alive & held
         for name, leaf in self.leaves.items():
             leaf.copy_(torch.where(_rows(self.alive, leaf), leaf, self.best[name]))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from leakatlas.errors import InvalidParameter
 
 CURVATURE = 1e-10
 """A pair of L-BFGS whose ``y.s`` is not above this is not kept, as in PyTorch."""
@@ -44,15 +46,34 @@ class Factory:
     batches: bool = True
 
 
-def adam(lr: float, *, betas: tuple[float, float] = (0.9, 0.999)) -> Factory:
+Rates = float | Mapping[str, float]
+"""One learning rate for all variables, or one for each by name."""
+
+
+def adam(lr: Rates, *, betas: tuple[float, float] = (0.9, 0.999)) -> Factory:
     """Adam over all variables."""
-    return Factory(lambda leaves, _: torch.optim.Adam(list(leaves.values()), lr=lr, betas=betas))
+    return Factory(lambda leaves, _: torch.optim.Adam(_groups(leaves, lr), betas=betas))
 
 
-def sgd(lr: float, *, momentum: float = 0.0) -> Factory:
+def sgd(lr: Rates, *, momentum: float = 0.0) -> Factory:
     """Gradient descent; with :func:`~leakatlas.blocks.descent.signed`, plain signed steps."""
-    return Factory(lambda leaves, _: torch.optim.SGD(list(leaves.values()), lr=lr,
-                                                     momentum=momentum))  # fmt: skip
+    return Factory(lambda leaves, _: torch.optim.SGD(_groups(leaves, lr), momentum=momentum))
+
+
+def _groups(leaves: Mapping[str, Tensor], lr: Rates) -> list[dict[str, Any]]:
+    """Variables that share a learning rate, as optimizers of torch take them.
+
+    Raises:
+        InvalidParameter: If rates and variables have other names.
+    """
+    if not isinstance(lr, Mapping):
+        return [{"params": list(leaves.values()), "lr": lr}]
+    if lr.keys() != leaves.keys():
+        raise InvalidParameter(
+            f"Learning rates are given for {', '.join(lr) or 'nothing'}; the variables are "
+            f"{', '.join(leaves)}."
+        )
+    return [{"params": [leaf], "lr": lr[name]} for name, leaf in leaves.items()]
 
 
 def lbfgs(

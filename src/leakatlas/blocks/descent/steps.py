@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from leakatlas.data import Box
 
 Schedule = Callable[[float], float]
 Transform = Callable[[Tensor], Tensor]
-Hook = Callable[[Variables, float, Step], None]
-"""``(variables, learning rate, step)``, changes the variables in place after a step."""
+Hook = Callable[[Variables, Mapping[str, float], Step], None]
+"""``(variables, learning rates, step)``, changes the variables in place after a step."""
 
 
 def step_decay(at: Sequence[float], factor: float = 0.1) -> Schedule:
@@ -43,12 +43,22 @@ def inside(box: Box, name: str) -> Hook:
     """Projection of one variable, ``(..., C, H, W)`` in model space, onto the pixel box."""
     bounds: list[Tensor] = []  # made once; a step is short
 
-    def project(variables: Variables, lr: float, step: Step) -> None:
-        del lr, step
+    def project(variables: Variables, rates: Mapping[str, float], step: Step) -> None:
+        del rates, step
         x = variables[name]
         if not bounds:
             bounds.extend(box.bounds(x))
         torch.clamp(x, min=bounds[0], max=bounds[1], out=x)
+
+    return project
+
+
+def between(low: float, high: float, name: str) -> Hook:
+    """Projection of a variable that is no image (a mask, a mixing weight) onto ``[low, high]``."""
+
+    def project(variables: Variables, rates: Mapping[str, float], step: Step) -> None:
+        del rates, step
+        variables[name].clamp_(low, high)
 
     return project
 
@@ -60,10 +70,10 @@ def langevin(scale: float, name: str, *, generator: torch.Generator) -> Hook:
     with the same noise.
     """
 
-    def shake(variables: Variables, lr: float, step: Step) -> None:
+    def shake(variables: Variables, rates: Mapping[str, float], step: Step) -> None:
         del step
         x = variables[name]
         noise = torch.randn(x.shape, generator=generator, device=generator.device).to(x)
-        x.add_(noise, alpha=lr * scale)
+        x.add_(noise, alpha=rates[name] * scale)
 
     return shake
