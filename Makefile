@@ -30,6 +30,13 @@ ifeq ($(CHROMIUM),)
 	else echo "No Chromium found: install it (Debian: apt-get install chromium) for the site's tests."; fi
 endif
 
+# The campaign of hostile inputs, with a limit on its time; the gate tries a few hundred a door.
+INPUTS ?= 30000
+SEED ?= 0
+MINUTES ?= 60
+fuzz: $(STAMP) ## Tens of thousands of hostile inputs at every door
+	$(BIN)/python scripts/fuzz.py --inputs $(INPUTS) --seed $(SEED) --minutes $(MINUTES)
+
 generate: $(STAMP) ## Rebuild the generated tables and pages from the catalogue
 	$(BIN)/python scripts/generate.py
 

@@ -41,10 +41,10 @@ def campaign(name: str, inputs: int, seed: int, until: float, keep: Path) -> dic
     import hypothesis
     from hypothesis import HealthCheck, Phase, settings
     from hypothesis import strategies as st
-
-    from leakatlas import limits
     from tests.doors.doors import DOORS
     from tests.doors.guard import Broken, check
+
+    from leakatlas import limits
 
     limits.memory = lambda: 2**28
     door, answers = DOORS[name], collections.Counter[str]()
@@ -74,9 +74,12 @@ def campaign(name: str, inputs: int, seed: int, until: float, keep: Path) -> dic
 
         while sum(answers.values()) < inputs and time.monotonic() < until:
             run = settings(
-                max_examples=min(inputs - sum(answers.values()), 2000), deadline=None, database=None,
-                suppress_health_check=list(HealthCheck), phases=(Phase.generate,),
-            )(hypothesis.given(st.data())(knock))  # fmt: skip
+                max_examples=min(inputs - sum(answers.values()), 2000),
+                deadline=None,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+                phases=(Phase.generate,),
+            )(hypothesis.given(st.data())(knock))
             hypothesis.seed(seed)(run)()
             seed += 1
     return {"answers": dict(answers), "broken": broken, "slowest": round(slowest, 2)}
@@ -121,13 +124,19 @@ def main() -> int:
             process.join(0.2)
         if queue.empty():
             place = f"the process ended with {process.exitcode}"
-            found[name] = {"answers": {"crash": 1}, "broken": {place: {"said": place}}, "slowest": 0}
+            found[name] = {
+                "answers": {"crash": 1},
+                "broken": {place: {"said": place}},
+                "slowest": 0,
+            }
         else:
             found[name] = queue.get()
         process.join()
         row = found[name]
-        print(f"{name:16} {sum(row['answers'].values()):6} of {inputs:6}, slowest "
-              f"{row['slowest']:5.2f} s: {row['answers']}")  # fmt: skip
+        print(
+            f"{name:16} {sum(row['answers'].values()):6} of {inputs:6}, slowest "
+            f"{row['slowest']:5.2f} s: {row['answers']}"
+        )
         for problem in row["broken"].values():
             print(f"    {problem['said']}")
     total = sum(sum(row["answers"].values()) for row in found.values())

@@ -16,7 +16,14 @@ from types import FrameType
 from leakatlas.errors import LONGEST, LeakAtlasError
 from tests.doors.hostile import CANARY
 
-PROGRAMS = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.startfile", "pty.spawn")
+PROGRAMS = (
+    "os.system",
+    "subprocess.Popen",
+    "os.exec",
+    "os.posix_spawn",
+    "os.startfile",
+    "pty.spawn",
+)
 """Audit events of a program that is started."""
 
 Files = Mapping[str, bytes]

@@ -71,7 +71,9 @@ def tampered(draw: st.DrawFn, documents: tuple[Any, ...]) -> Any:
         holder = document
         for part in parents:
             holder = holder[part]
-        action = draw(st.sampled_from(("alike", "alike", "alike", "other", "lose", "rename", "add")))
+        action = draw(
+            st.sampled_from(("alike", "alike", "alike", "other", "lose", "rename", "add"))
+        )
         if action == "lose":
             del holder[last]
         elif action == "rename" and isinstance(holder, dict):
@@ -88,7 +90,9 @@ def _alike(value: Any) -> st.SearchStrategy[Any]:
     if isinstance(value, bool):
         return st.booleans()
     if isinstance(value, int):
-        return st.one_of(st.sampled_from([n for n in NUMBERS if type(n) is int]), st.integers(-3, 40))
+        return st.one_of(
+            st.sampled_from([n for n in NUMBERS if type(n) is int]), st.integers(-3, 40)
+        )
     if isinstance(value, float):
         return st.one_of(st.sampled_from([n for n in NUMBERS if type(n) is float]), st.floats())
     if isinstance(value, str):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from leakatlas import data, models, reading
+from leakatlas import data, models, yamlfiles
 from leakatlas.audit.plan import Plan, Setting
 from leakatlas.blocks.watch import Execution, parse_budget
 from leakatlas.data import Box
@@ -95,7 +95,7 @@ def read_config(path: Path | str) -> AuditConfig:
         InvalidInput: If the file is missing, is not YAML, or has unknown keys or wrong values; all
             problems are named at once.
     """
-    content = reading.read_yaml(path, what="configuration")
+    content = yamlfiles.read(path, what="configuration")
     if not isinstance(content, dict):
         raise InvalidInput(
             f"{shown(str(path))} holds {shown(content)}, expected keys such as 'model:'."

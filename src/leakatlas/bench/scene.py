@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leakatlas import data, models
+from leakatlas import data, models, reading
 from leakatlas.attacks.api import Attack
 from leakatlas.bench.cells import Cell
 from leakatlas.bench.schema import Case, Images, Pixels, Training
@@ -126,7 +126,7 @@ def _rebased(spec: str, root: Path) -> str:
     if kind not in ("parquet", "folder"):
         return spec
     bare = re.sub(r"@\d+$", "", rest)
-    if not (root / bare).exists():
+    if not (reading.is_file(root / bare) or reading.is_folder(root / bare)):
         raise Unavailable(
             f"{spec} is not on this machine: there is no {root / bare}. Name the folder that holds "
             "it with --data or $LEAKATLAS_DATA."

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from leakatlas import limits, reading
+from leakatlas import limits, reading, yamlfiles
 from leakatlas.bench import names
 from leakatlas.bench.schema import Case, StudyFile
 from leakatlas.catalogue import results
@@ -80,9 +80,9 @@ def load(where: str | Path) -> Study:
 
 def _locate(where: str | Path) -> Path:
     path = Path(where)
-    if path.is_dir() and (path / FILE).is_file():
+    if reading.is_file(path / FILE):
         return path / FILE
-    if path.is_file():
+    if reading.is_file(path):
         return path
     known = find()
     if str(where) in known:
@@ -123,7 +123,7 @@ def _read(path: Path, shown: str) -> tuple[Any, Problem | None]:
 
     try:
         text = reading.read_text(path, what="study", limit=limits.CONFIGURATION)
-        content = reading.parse_yaml(text, who="It")
+        content = yamlfiles.parse(text, who="It")
     except InvalidInput as problem:
         return wrong(str(problem), "mend that place.")
     if not isinstance(content, dict):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leakatlas import limits, reading
 from leakatlas.catalogue import loader
 from leakatlas.errors import InvalidInput, UnknownName
 
@@ -83,10 +83,10 @@ def used_in(run: Path) -> dict[str, tuple[str, ...]]:
     Raises:
         InvalidInput: If there is no report, or it is not one.
     """
-    path = run / "report.json" if run.is_dir() else run
+    path = run / "report.json" if reading.is_folder(run) else run
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        report = reading.read_json(path, what="report", limit=limits.REPORT)
+    except InvalidInput as error:
         raise InvalidInput(
             f"{path} is no report: {error}. Expected the report.json of an audit, or its folder."
         ) from None

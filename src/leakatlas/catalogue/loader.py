@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from leakatlas import limits, reading
 from leakatlas.errors import CatalogueError, UnknownName
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def check_files(paths: Sequence[Path]) -> tuple[Catalogue, list[Problem]]:
 
     texts = shipped_texts()
     for path in paths:
-        texts[_place(path)] = path.read_text(encoding="utf-8")
+        texts[_place(path)] = reading.read_text(path, what="file of rows", limit=limits.ROWS)
     drafts, problems = read_texts(texts)
     return _sound(drafts), problems + code_checks.check(drafts)
 
@@ -205,7 +206,8 @@ def _tables(
 
     try:
         data = _parsed(text)
-    except tomllib.TOMLDecodeError as error:
+    # Besides bad TOML: nested too deep, and whole numbers of thousands of digits.
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
         problems.append(
             Problem(
                 file=file,

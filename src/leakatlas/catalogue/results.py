@@ -8,7 +8,6 @@ such.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from leakatlas import reading
 from leakatlas.catalogue import loader, registry, source
 from leakatlas.catalogue.measured import (
     Differential,
@@ -27,6 +27,7 @@ from leakatlas.catalogue.measured import (
 )
 from leakatlas.catalogue.problems import Problem, closest, from_validation
 from leakatlas.catalogue.schema import Stance
+from leakatlas.errors import InvalidInput
 
 __all__ = [
     "FAILS_ABOVE",
@@ -59,12 +60,12 @@ def _keys(kind: str) -> list[str]:
 def read(path: Path) -> tuple[tuple[Result, ...], list[Problem]]:
     """What a result file says, by row, and everything that is wrong with it."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        data = reading.read_json(path, what="result")
+    except InvalidInput as error:
         return (), [
             Problem(
                 file=path.name,
-                message=f"is no valid JSON: {error}.",
+                message=f"is no valid JSON: {error}",
                 fix="let the run write the file again.",
             )
         ]

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from leakatlas import reading
 from leakatlas.errors import InvalidInput, LeakAtlasError, UnknownName
 
 P = ParamSpec("P")
@@ -319,7 +320,7 @@ def cite(
     wanted: dict[str, tuple[str, ...]] = {}
     for name in names:
         path = Path(name)
-        if path.suffix == ".json" or path.is_dir():
+        if path.suffix == ".json" or reading.is_folder(path):
             for used, reasons in citations.used_in(path).items():
                 wanted[used] = (*wanted.get(used, ()), *reasons)
         else:
@@ -412,7 +413,7 @@ def validate(
 
     chosen = list(files or ())
     for path in chosen:
-        if not path.is_file():
+        if not reading.is_file(path):
             raise InvalidInput(f"There is no file {path}; give a .toml of rows or a result .json.")
         if path.suffix not in (".toml", ".json"):
             raise InvalidInput(f"{path} is neither rows (.toml) nor a result (.json).")
@@ -463,7 +464,7 @@ def build_site(
     """Write the catalogue as a static site that works from any folder, without a network."""
     from leakatlas import site
 
-    if out.exists() and not out.is_dir():
+    if reading.is_file(out):
         raise InvalidInput(f"{out} is a file; give a folder for the site.")
     pages = site.build(out, results_folder=results_folder)
     if as_json:

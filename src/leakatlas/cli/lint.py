@@ -106,7 +106,7 @@ def read_model(
         InvalidInput: If the file or the factory cannot be used, or weights do not fit.
         UnknownName: If there is no such built-in model.
     """
-    from leakatlas import models
+    from leakatlas import models, reading
     from leakatlas.errors import InvalidInput
     from leakatlas.fl import ModelRef, load_into
 
@@ -119,7 +119,7 @@ def read_model(
         if held is not None and "fc.weight" in held:
             settings["classes"] = len(held["fc.weight"])
         module = ModelRef("builtin", name, settings).build()
-    elif name and not Path(text).is_file():
+    elif name and not reading.is_file(text):
         module = ModelRef("python", text).build(trust_code=True)
     elif weights is not None:
         raise InvalidInput(
@@ -132,9 +132,9 @@ def read_model(
 
 
 def _received(text: str) -> str | ModelOrState:
-    from leakatlas import models
+    from leakatlas import models, reading
 
-    return models.load_state(text) if Path(text).is_file() else text
+    return models.load_state(text) if reading.is_file(text) else text
 
 
 def _classes(own: ImageSet | None) -> int | None:

@@ -68,7 +68,8 @@ def find(name: str, kind: str) -> Callable[..., object]:
                 raise InvalidInput(f"{who} is not importable Python.")
             module = importlib.util.module_from_spec(spec)
             sys.modules[spec.name] = module
-            spec.loader.exec_module(module)
+            with _without_bytecode():
+                spec.loader.exec_module(module)
     else:
         try:
             with _running(who, location):
@@ -85,6 +86,16 @@ def find(name: str, kind: str) -> Callable[..., object]:
         names = [name for name in vars(module) if not name.startswith("_")]
         raise UnknownName(f"{kind} {what} in {location}", attribute, names)
     return factory  # type: ignore[no-any-return]  # checked callable just above
+
+
+@contextmanager
+def _without_bytecode() -> Iterator[None]:
+    """Leave no ``__pycache__`` in a user's folder."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 @contextmanager

@@ -578,7 +578,7 @@ class View:
         folder = Path(folder)
         who = f"The view in {shown(str(folder))}"
         for part in ("view.json", "view.safetensors"):
-            if not (folder / part).is_file():
+            if not reading.is_file(folder / part):
                 raise InvalidInput(f"{shown(str(folder))} is not a saved view: {part} is missing.")
         description = reading.read_json(folder / "view.json", what="view")
         tensors = tensorfiles.read_safetensors(folder / "view.safetensors", what="view")[0]

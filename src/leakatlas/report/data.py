@@ -300,7 +300,7 @@ def load_report(path: Path | str) -> Mapping[str, Any]:
         InvalidInput: If the file is missing or not a report.
     """
     path = Path(path)
-    if path.is_dir():
+    if reading.is_folder(path):
         path = path / "report.json"
     values = reading.read_json(path, what="report", limit=limits.REPORT)
     if not isinstance(values, dict) or values.get("schema") != SCHEMA:
