@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: audit test touched check types lint unit generate study-quality study-analytic study-defenses study-generative study-labels study-measures study-lint study-scale study-descent clean
+.PHONY: audit test touched check types lint unit fuzz compat generate study-quality study-analytic study-defenses study-generative study-labels study-measures study-lint study-scale study-descent clean
 
 audit: $(STAMP) ## Attack bundled photos in four set-ups; writes leak-report/report.html
 	$(BIN)/leakatlas audit --out leak-report
