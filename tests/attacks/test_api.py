@@ -28,6 +28,7 @@ from leakatlas.data import ImageSet
 from leakatlas.errors import InvalidParameter, NotGranted
 from leakatlas.fl import View
 from leakatlas.params import PositiveInt, PositiveOrInf
+from leakatlas.sealed import DamagedFile
 from leakatlas.threat import Grant, Knowledge
 from tests.conftest import build_stage, surrogate
 
@@ -124,6 +125,7 @@ def test_the_result_is_stamped() -> None:
         "seed": 3,
         "versions": {"leakatlas": leakatlas.__version__, "torch": torch.__version__},
         "rehearsal": {},
+        "conditions": {},
     }
 
 
@@ -277,7 +279,15 @@ def test_what_was_learned_is_found_again(cache: Path) -> None:
     assert len(Greedy.learned) == 1
     assert first.keys() == again.keys()
     assert all(torch.equal(first[n], again[n]) for n in first)
-    assert [f.suffix for f in cache.iterdir()] == [".safetensors"]
+    assert [f.suffix for f in cache.iterdir()] == [".sealed"]
+    (file,) = cache.iterdir()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.warns(DamagedFile, match="SHA-256"):  # a flipped bit is learned anew, not believed
+        mended = Greedy().artefact(surrogate(), _model())
+    assert len(Greedy.learned) == 2
+    assert all(torch.equal(first[n], mended[n]) for n in first)
 
 
 def test_learning_depends_on_no_global_state_and_leaves_it_alone(

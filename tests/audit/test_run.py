@@ -79,14 +79,6 @@ def test_a_stopped_audit_keeps_its_runs_and_resumes(small_plan: Plan, tmp_path: 
     assert [r.seconds for r in third.runs] == [r.seconds for r in whole.runs]
 
 
-def test_a_damaged_kept_run_is_made_again(small_plan: Plan, tmp_path: Path) -> None:
-    whole = carry_out(small_plan, out=tmp_path)
-    for file in (tmp_path / "runs").glob("*.json"):
-        file.write_text(file.read_text()[:40])
-    again = carry_out(small_plan, out=tmp_path)
-    assert [r.scores for r in again.runs] == [r.scores for r in whole.runs]
-
-
 def test_another_seed_or_model_is_not_mistaken_for_a_kept_run(
     small_plan: Plan, tmp_path: Path
 ) -> None:

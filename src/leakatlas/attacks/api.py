@@ -10,22 +10,23 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, final
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import leakatlas
-from leakatlas import tensorfiles
+from leakatlas import sealed
 from leakatlas.blocks.labels import require_plain
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import ImageSet
-from leakatlas.errors import InvalidInput, InvalidParameter, NotGranted
+from leakatlas.errors import InvalidParameter, NotGranted
 from leakatlas.fl import TamperedModel as TamperedModel
 from leakatlas.fl import Tampering as Tampering
 from leakatlas.fl import View, state_hash, stream, stream_seed
@@ -49,6 +50,8 @@ class Recipe:
         versions: LeakAtlas and torch.
         rehearsal: How the parameters were chosen, if the adversary rehearsed; no part of the
             identity, since equal parameters give equal results.
+        conditions: What else can change the answer: threads, kind of device, hashes of the code
+            behind model and attack, how slopes are computed.
     """
 
     attack: Mapping[str, Any]
@@ -56,6 +59,7 @@ class Recipe:
     seed: int
     versions: Mapping[str, str]
     rehearsal: Mapping[str, Any] = field(default_factory=dict)
+    conditions: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -65,6 +69,7 @@ class Recipe:
             "seed": self.seed,
             "versions": dict(self.versions),
             "rehearsal": dict(self.rehearsal),
+            "conditions": dict(self.conditions),
         }
 
     @classmethod
@@ -224,12 +229,9 @@ class Attack(Configured, ABC):
              state_hash(model_state(model))]
         )  # fmt: skip
         file = cache_folder() / f"{self.key}-{hashlib.sha256(identity.encode()).hexdigest()}"
-        file = file.with_suffix(".safetensors")
-        if file.is_file():
-            try:
-                return tensorfiles.read_safetensors(file, what="artefact")[0]
-            except InvalidInput:
-                pass  # damaged on the disk; what was learned can be learned again
+        file = file.with_suffix(".sealed")
+        if (held := sealed.unseal(file)) is not None:
+            return safetensors.torch.load(held)
         watch = watch or Watch()
         with torch.random.fork_rng(devices=[]):
             # The cache key has no seed of the attack, so no draw may depend on one.
@@ -239,10 +241,11 @@ class Attack(Configured, ABC):
             )
         if watch.cut_short:  # half-learned: good for this run, not for the next
             return learned
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        save_file({n: t.detach().clone().contiguous() for n, t in learned.items()}, partial)
-        partial.replace(file)  # a killed run leaves no half-written artefact behind
+        tensors = {n: t.detach().clone().contiguous() for n, t in learned.items()}
+        try:
+            sealed.seal(file, safetensors.torch.save(tensors))
+        except OSError as problem:  # what was learned serves this run all the same
+            warnings.warn(f"{file} cannot be written ({problem.strerror}).", stacklevel=2)
         return learned
 
     @final

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from leakatlas.audit.plan import Plan
 from leakatlas.blocks.watch import Watch
+from leakatlas.errors import InvalidInput
 from leakatlas.report import Report
 
 COMPARISONS = 0.35
@@ -68,11 +70,17 @@ class Writer:
         if self.out is None or time.perf_counter() < self._next:
             return
         begun = time.perf_counter()
-        make().save(self.out)
+        # The last word is `finally_`'s; a draft that finds no room does not end an audit.
+        with contextlib.suppress(InvalidInput):
+            make().save(self.out)
         ended = time.perf_counter()
         self._next = ended + WRITING * (ended - begun)
 
-    def finally_(self, report: Report) -> None:
-        """Write the whole report."""
+    def finally_(self, report: Report) -> Report:
+        """Write the whole report; one that could not be written says so."""
         if self.out is not None:
-            report.save(self.out)
+            try:
+                report.save(self.out)
+            except InvalidInput as problem:
+                return replace(report, unwritten=str(problem))
+        return report

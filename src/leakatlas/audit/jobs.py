@@ -59,15 +59,14 @@ def kept_as(job: Job, plan: Plan, out: Path | None) -> Path | None:
     if out is None:
         return None
     live = job.setting.stage(letter=job.letter, seed=plan.seed)
-    named = (job.preset or job.attack).recipe(plan.seed, live.scenario.to_json())
-    effort = f"{named.content_hash}|{plan.seconds}|{plan.rehearsal}"
-    return out / "runs" / kept.identity(job.setting, job.target, effort)
+    named = kept.recipe_of(job.setting, job.preset or job.attack, live.scenario.to_json(), plan)
+    return out / "runs" / kept.identity(job.setting, job.target, named)
 
 
 def finished(job: Job, plan: Plan, out: Path | None) -> Run | None:
     """The run of a job that was finished before, if it was kept."""
     place = kept_as(job, plan, out)
-    return None if place is None else kept.load(place)
+    return None if place is None else kept.load(place, plan.seconds)
 
 
 def run_job(
@@ -90,9 +89,10 @@ def run_job(
     """
     vantage = job.setting.effective_vantage
     live = job.setting.stage(letter=job.letter, seed=plan.seed)
-    recipe = replace(job.attack.recipe(plan.seed, live.scenario.to_json()), rehearsal=job.rehearsal)
+    recipe = kept.recipe_of(job.setting, job.attack, live.scenario.to_json(), plan)
+    recipe = replace(recipe, rehearsal=job.rehearsal)
     cache = kept_as(job, plan, out)
-    if cache is not None and (before := kept.load(cache)) is not None:
+    if cache is not None and (before := kept.load(cache, plan.seconds)) is not None:
         return before
     name = f"{job.setting.name}: {job.attack.key}"
     progress = None if cache is None else cache.with_name(f"{cache.name}.progress")
@@ -127,8 +127,12 @@ def run_job(
         reason = f"{type(crash).__name__}: {crash}"
         run = replace(blank, status="error", reason=reason, trace=traceback.format_exc())
     if cache is not None and progress is not None and not stop.stopped:
-        kept.save(cache, run)
-        shutil.rmtree(progress, ignore_errors=True)
+        try:
+            kept.save(cache, run, plan.seconds)
+        except OSError as problem:  # the run itself is whole, and others may still be kept
+            return replace(run, unkept=f"{cache.parent} cannot be written ({problem.strerror})")
+        if run.status != "cut short":  # with more time it goes on from there
+            shutil.rmtree(progress, ignore_errors=True)
     return run
 
 

@@ -1,43 +1,160 @@
-"""Finished runs in the output folder: what survives a kill."""
+"""Finished runs in the output folder: what survives a kill, and what is not believed."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import filelock
+import safetensors.torch
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import nn
 
-from leakatlas.audit.plan import Setting
+from leakatlas import sealed
+from leakatlas.attacks.api import Attack, Recipe
+from leakatlas.audit.plan import Plan, Setting
+from leakatlas.catalogue.code import ALWAYS, code_hash
+from leakatlas.errors import InvalidInput
 from leakatlas.fl import model_state, state_hash
 from leakatlas.report import Run
 
-
-def identity(setting: Setting, target: int, recipe_hash: str) -> str:
-    """The name of a run's files: what can change its result, hashed."""
-    weights = state_hash(model_state(setting.model))
-    box = json.dumps(setting.box.to_json())
-    text = f"{recipe_hash}|{weights}|{target}|{box}|{setting.victims.fingerprint()}"
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+LOCK = ".lock"
+"""Held by the process that writes into a folder; the system frees it when that process dies."""
 
 
-def save(stem: Path, run: Run) -> None:
-    """Write a finished run; a kill meanwhile leaves nothing half-written behind."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    if run.pictures is not None:
-        save_file({"pictures": run.pictures.contiguous()}, stem.with_suffix(".safetensors"))
-    partial = stem.with_suffix(".partial")
-    partial.write_text(json.dumps(run.to_json()), encoding="utf-8")
-    os.replace(partial, stem.with_suffix(".json"))
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other audits out of ``folder``.
 
-
-def load(stem: Path) -> Run | None:
-    """A finished run, or None if there is none or it is damaged (it is then run again)."""
+    Raises:
+        InvalidInput: At once, if another audit is writing there.
+    """
+    lock = filelock.FileLock(folder / LOCK)
     try:
-        values = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
-        pictures = load_file(stem.with_suffix(".safetensors"))["pictures"]
-        return Run.from_json(values, pictures)
-    except (FileNotFoundError, json.JSONDecodeError, SafetensorError, KeyError, TypeError):
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise InvalidInput(
+            f"Another audit is writing to {str(folder)!r}; wait until it has ended, or choose "
+            "another folder with --out. Nothing was computed."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def recipe_of(setting: Setting, attack: Attack, scenario: dict[str, Any], plan: Plan) -> Recipe:
+    """The recipe of a run, with all that can change its result on this machine."""
+    plain = attack.recipe(plan.seed, scenario)
+    device = next((p.device.type for p in setting.model.parameters()), "cpu")
+    conditions = {
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "execution": plan.execution,
+        "rehearsal": plan.rehearsal,
+        "model source": source_hash(setting.model, setting.model_ref.name),
+        "code": code_hash([*ALWAYS, type(attack).__module__], _own_files(type(attack))),
+    }
+    return replace(plain, conditions=conditions)
+
+
+def _own_files(attack: type[Attack]) -> list[Path]:
+    """The file of an attack that comes from elsewhere."""
+    if attack.__module__.partition(".")[0] == "leakatlas":
+        return []
+    return [Path(inspect.getfile(attack))]
+
+
+def source_hash(model: nn.Module, name: str) -> str:
+    """Hash of a model's structure and of the user's files that it comes from.
+
+    Args:
+        model: The live model.
+        name: How its reference names it: ``file.py:factory``, ``package.module:factory``, ...
+    """
+    digest = hashlib.sha256(repr(model).encode())
+    location = name.rpartition(":")[0]
+    module = sys.modules.get(location)
+    named = location if location.endswith(".py") else getattr(module, "__file__", None)
+    files = set() if named is None else {Path(named)}
+    for cls in {type(part) for part in model.modules()}:
+        if cls.__module__.partition(".")[0] in ("torch", "torchvision", "leakatlas"):
+            continue  # their versions and code are in the recipe
+        try:
+            files.add(Path(inspect.getfile(cls)))
+        except (TypeError, OSError):  # typed at a prompt
+            continue
+    for file in sorted(files):
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    return digest.hexdigest()
+
+
+def identity(setting: Setting, target: int, recipe: Recipe) -> str:
+    """The name of a run's files: what can change its result, hashed; its budget left out.
+
+    A run that more time would prolong keeps its name, so that it goes on from its checkpoints;
+    :func:`load` compares the budgets.
+    """
+    parts = [
+        recipe.content_hash,
+        recipe.versions,
+        state_hash(model_state(setting.model)),
+        target,
+        setting.box.to_json(),
+        setting.victims.fingerprint(),
+        setting.public.fingerprint(),
+    ]
+    return sealed.digest(json.dumps(parts, sort_keys=True).encode())[:24]
+
+
+def save(stem: Path, run: Run, budget: float | None) -> None:
+    """Write a run with the digest of all that was written.
+
+    Raises:
+        OSError: If there is no room; what was there before is untouched.
+    """
+    pictures = b""
+    if run.pictures is not None:
+        pictures = safetensors.torch.save({"pictures": run.pictures.contiguous()})
+        sealed.write_whole(stem.with_suffix(".safetensors"), pictures)
+    content = {"budget": budget, "run": run.to_json(), "pictures": sealed.digest(pictures)}
+    text = json.dumps({"sha256": _digest(content), **content}, indent=1)
+    sealed.write_whole(stem.with_suffix(".json"), text.encode())
+
+
+def load(stem: Path, budget: float | None) -> Run | None:
+    """A run that was tried to its end under the same budget, or None.
+
+    What fails its digest, or is not of this format, is discarded with a warning. A run under
+    another budget is made again; one that was cut short goes on from its checkpoints.
+    """
+    file, beside = stem.with_suffix(".json"), stem.with_suffix(".safetensors")
+    try:
+        content = json.loads(file.read_bytes())
+        said = content.pop("sha256")
+        pictures = beside.read_bytes() if content["run"]["scores"] is not None else b""
+        if said != _digest(content) or content["pictures"] != sealed.digest(pictures):
+            sealed.discard(file, "it fails its SHA-256")
+            return None
+        held = safetensors.torch.load(pictures)["pictures"] if pictures else None
+        run = Run.from_json(content["run"], held)
+    except FileNotFoundError as problem:
+        if Path(str(problem.filename)) == beside:
+            sealed.discard(file, "its pictures are missing")
         return None
+    except (ValueError, LookupError, TypeError, AttributeError, SafetensorError):
+        sealed.discard(file, "it is no run as they are kept here")
+        return None
+    return run if run.tried and content["budget"] == budget else None
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return sealed.digest(json.dumps(content, sort_keys=True).encode())

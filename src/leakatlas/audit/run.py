@@ -13,6 +13,7 @@ import torch
 
 import leakatlas
 from leakatlas.attacks.api import ActiveAttack
+from leakatlas.audit import kept
 from leakatlas.audit.budget import Budget, Writer
 from leakatlas.audit.compare import compare
 from leakatlas.audit.diagnosis import examine
@@ -34,8 +35,8 @@ def carry_out(
 ) -> Report:
     """Run an audit.
 
-    With ``out``, every finished run is kept there at once; the same audit started again reads
-    them instead of running them, so a killed audit resumes.
+    With ``out``, every finished run is kept there at once and the report is written as runs end;
+    the same audit started again reads them instead of running them, so a killed audit resumes.
 
     Args:
         plan: What to do.
@@ -45,14 +46,19 @@ def carry_out(
             computed is reported.
 
     Raises:
-        InvalidInput: If ``out`` cannot be written, or a setting does not fit its model.
+        InvalidInput: If ``out`` cannot be written, another audit is writing there, or a setting
+            does not fit its model.
         UnknownName: If an attack does not exist.
     """
-    if out is not None:
-        check_writable(out)
+    if out is None:
+        return _carry_out(plan, None, listener or Silent(), stop or Watch())
+    check_writable(out)
+    with kept.alone(out):
+        return _carry_out(plan, out, listener or Silent(), stop or Watch())
+
+
+def _carry_out(plan: Plan, out: Path | None, listener: Listener, stop: Watch) -> Report:
     begun = time.perf_counter()
-    listener = listener or Silent()
-    stop = stop or Watch()
     published = plan.seconds is None
     jobs: list[Job] = []
     runs: list[Run] = []
@@ -96,8 +102,7 @@ def carry_out(
         written.now_and_then(lambda: report((), complete=False))
     comparisons = compare(plan, runs, budget.comparisons(stop), out, listener, stop)
     whole = report(comparisons, complete=not stop.stopped)
-    written.finally_(whole)
-    return whole
+    return written.finally_(whole)
 
 
 def _facts(plan: Plan) -> dict[str, Any]:

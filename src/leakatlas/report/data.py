@@ -37,6 +37,7 @@ class Run:
         wants: What the user could do so that a refused attack starts; empty where the chosen
             letters leave it out.
         trace: Where an attack crashed.
+        unkept: Why the run could not be written to the output folder; empty if it was.
         seconds: Wall time of the attack.
         rounds: Rounds that the adversary saw.
         reads: View fields read.
@@ -58,6 +59,7 @@ class Run:
     verdict: Verdict
     wants: str = ""
     trace: str = ""
+    unkept: str = ""
     seconds: float = 0.0
     rounds: int = 0
     reads: tuple[str, ...] = ()
@@ -155,7 +157,8 @@ class Report:
         facts: Models, data, hardware, versions, budget.
         command: Repeats the audit.
         source: The configuration.
-        complete: Whether every planned run was made.
+        complete: Whether the audit went on to its end, not stopped before.
+        unwritten: Why the report could not be written to the output folder; empty if it was.
         seconds: Wall time of this audit, resumed parts not counted twice.
     """
 
@@ -168,6 +171,7 @@ class Report:
     source: Mapping[str, Any]
     complete: bool
     seconds: float
+    unwritten: str = ""
 
     def verdicts(self) -> tuple[LetterVerdict, ...]:
         """One verdict for each letter, from the runs whose knowledge it holds.
@@ -202,7 +206,11 @@ class Report:
             if found.run is None:
                 reasons.append(f"nothing was tried for letter {found.letter}")
         broken: dict[str, list[str]] = {}
-        for run in (*self.runs, *(run for c in self.comparisons for run in c.runs)):
+        every = (*self.runs, *(run for c in self.comparisons for run in c.runs))
+        for lost in dict.fromkeys((*(run.unkept for run in every), self.unwritten)):
+            if lost:
+                reasons.append(f"{lost}; make room and repeat the command")
+        for run in every:
             if run.status == "error":
                 broken.setdefault(f"{run.attack} crashed ({run.reason})", []).append(run.setting)
             elif run.status == "refused" and run.wants:
@@ -271,6 +279,7 @@ class Report:
             "source": dict(self.source),
             "complete": self.complete,
             "seconds": self.seconds,
+            "unwritten": self.unwritten,
         }
 
     def save(self, folder: Path | str) -> Path:

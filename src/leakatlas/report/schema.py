@@ -28,6 +28,7 @@ class RunPart(_Part):
     verdict: Verdict
     wants: str
     trace: str
+    unkept: str
     seconds: float
     rounds: int
     reads: list[str]
@@ -71,6 +72,7 @@ class ReportFile(_Part):
     source: dict[str, Any]
     complete: bool
     seconds: float
+    unwritten: str
 
 
 def report_schema() -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from leakatlas import sealed
 from leakatlas.errors import InvalidInput
 from leakatlas.report.data import Comparison, Report, Run
 from leakatlas.report.schema import report_schema
@@ -37,6 +38,9 @@ TONE = {
 }
 """Style class of each verdict; none of them is green, because nothing here proves safety."""
 
+PICTURES = "reconstructions"
+"""Folder of the reconstructions as PNG files."""
+
 KNOWLEDGE_WORDS = {
     Knowledge.UPDATES: "updates",
     Knowledge.BASIC: "pixel space",
@@ -55,19 +59,44 @@ def write_report(report: Report, folder: Path) -> Path:
         The path of the page.
 
     Raises:
-        InvalidInput: If the folder cannot be written.
+        InvalidInput: If the folder cannot be written; the report itself is unharmed.
     """
-    check_writable(folder)
     content = {
         "report.json": json.dumps(report.to_json(), indent=1, allow_nan=False),
         "report.schema.json": json.dumps(report_schema(), indent=1),
         "report.html": render_page(report),
     }
-    for name, text in content.items():
-        partial = folder / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, folder / name)
+    try:
+        for name, text in content.items():
+            sealed.write_whole(folder / name, text.encode())
+        write_pictures(report, folder / PICTURES)
+    except OSError as problem:
+        raise InvalidInput(
+            f"The report cannot be written to {str(folder)!r} ({problem.strerror})"
+        ) from None
     return folder / "report.html"
+
+
+def write_pictures(report: Report, folder: Path) -> None:
+    """Write every reconstruction as ``<setting>/<attack>/client-<c>-image-<i>.png``.
+
+    Under an alternative defense, its name follows the setting's. An image that an attack did not
+    return has no file.
+    """
+    cases = [(run.setting, run) for run in report.runs]
+    for comparison in report.comparisons[1:]:
+        cases += [(f"{run.setting}, {comparison.name}", run) for run in comparison.runs]
+    names: dict[str, str] = {}
+    for setting, run in cases:
+        if setting not in names:
+            plain = re.sub(r"\W+", "-", setting, flags=re.ASCII).strip("-").lower()[:60]
+            names[setting] = f"{plain}-{len(names)}" if plain in names.values() else plain
+        if run.scores is None or run.pictures is None:
+            continue
+        place = folder / names[setting] / re.sub(r"\W+", "-", run.attack, flags=re.ASCII)
+        for index, (pair, image) in enumerate(zip(run.pictures, run.scores.images, strict=False)):
+            if image.candidate is not None:
+                sealed.write_whole(place / f"client-{run.target}-image-{index}.png", _png(pair[1]))
 
 
 def check_writable(folder: Path) -> None:
@@ -332,8 +361,13 @@ def _skipped(report: Report) -> list[dict[str, str]]:
 
 def _data_uri(image: Tensor) -> str:
     """An image ``(C, H, W)`` in [0, 1] as a PNG data URI."""
+    return "data:image/png;base64," + base64.b64encode(_png(image)).decode()
+
+
+def _png(image: Tensor) -> bytes:
+    """An image ``(C, H, W)`` in [0, 1] as PNG; of any other number of channels but 3 the first."""
     pixels = (image.clamp(0, 1) * 255).round().byte().cpu().numpy()
     array = pixels[0] if pixels.shape[0] != 3 else np.moveaxis(pixels, 0, -1)
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()

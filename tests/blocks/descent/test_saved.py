@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import signal
 import subprocess
 import sys
@@ -15,9 +17,9 @@ from torch import Tensor
 from leakatlas import data
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.blocks import descent
-from leakatlas.blocks.descent import Descended, Factory, Variables
+from leakatlas.blocks.descent import Descended, Factory, Variables, saved
 from leakatlas.blocks.watch import Conduct, Watch
-from leakatlas.errors import InvalidInput
+from leakatlas.sealed import DamagedFile, seal
 from leakatlas.threat import Grant
 from tests.conftest import build_stage
 
@@ -78,23 +80,84 @@ def test_a_finished_descent_is_not_run_again(tmp_path: Path) -> None:
     assert torch.equal(first.trace, again.trace)
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_discarded(tmp_path: Path) -> None:
     search(tmp_path, optimizer=descent.adam(0.05))
-    with pytest.raises(InvalidInput, match="belongs to another run"):
-        search(tmp_path, optimizer=descent.adam(0.05), steps=61)
+    with pytest.warns(DamagedFile, match="belongs to another run"):
+        again = search(tmp_path, optimizer=descent.adam(0.05), steps=61)
+    assert torch.equal(
+        again.best["x"], search(None, optimizer=descent.adam(0.05), steps=61).best["x"]
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"cos\nsystem\n(S'true'\ntR."])
-def test_a_damaged_or_evil_checkpoint_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_or_evil_checkpoint_is_discarded_by_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "0001.pt").write_bytes(content)
-    with pytest.raises(InvalidInput, match=r"0001\.pt is damaged .* delete it"):
+    with pytest.warns(DamagedFile, match=r"0001\.pt was discarded: it fails its SHA-256"):
+        again = search(tmp_path, optimizer=descent.adam(0.05))
+    assert torch.equal(again.best["x"], search(None, optimizer=descent.adam(0.05)).best["x"])
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.999])
+def test_a_truncated_checkpoint_is_not_gone_on_from(tmp_path: Path, kept: float) -> None:
+    search(tmp_path, optimizer=descent.adam(0.05), stop_at=20)
+    content = (tmp_path / "0001.pt").read_bytes()
+    (tmp_path / "0001.pt").write_bytes(content[: int(kept * len(content))])
+    with pytest.warns(DamagedFile):
+        again = search(tmp_path, optimizer=descent.adam(0.05))
+    assert torch.equal(again.best["x"], search(None, optimizer=descent.adam(0.05)).best["x"])
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    search(tmp_path, optimizer=descent.adam(0.05), stop_at=20)
+    content = (tmp_path / "0001.pt").read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for place in torch.randint(len(content), (25,), generator=generator).tolist():
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << (place % 8)
+        (tmp_path / "0001.pt").write_bytes(flipped)
+        with pytest.warns(DamagedFile):
+            assert saved.load(tmp_path / "0001.pt", "", []) is None
+        assert not (tmp_path / "0001.pt").exists()
+
+
+def test_a_foreign_file_is_discarded(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save({"weights": torch.zeros(1)}, buffer)
+    seal(tmp_path / "0001.pt", buffer.getvalue())
+    with pytest.warns(DamagedFile, match="not a checkpoint of a descent"):
         search(tmp_path, optimizer=descent.adam(0.05))
 
 
-def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
-    torch.save({"weights": torch.zeros(1)}, tmp_path / "0001.pt")
-    with pytest.raises(InvalidInput, match="not a checkpoint of a descent"):
-        search(tmp_path, optimizer=descent.adam(0.05))
+def test_a_descent_that_the_clock_ended_goes_on_with_more_time(tmp_path: Path) -> None:
+    def descended(seconds: float | None) -> Descended:
+        watch = Watch(seconds, conduct=Conduct(checkpoints=tmp_path, save_every=1e9))
+        return descent.descend(
+            wave_of, {"x": START["x"][0]}, optimizer=descent.adam(0.05), steps=40, watch=watch
+        )
+
+    def wave_of(variables: Variables, t: Tensor) -> Tensor:
+        return wave(variables, torch.zeros(()))
+
+    short = descended(1e-9)  # a single step, however fast the machine is
+    assert short.steps == 1
+    whole = descended(None)
+    assert whole.steps == 40
+    direct = descent.descend(
+        wave_of, {"x": START["x"][0]}, optimizer=descent.adam(0.05), steps=40, watch=Watch()
+    )
+    assert torch.equal(whole.best["x"], direct.best["x"])
+
+
+def test_without_room_for_a_checkpoint_the_descent_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("leakatlas.sealed.write_whole", full)
+    with pytest.warns(UserWarning, match="No space left on device"):
+        found = search(tmp_path, optimizer=descent.adam(0.05))
+    assert torch.equal(found.best["x"], search(None, optimizer=descent.adam(0.05)).best["x"])
 
 
 def test_views_that_differ_do_not_share_a_checkpoint(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def descend(
             return run.end(first)
     now = Step(first - 1, max(first - 1, 0) / steps)
     begun = kept = time.perf_counter()
+    settled = False
     for now in watch.steps(steps, first=first):
         factor = 1.0 if schedule is None else schedule(now.progress)
         for group, lr in zip(run.engine.param_groups, run.rates, strict=True):
@@ -122,8 +123,9 @@ def descend(
             watch.interrupt()
             file = None
             break
-        except _OutOfTime:
+        except _OutOfTime:  # in the middle of a step; the last checkpoint stands
             watch.cut()
+            file = None
             break
         with torch.no_grad():
             for hook in after:
@@ -140,17 +142,19 @@ def descend(
             if watch.conduct.keep is not None:
                 watch.conduct.keep({n: t.detach().clone() for n, t in run.best.items()})
             if not bool(alive.any()) or (done is not None and done(lowest)):
+                settled = True
                 break
             if file is not None and time.perf_counter() - kept > watch.conduct.save_every:
                 kept = time.perf_counter()
                 saved.save(file, run.state(wanted, now.index + 1, finished=False), generators)
-    if file is not None and watch.stopped:
+    finished = settled or now.index + 1 >= steps
+    if file is not None and not finished:  # stopped, or out of time: more time goes on from here
         saved.save(file, run.state(wanted, now.index + 1, finished=False), generators)
     run.halt()
     run.now(now, shared)
     run.evaluate()
     run.report()
-    if file is not None and not watch.stopped:
+    if file is not None and finished:
         saved.save(file, run.state(wanted, now.index + 1, finished=True), generators)
     watch.conduct.executions.append(run.describe())
     return run.end(now.index + 1)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leakatlas.errors import InvalidInput
+from leakatlas import sealed
 
-FORMAT = "leakatlas/descent/1"
+FORMAT = "leakatlas/descent/2"
 
 
 def identity(start: Mapping[str, Tensor], steps: int, candidates: int | None) -> str:
@@ -26,35 +28,44 @@ def identity(start: Mapping[str, Tensor], steps: int, candidates: int | None) ->
 
 
 def save(file: Path, state: Mapping[str, Any], generators: Sequence[torch.Generator]) -> None:
-    """Write a checkpoint; a run killed meanwhile keeps the one before."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
+    """Write a checkpoint; a run killed meanwhile keeps the one before.
+
+    Without room on the disk the run goes on, and only its resuming is lost.
+    """
     noise = {"global": torch.get_rng_state(), "own": [g.get_state() for g in generators]}
-    torch.save({"format": FORMAT, **state, "noise": noise}, partial)
-    partial.replace(file)
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state, "noise": noise}, buffer)
+    try:
+        sealed.seal(file, buffer.getvalue())
+    except OSError as problem:
+        warnings.warn(
+            f"The checkpoint {file} cannot be written ({problem.strerror}); a run that is killed "
+            "now begins anew.",
+            stacklevel=2,
+        )
 
 
 def load(file: Path, wanted: str, generators: Sequence[torch.Generator]) -> dict[str, Any] | None:
-    """The checkpoint in ``file``, or None; sets the generators to where they were.
+    """The checkpoint in ``file``; sets the generators to where they were.
 
-    Raises:
-        InvalidInput: If it is damaged, or of another run.
+    None if there is none, or if it is damaged or of another run: it is then discarded with a
+    warning, and the descent begins anew.
     """
-    if not file.is_file():
+    content = sealed.unseal(file)
+    if content is None:
         return None
     try:
-        state = torch.load(file, weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as problem:
-        raise InvalidInput(
-            f"The checkpoint {file} is damaged ({type(problem).__name__}); delete it to start anew."
-        ) from problem
+        state = torch.load(io.BytesIO(content), weights_only=True)
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+        state = None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise InvalidInput(f"{file} is not a checkpoint of a descent; choose another folder.")
+        sealed.discard(file, "it is not a checkpoint of a descent")
+        return None
     if state["identity"] != wanted:
-        raise InvalidInput(
-            f"The checkpoint {file} belongs to another run (another start, length or number of "
-            "candidates); delete it, or choose another folder."
+        sealed.discard(
+            file, "it belongs to another run (another start, length or number of candidates)"
         )
+        return None
     torch.set_rng_state(state["noise"]["global"])
     for generator, noise in zip(generators, state["noise"]["own"], strict=True):
         generator.set_state(noise)
