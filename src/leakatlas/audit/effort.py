@@ -230,8 +230,10 @@ def readied(job: Job, plan: Plan, *, seconds: float, allowance: float, stop: Wat
         view, _ = harness.observe(live, job.attack, target=job.target, seed=plan.seed)
         job.attack.check(view)
         at = pace(job.attack, view, watch=stop, seed=plan.seed)
-    except LeakAtlasError as problem:
-        return Readied(job.attack, None, None, str(problem), fixed)
+    # Whatever an attack raises when it is tried out, its run will raise too, and that is the run's
+    # own error; here it only means that nothing can be planned.
+    except (Exception, SystemExit) as problem:
+        return Readied(job.attack, None, None, _first_words(problem), fixed)
     if at is None or not plan.rehearsal:
         return Readied(job.attack, at, None, "", fixed)
     length = fits(allowance, at, fixed or LONGEST)
@@ -249,10 +251,16 @@ def readied(job: Job, plan: Plan, *, seconds: float, allowance: float, stop: Wat
             watch=Watch(1.5 * seconds, parent=stop),
             seed=plan.seed,
         )
-    except LeakAtlasError as problem:
-        return Readied(job.attack, at, None, str(problem), fixed)
+    except (Exception, SystemExit) as problem:  # as above
+        return Readied(job.attack, at, None, _first_words(problem), fixed)
     chosen = type(job.attack).from_json(dict(found.parameters))
     return Readied(chosen, found.per_iteration, found, "", fixed)
+
+
+def _first_words(problem: BaseException) -> str:
+    if isinstance(problem, LeakAtlasError):
+        return str(problem)
+    return f"{type(problem).__name__}: {problem}"
 
 
 def distinct_variants(attack: Attack, changes: Any) -> dict[str, Attack]:

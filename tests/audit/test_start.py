@@ -1,0 +1,119 @@
+"""Doctor and audit ask one function; what it lets start is never refused afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import leakatlas
+from leakatlas import data, models
+from leakatlas.audit import Plan, Setting, Watch, carry_out, presets
+from leakatlas.audit.jobs import Job, run_job
+from leakatlas.audit.listener import Silent
+from leakatlas.audit.start import can_start
+from leakatlas.data import Box
+from leakatlas.fl import FedAVG, FedSGD, ModelRef, Protocol
+from leakatlas.threat import LETTERS, Vantage
+
+FC = ModelRef("builtin", "fc", {"in_channels": 3, "size": 32, "classes": 8, "widths": [16]})
+CONV = ModelRef("builtin", "convnet", {"in_channels": 3, "size": 32, "classes": 8, "width": 4})
+
+
+def setting(reference: ModelRef, protocol: Protocol, **changes: object) -> Setting:
+    return Setting(
+        name="s",
+        model=reference.build(),
+        model_ref=reference,
+        victims=data.photos(32).subset([0, 1]),
+        protocol=protocol,
+        box=Box.unit(3),
+        **changes,  # type: ignore[arg-type]  # by name
+    )
+
+
+SETTINGS = {
+    "linear, gradients": setting(FC, FedSGD()),
+    "convolutions, local steps": setting(
+        CONV, FedAVG(epochs=1, batch_size=1, lr=0.01, mode="train")
+    ),
+    "behind an aggregate": setting(FC, FedSGD(), clients=2, vantage=Vantage.AGGREGATE),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_may_start_is_not_refused_afterwards(name: str) -> None:
+    few = data.patches(32, 16, part="surrogate")
+    chosen = replace(SETTINGS[name], surrogate=few)
+    plan = Plan(settings=(chosen,), letters=tuple(LETTERS), seconds=1.0, rehearsal=False)
+    started = 0
+    for attack in presets(None, {}, published=False):
+        stage = chosen.stage(letter="A", seed=0)
+        record = stage.federation.play_round()
+        start = can_start(stage, attack, plan.letters, record)
+        if start.obstacle is not None:
+            assert start.obstacle in ("refused", "not applicable") and start.outlook.reason
+            continue
+        started += 1
+        job = Job(chosen, attack, start.letter, 0, 1.0)
+        run = run_job(job, plan, 1e-9, None, Silent(), Watch())
+        assert run.tried, (attack.key, run.status, run.reason)
+    assert started >= 5
+
+
+def test_doctor_and_audit_agree_attack_by_attack() -> None:
+    chosen = SETTINGS["linear, gradients"]
+    found = leakatlas.doctor(chosen.model, chosen.victims, threat="A-C")
+    stop = Watch()
+    stop.stop()  # after the question, before the answer
+    report = carry_out(Plan(settings=(chosen,), letters=("A", "B", "C")), stop=stop)
+    left_out = {run.attack: run.status for run in report.runs}
+    assert left_out == {
+        key: start.obstacle for key, start in found.outlooks.items() if start.obstacle
+    }
+    assert {start.word for start in found.outlooks.values()} >= {"refused", "not applicable"}
+
+
+def test_a_letter_that_theory_rules_out_does_not_hide_a_stronger_one() -> None:
+    """Trap weights tune their scale on public images: hopeless under F, at hand under G."""
+    from leakatlas.attacks.analytic.sparsification.trap_weights import TrapWeights
+
+    stage = SETTINGS["linear, gradients"].stage(letter="F", seed=0)
+    tuned = TrapWeights(scaling=None)
+    assert can_start(stage, tuned, ("F",)).word == "not applicable"
+    assert can_start(stage, tuned, ("F", "G")).letter == "G"
+
+
+def test_the_refusal_is_that_of_the_letter_that_lacks_least() -> None:
+    from leakatlas.attacks.analytic.isolation.sybils import Sybils
+
+    stage = SETTINGS["linear, gradients"].stage(letter="A", seed=0)
+    start = can_start(stage, Sybils(), ("A", "B", "G"))
+    assert start.obstacle == "refused" and start.letter == ""
+    assert "needs SELECTION, which threat model G" in start.outlook.reason
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 20, 32), (4, 8, 8)])
+def test_everybody_has_some_public_images(shape: tuple[int, int, int]) -> None:
+    public = data.strangers(shape, 16)
+    assert public.shape == shape and len(public) == 16
+    assert float(public.images.min()) >= 0 and float(public.images.max()) <= 1
+    assert public.images.flatten(1).std(1).max() > 0.05
+
+
+def test_a_victim_among_the_strangers_is_left_out() -> None:
+    victims = data.strangers((3, 32, 32)).subset([0, 5])
+    chosen = replace(SETTINGS["linear, gradients"], victims=victims)
+    assert len(chosen.public) == len(data.strangers((3, 32, 32))) - 2
+    held = {image.numpy().tobytes() for image in chosen.public.images}
+    assert not held & {image.numpy().tobytes() for image in victims.images}
+
+
+def test_grey_victims_meet_grey_strangers() -> None:
+    digits = data.digits().subset([0])
+    model = models.build("fc", in_channels=1, size=8, classes=10, widths=[8])
+    report = leakatlas.audit(model, digits, threat="G", attacks=["robbing_the_fed"], budget="5s")
+    assert report.runs[0].verdict == "exact leak"
+    assert report.facts["settings"][0]["strangers"] is True
+    assert torch.equal(digits.images, data.digits().subset([0]).images)
