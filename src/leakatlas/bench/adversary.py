@@ -45,6 +45,7 @@ class Adversary(Protocol):
         turn: int,
         draws: Tensor | None,
         watch: Watch,
+        code: bytes | None = None,
     ) -> Turn:
         """Prepare the next round.
 
@@ -55,12 +56,15 @@ class Adversary(Protocol):
             turn: Rounds played so far.
             draws: :attr:`Turn.draws` of the turn before; None at first.
             watch: Budget.
+            code: A user's own model and loss (:func:`leakatlas.bench.task.code_of`).
 
         Raises:
             AttackCrashed: If its process ended.
         """
 
-    def attack(self, attack: Attack, view: View, *, seed: int, watch: Watch) -> Reconstruction:
+    def attack(
+        self, attack: Attack, view: View, *, seed: int, watch: Watch, code: bytes | None = None
+    ) -> Reconstruction:
         """Run the attack; the recipe's scenario is stamped by the caller.
 
         Raises:
@@ -89,6 +93,7 @@ class Here:
     """The adversary in this process: for debugging, since the truth is within its reach."""
 
     process: Literal["own", "shared"] = "shared"
+    """See :class:`Adversary`."""
 
     def tamper(
         self,
@@ -99,11 +104,14 @@ class Here:
         turn: int,
         draws: Tensor | None,
         watch: Watch,
+        code: bytes | None = None,
     ) -> Turn:
         """Tamper."""
         return take_turn(attack, view, seed=seed, turn=turn, draws=draws, watch=watch)
 
-    def attack(self, attack: Attack, view: View, *, seed: int, watch: Watch) -> Reconstruction:
+    def attack(
+        self, attack: Attack, view: View, *, seed: int, watch: Watch, code: bytes | None = None
+    ) -> Reconstruction:
         """Attack."""
         return attack(view, seed=seed, watch=watch)
 

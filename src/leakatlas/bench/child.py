@@ -59,7 +59,8 @@ class Child:
             cwd=self.folder,
             env=environment,
         )
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     @property
     def pid(self) -> int:
@@ -106,6 +107,9 @@ class Child:
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait()
+        self._listener.join()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
         self._errors.close()
         self._home.cleanup()
 

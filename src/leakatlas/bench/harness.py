@@ -9,6 +9,7 @@ import torch
 
 from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction
 from leakatlas.bench.adversary import Adversary, Here
+from leakatlas.bench.task import code_of
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import InvalidInput, NotGranted, ProtocolError
 from leakatlas.fl import RoundRecord, Stage, Truth, View
@@ -79,9 +80,10 @@ def observe(
     reads: frozenset[str] = frozenset()
     keys: list[dict[str, torch.Tensor]] = []
     draws: torch.Tensor | None = None
+    code = _travelling(stage, adversary)
     while True:
         turn = adversary.tamper(
-            attack, view, seed=seed, turn=len(records), draws=draws, watch=watch
+            attack, view, seed=seed, turn=len(records), draws=draws, watch=watch, code=code
         )
         reads |= turn.reads
         draws, tampering = turn.draws, turn.tampering
@@ -126,10 +128,17 @@ def run_trial(
     view, records = observe(
         stage, attack, target=target, seed=seed, watch=watch, adversary=adversary
     )
-    found = adversary.attack(attack, view, seed=seed, watch=watch.again())
+    found = adversary.attack(
+        attack, view, seed=seed, watch=watch.again(), code=_travelling(stage, adversary)
+    )
     found = replace(found, recipe=attack.recipe(seed, stage.scenario.to_json()))
     truth = truth_of(stage, target, records)
     return Trial(view, truth, records, found, stage.box.denormalize(found.images))
+
+
+def _travelling(stage: Stage, adversary: Adversary) -> bytes | None:
+    """A user's own model and loss, if they have to reach another process."""
+    return code_of(stage) if adversary.process == "own" else None
 
 
 def truth_of(stage: Stage, target: int, records: Sequence[RoundRecord] = ()) -> Truth:

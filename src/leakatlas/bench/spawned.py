@@ -1,0 +1,137 @@
+"""An adversary in a process of its own, which is given a view and nothing else."""
+
+from __future__ import annotations
+
+import os
+import queue
+import time
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction, cache_folder
+from leakatlas.bench import task
+from leakatlas.bench.adversary import Turn
+from leakatlas.bench.child import Child, Message
+from leakatlas.blocks.watch import Watch
+from leakatlas.errors import AttackCrashed
+from leakatlas.fl import View
+
+MODULE = "leakatlas.bench.worker"
+HIDDEN = ("LEAKATLAS_DATA", "PWD", "OLDPWD")
+"""Variables that name a place where the truth may lie."""
+
+GLANCE = 0.2
+"""Seconds between two looks at whether a run was stopped."""
+
+
+class Spawned:
+    """One attack's process, started when it is first needed and again after it died.
+
+    Args:
+        memory: GiB that an attack may take on top of the libraries; no limit if None.
+        seconds: Time after which it is killed; no limit if None. (Budgets are kept by the attack
+            itself; this is for one that does not.)
+        device: ``cuda:1`` hides every other device from it.
+    """
+
+    process: Literal["own", "shared"] = "own"
+
+    def __init__(
+        self, *, memory: float | None = None, seconds: float | None = None, device: str = "cpu"
+    ) -> None:
+        self.memory = memory
+        self.seconds = seconds
+        self.device = device
+        self._child: Child | None = None
+        self._costs: Mapping[str, float] = {}
+
+    def tamper(
+        self,
+        attack: ActiveAttack,
+        view: View,
+        *,
+        seed: int,
+        turn: int,
+        draws: Tensor | None,
+        watch: Watch,
+        code: bytes | None = None,
+    ) -> Turn:
+        """Prepare the next round; see :class:`~leakatlas.bench.adversary.Adversary`."""
+        child = self._alive()
+        message = task.asked(
+            "tamper", attack, view, child.folder, seed=seed, watch=watch, code=code,
+            memory=self.memory, turn=turn, draws=draws,
+        )  # fmt: skip
+        return task.turn_of(self._answer(child, message, watch), child.folder)
+
+    def attack(
+        self, attack: Attack, view: View, *, seed: int, watch: Watch, code: bytes | None = None
+    ) -> Reconstruction:
+        """Run the attack; see :class:`~leakatlas.bench.adversary.Adversary`."""
+        child = self._alive()
+        message = task.asked(
+            "attack", attack, view, child.folder, seed=seed, watch=watch, code=code,
+            memory=self.memory,
+        )  # fmt: skip
+        return task.found_of(self._answer(child, message, watch), child.folder, view, watch)
+
+    def costs(self) -> Mapping[str, float]:
+        """What the last attack took: ``cpu_seconds``, ``peak_memory`` in MiB."""
+        return self._costs
+
+    def close(self) -> None:
+        """End the process."""
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+
+    def __enter__(self) -> Spawned:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _alive(self) -> Child:
+        if self._child is None:
+            env = {name: value for name, value in os.environ.items() if name not in HIDDEN}
+            env["LEAKATLAS_CACHE"] = str(cache_folder().resolve())
+            kind, _, number = self.device.partition(":")
+            if kind == "cpu":
+                env["CUDA_VISIBLE_DEVICES"] = ""
+            elif number:
+                env["CUDA_VISIBLE_DEVICES"] = number
+            self._child = Child(MODULE, env=env)
+        return self._child
+
+    def _answer(self, child: Child, message: Message, watch: Watch) -> Message:
+        self._costs = {}
+        child.send(message)
+        deadline = None if self.seconds is None else time.monotonic() + self.seconds
+        told = False
+        while True:
+            try:
+                _, answer = child.inbox.get(timeout=GLANCE)
+            except queue.Empty:
+                if watch.stopped and not told:
+                    child.send({"stop": True})
+                    told = True
+                if deadline is not None and time.monotonic() > deadline:
+                    self.close()
+                    raise AttackCrashed(
+                        f"the attack was killed after {self.seconds:g} s, the limit of its time"
+                    ) from None
+                continue
+            if answer is None:
+                self._child = None
+                words = child.last_words()
+                child.close()
+                raise AttackCrashed(f"the attack's process ended: {words}")
+            if "answer" in answer:
+                costs = answer.get("costs")
+                if isinstance(costs, dict):
+                    self._costs = {str(name): float(value) for name, value in costs.items()}
+                return dict(answer["answer"])
+            if watch.listen is not None:
+                watch.listen(float(answer["progress"]), str(answer["note"]))
