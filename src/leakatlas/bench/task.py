@@ -89,6 +89,8 @@ def asked(
 ) -> Message:
     """Save the view into ``folder``, and the message about it."""
     view.save(folder / VIEW)
+    # Its class and its parameters: what it noted on itself beside the truth stays here.
+    attack = type(attack).from_json(attack.to_json())
     checkpoints = watch.conduct.checkpoints
     return {
         "do": what,
