@@ -139,8 +139,8 @@ def audit(
         console.print(f"Report: {escape(str(out / 'report.html'))}")
         if not report.complete:
             console.print("Stopped early; the same command continues.")
-        for line in not_tried(report):
-            console.print(line, highlight=False)
+        if left_out := not_tried(report):
+            console.print(f"[dim]{left_out}[/]", highlight=False)
     for gate in failed:
         value = gate.value(report.worst_case())
         assert value is not None, "a gate holds on figures only"

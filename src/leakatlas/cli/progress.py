@@ -86,18 +86,14 @@ def why(run: Run) -> str:
     return f"[{style}]{run.status}[/]: {escape(reason)}" if reason else f"[{style}]{run.status}[/]"
 
 
-def not_tried(report: Report) -> list[str]:
-    """Lines about attacks that never started: those that the user could help, and how many more."""
-    refused = [run for run in report.runs if run.status == "refused" and run.wants]
-    lines = [f"{run.attack}, {escape(run.setting)}: {why(run)}" for run in refused]
+def not_tried(report: Report) -> str:
+    """How many attacks fit no set-up; those that the user could help are reasons of their own."""
     counts = {
         status: sum(run.status == status and not run.wants for run in report.runs)
         for status in ("refused", "not applicable")
     }
-    if any(counts.values()):
-        said = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
-        lines.append(f"[dim]Attacks that did not fit a set-up: {said}; the report says why.[/]")
-    return lines
+    said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    return f"Attacks that did not fit a set-up: {said}; the report says why." if said else ""
 
 
 class Cells:

@@ -202,22 +202,26 @@ class Report:
         reasons = []
         if not self.complete:
             reasons.append("the audit was stopped before its end")
-        for found in self.verdicts():
-            if found.run is None:
-                reasons.append(f"nothing was tried for letter {found.letter}")
-        broken: dict[str, list[str]] = {}
+        untested = [found.letter for found in self.verdicts() if found.run is None]
+        if untested:
+            plural = "s" if len(untested) > 1 else ""
+            reasons.append(f"nothing was tried for letter{plural} {', '.join(untested)}")
         every = (*self.runs, *(run for c in self.comparisons for run in c.runs))
         for lost in dict.fromkeys((*(run.unkept for run in every), self.unwritten)):
             if lost:
                 reasons.append(f"{lost}; make room and repeat the command")
+        crashed: dict[str, list[str]] = {}
+        refused: dict[str, list[str]] = {}
         for run in every:
             if run.status == "error":
-                broken.setdefault(f"{run.attack} crashed ({run.reason})", []).append(run.setting)
+                said = f"{run.attack} crashed ({run.reason})"
+                crashed.setdefault(said, []).append(run.setting)
             elif run.status == "refused" and run.wants:
-                broken.setdefault(f"{run.attack} was refused ({run.wants})", []).append(run.setting)
-        reasons += [
-            f"{what} on {'; '.join(dict.fromkeys(settings))}" for what, settings in broken.items()
-        ]
+                refused.setdefault(run.wants, []).append(f"{run.attack} on {run.setting}")
+        for said, settings in crashed.items():
+            reasons.append(f"{said} on {'; '.join(dict.fromkeys(settings))}")
+        for wants, runs in refused.items():
+            reasons.append(f"refused: {'; '.join(dict.fromkeys(runs))} ({wants.rstrip('.')})")
         return tuple(reasons)
 
     def worst_case(self) -> dict[str, list[float]]:
