@@ -236,7 +236,7 @@ def test_validate_refuses_other_files(tmp_path: Path) -> None:
 def test_site_build_writes_the_pages(tmp_path: Path) -> None:
     document = machine("site", "build", tmp_path / "out")
     assert Path(document["index"]).is_file()
-    assert document["pages"] == 6 + ROWS + len(catalogue.threat_models())
+    assert document["pages"] == 7 + ROWS + len(catalogue.threat_models())
     path = tmp_path / "file"
     path.touch()
     assert run("site", "build", path).exit_code == 2

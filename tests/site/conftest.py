@@ -19,12 +19,30 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results that give two letters of Soteria a measured colour."""
+    """Two measured colours and a curve of Soteria, and one benchmark over time."""
     folder = tmp_path_factory.mktemp("results")
-    measures = [
+    measures: list[dict[str, object]] = [
         {"name": "success_rate", "value": value, "interval": [0.0, 1.0], "n": 32, "letter": letter}
         for letter, value in (("A", 0.01), ("B", 0.9))
     ]
+    for knob, accuracy, psnr in (("0", 0.95, 30.0), ("0.4", 0.9, 24.5), ("0.8", 0.8, 12.0)):
+        measures += [
+            {"name": f"test accuracy [prune={knob}]", "value": accuracy, "unit": "share",
+             "interval": None, "n": 1},
+            {"name": f"PSNR, worst attack per victim [prune={knob}]", "value": psnr, "unit": "dB",
+             "interval": [psnr - 1, psnr + 1], "n": 32},
+        ]  # fmt: skip
+    curves = {
+        name: {"seconds": [1.0, 10.0, 100.0 * factor], "psnr": [10.0, 12.0, 20.0 * factor]}
+        for name, factor in (("published", 1.0), ("<tuned>", 0.5))
+    }
+    benchmark = {
+        "schema": "leakatlas/result/1", "kind": "benchmark", "key": "quality", "code_version": 1,
+        "recipe": {"curves": {"small": curves}}, "hardware": "2 CPU cores", "seeds": [0],
+        "measures": [{"name": "x", "value": 1.0, "interval": None, "n": 1}],
+        "command": "leakatlas bench quality", "date": "2026-01-31",
+    }  # fmt: skip
+    (folder / "quality.json").write_text(json.dumps(benchmark), encoding="utf-8")
     document = {
         "schema": "leakatlas/result/1",
         "kind": "defense",

@@ -14,6 +14,7 @@ PAGES = (
     "attacks.html",
     "defenses.html",
     "matrix.html",
+    "measured.html",
     "threat-models.html",
     "references.html",
     "attacks/inverting_gradients.html",
@@ -77,6 +78,17 @@ def test_every_page_opens_without_a_complaint(visit: Visit, name: str) -> None:
 def test_a_phone_never_scrolls_sideways(visit: Visit, name: str) -> None:
     page = visit.open(name)
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
+@pytest.mark.parametrize("visit", [{"width": 1200, "height": 900}], indirect=True, ids=["1200"])
+@pytest.mark.parametrize("name", PAGES)
+def test_nothing_is_cut_at_1200_pixels(visit: Visit, name: str) -> None:
+    page = visit.open(name)
+    cut = page.locator(".scroll, .math, figure").evaluate_all(
+        "all => all.filter(e => e.scrollWidth > e.clientWidth).map(e => e.outerHTML.slice(0, 80))"
+    )
+    assert cut == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1200
 
 
 @pytest.mark.parametrize("visit", [PHONE], indirect=True, ids=["phone"])
@@ -201,6 +213,35 @@ def test_measured_colours_stand_beside_the_printed_ones(visit: Visit) -> None:
     expect(other).to_have_class("measured unknown")
 
 
+def test_formulas_are_set_by_the_browser(visit: Visit) -> None:
+    page = visit.open("attacks/inverting_gradients.html")
+    formula = page.locator(".math math").first
+    expect(formula).to_be_visible()
+    box = formula.locator("mfrac").first.bounding_box()
+    assert box is not None and box["height"] > 20  # a fraction stands on two lines
+    assert "\\frac" not in page.locator(".prose").inner_text()
+
+
+def test_the_measured_figure_stands_beside_the_printed_facts(visit: Visit) -> None:
+    page = visit.open("defenses.html")
+    cell = page.locator('#soteria [data-label="Measured"]')
+    expect(cell).to_contain_text("24.5 dB")
+    expect(cell.locator(".figure")).to_have_attribute(
+        "title", "worst attack at prune = 0.4, test accuracy 90%"
+    )
+
+
+def test_curves_are_drawn_with_names_and_markers(visit: Visit) -> None:
+    page = visit.open("defenses/soteria.html")
+    drawing = page.get_by_role("img", name="Soteria: PSNR that attacks reach")
+    expect(drawing).to_be_visible()
+    assert drawing.locator("g > title").count() == 3
+    assert page.locator(".legend li").all_inner_texts() == ["worst for each victim"]
+    page = visit.open("measured.html")
+    assert page.locator("figure.chart").count() == 2
+    expect(page.get_by_role("img", name="small: PSNR of the best iterate")).to_be_visible()
+
+
 def lit(page: Page) -> set[str]:
     return set(
         page.locator("[data-attack].on").evaluate_all("items => items.map(i => i.dataset.attack)")
@@ -310,7 +351,7 @@ def test_tables_keep_their_meaning_for_a_screen_reader(visit: Visit) -> None:
     page = visit.open("attacks.html")
     assert page.get_by_role("table").count() == 1
     assert page.get_by_role("rowheader").count() == ATTACKS
-    assert page.get_by_role("table").get_by_role("cell").count() == ATTACKS * 10
+    assert page.get_by_role("table").get_by_role("cell").count() == ATTACKS * 11
 
 
 def test_the_theme_is_switched_and_kept(visit: Visit) -> None:

@@ -50,7 +50,7 @@ def test_it_is_fast_and_small(tmp_path: Path) -> None:
     assert time.perf_counter() - begun < 20
     assert written[0] == tmp_path / "index.html"
     rows = len(catalogue.attacks()) + len(catalogue.defenses()) + len(catalogue.threat_models())
-    assert len(written) == 6 + rows == len(list(tmp_path.rglob("*.html")))
+    assert len(written) == 7 + rows == len(list(tmp_path.rglob("*.html")))
     assert (tmp_path / "index.html").stat().st_size < 1_000_000
     assert all(path.stat().st_size < 1_000_000 for path in written)
 

@@ -15,6 +15,7 @@ import leakatlas
 from leakatlas.catalogue import (
     citations,
     facets,
+    headline,
     loader,
     pages,
     registry,
@@ -24,7 +25,7 @@ from leakatlas.catalogue import (
 )
 from leakatlas.catalogue.schema import LETTERS, Attack, Defense, Reference
 from leakatlas.errors import InvalidInput
-from leakatlas.site import prose
+from leakatlas.site import measured_page, prose
 
 ASSETS = ("style.css", "site.js")
 
@@ -145,6 +146,7 @@ def _pages(measured: tuple[results.Result, ...]) -> list[tuple[str, str, dict[st
         ("defenses.html", "defenses.html", shared),
         ("matrix.html", "matrix.html", {**shared, "reach": _reach()}),
         ("threat-models.html", "threat_models.html", shared),
+        ("measured.html", "measured.html", measured_page.context(measured, loader.defenses())),
         ("references.html", "references.html", {"works": [_work(r) for r in loader.references()]}),
     ]
     for place, entry in enumerate(attacks):
@@ -192,6 +194,7 @@ def _attack(row: Attack, measured: tuple[results.Result, ...]) -> dict[str, Any]
         **_common("attack", row, measured),
         "shown": shown,
         "number": loader.printed_number(row),
+        "headline": headline.of_attack(measured, row.key),
         "facets": facets.attack(row),
         "facets_printed": facets.attack(row, printed=True),
         "works": [_work(loader.reference(row.reference))],
@@ -210,6 +213,8 @@ def _defense(row: Defense, measured: tuple[results.Result, ...]) -> dict[str, An
         "facets": facets.defense(row),
         "works": [_work(loader.reference(key)) for key in shown.works],
         "stances": row.stance.model_dump() if row.stance is not None else {},
+        "headline": headline.of_defense(measured, row.key),
+        "curve": measured_page.defense_chart(measured, row),
         "title": tables.name_of(row),
         "measured_stance": results.measured_stances(measured, row.key),
     }

@@ -7,6 +7,7 @@ import re
 from markupsafe import Markup, escape
 
 from leakatlas.catalogue.pages import to_markdown
+from leakatlas.site.formula import mathml
 
 _INLINE = re.compile(r"`([^`]+)`|\$([^$\n]+)\$|\*([^*\s][^*\n]*)\*")
 _ITEM = re.compile(r"\s*(?:[-*]|\d+\.)\s+")
@@ -14,7 +15,7 @@ _NUMBERED = re.compile(r"\s*\d+\.\s+")
 
 
 def to_html(docstring: str) -> Markup:
-    """Paragraphs, lists, code and TeX of a docstring (TeX is shown as written)."""
+    """Paragraphs, lists, code and formulas of a docstring."""
     out: list[Markup] = []
     paragraph: list[str] = []
     items: list[str] = []
@@ -39,11 +40,7 @@ def to_html(docstring: str) -> Markup:
                 flush()
                 fence, kind = [], line[3:]
             else:
-                out.append(
-                    Markup('<pre class="{}" tabindex="0"><code>{}</code></pre>').format(
-                        "math" if kind == "math" else "code", "\n".join(fence)
-                    )
-                )
+                out.append(_fenced(kind, "\n".join(fence)))
                 fence = None
         elif fence is not None:
             fence.append(line)
@@ -64,15 +61,24 @@ def to_html(docstring: str) -> Markup:
     return Markup("\n").join(out)
 
 
+def _fenced(kind: str, text: str) -> Markup:
+    formula = mathml(text, "block") if kind == "math" else None
+    if formula is not None:
+        return Markup('<div class="math" tabindex="0">{}</div>').format(formula)
+    return Markup('<pre class="{}" tabindex="0"><code>{}</code></pre>').format(
+        "math" if kind == "math" else "code", text
+    )
+
+
 def inline(text: str) -> Markup:
-    """Code, TeX and emphasis within a line."""
+    """Code, formulas and emphasis within a line."""
     out, position = Markup(""), 0
     for found in _INLINE.finditer(text):
         out += escape(text[position : found.start()])
         if found[1] is not None:
             out += Markup("<code>{}</code>").format(found[1])
         elif found[2] is not None:
-            out += Markup('<code class="math">{}</code>').format(found[2])
+            out += mathml(found[2]) or Markup('<code class="math">{}</code>').format(found[2])
         else:
             out += Markup("<em>{}</em>").format(found[3])
         position = found.end()
