@@ -115,6 +115,10 @@ class Reconstruction:
     reads: frozenset[str] = frozenset()
     recipe: Recipe | None = None
 
+    def or_failed(self, trouble: str) -> Self:
+        """These candidates, failed if the attack itself saw ``trouble``; as they are if empty."""
+        return replace(self, status="failed", reason=trouble) if trouble else self
+
 
 @dataclass(frozen=True)
 class Outlook:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from leakatlas.blocks import labels
 from leakatlas.fl import View
+from leakatlas.models.structure import example_input
 
 
 def mean_gradient(view: View) -> dict[str, Tensor]:
@@ -34,7 +35,7 @@ def known_labels(view: View) -> Tensor:
     if view.has("labels"):
         return view.labels
     g = mean_gradient(view)
-    head = labels.find_head(view.model, next(iter(g.values())).new_zeros(1, *view.input_shape))
+    head = labels.find_head(view.model, example_input(view.model, view.input_shape))
     if view.num_examples == 1:
         return labels.target_of_one(view.loss, g, head, view.model)
     labels.require_plain(view.loss, "Counting labels")

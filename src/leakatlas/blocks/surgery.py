@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from leakatlas.data import Box
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import TamperedModel, edits
+from leakatlas.models.structure import hooked, in_mode
 
 SCALINGS = (0.7, 0.77, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)
 """Values of s tried on surrogate images; the papers' own are 0.7, 0.95 and 0.99."""
@@ -226,17 +227,9 @@ def chain(model: nn.Module, example: Tensor) -> tuple[Link, ...]:
         if len(inputs) == 1 and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
             seen.append((module, inputs[0], output))
 
-    modes = {module: module.training for module in model.modules()}
-    handles = [leaf.register_forward_hook(note) for leaf in leaves]
-    try:
-        model.eval()
+    with in_mode(model, train=False), hooked(leaves, note):
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             logits = model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
     links: list[Link] = []
     value, last = example, "the input"
     for module, given, result in seen:

@@ -68,7 +68,6 @@ Hook = Literal[
 ]
 
 LETTERS: tuple[Letter, ...] = get_args(Letter)
-KNOWLEDGE: tuple[KnowledgeName, ...] = get_args(KnowledgeName)
 
 # A technique belongs to one category; together they are the path of the module.
 ATTACK_TECHNIQUES: dict[str, tuple[str, ...]] = {

@@ -23,6 +23,7 @@ from leakatlas.errors import InvalidInput
 from leakatlas.fl import replay, task_loss
 from leakatlas.fl.state import buffers, parameters, trained
 from leakatlas.lint.findings import Score, share_of
+from leakatlas.models.structure import in_mode
 
 EXAMPLES = 64
 """Per-example gradients are taken of at most so many examples, the first ones."""
@@ -68,18 +69,13 @@ def row_norms(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         found = grad(loss)(weights, one, target)
         return {n: g.flatten(1).double().norm(dim=1) for n, g in found.items()}
 
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
+    with in_mode(model, train=False):
         try:
             found: dict[str, Tensor] = vmap(rows, chunk_size=8)(x, y)
         except RuntimeError:
             # Control flow on values and a few operators cannot be mapped; they can be looped.
             alone = [rows(one, target) for one, target in zip(x, y, strict=True)]
             found = {name: torch.stack([part[name] for part in alone]) for name in weights}
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return found
 
 
@@ -97,17 +93,13 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     Raises:
         InvalidInput: If the model cannot read the batch, or gives no finite logits.
     """
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        logits = model(x)
+        with in_mode(model, train=False):
+            logits = model(x)
     except RuntimeError as problem:
         raise InvalidInput(
             f"{type(model).__name__} cannot read the batch of shape {tuple(x.shape)}: {problem}"
         ) from None
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise InvalidInput(f"{type(model).__name__} must return logits (N, K); got {got}.")

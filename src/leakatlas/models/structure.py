@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -62,15 +63,44 @@ def multiply_adds(model: nn.Module, shape: Sequence[int]) -> int:
             per_output = module.in_channels // module.groups * math.prod(module.kernel_size)
             total += output.numel() * per_output
 
+    with in_mode(model, train=False), hooked(model.modules(), count), torch.no_grad():
+        model(example_input(model, shape))
+    return total
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, train: bool) -> Iterator[None]:
+    """A model in train or evaluation mode for a while; then every module has its own mode back.
+
+    Modules may differ from their model (a frozen normalisation in a network that trains), so
+    ``model.train(before)`` would not restore them.
+    """
     modes = {module: module.training for module in model.modules()}
-    handles = [module.register_forward_hook(count) for module in model.modules()]
-    like = next(model.parameters(), torch.empty(0))
     try:
-        model.eval()
-        model(like.new_zeros(1, *shape))
+        model.train(train)
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def hooked(modules: Iterable[nn.Module], hook: Callable[..., object]) -> Iterator[None]:
+    """A forward hook on some modules for a while."""
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
-    return total
+
+
+def example_input(model: nn.Module, shape: Sequence[int]) -> Tensor:
+    """One black input ``(1, C, H, W)`` for a model: what a pass that looks at shapes needs.
+
+    Args:
+        model: Gives dtype and device; float32 on the CPU if it has no parameter.
+        shape: ``(C, H, W)``.
+    """
+    like = next(model.parameters(), torch.empty(0))
+    return like.new_zeros(1, *shape).detach()

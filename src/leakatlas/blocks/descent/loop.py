@@ -51,6 +51,11 @@ class Descended:
     trace: Tensor
     execution: str = "eager"
 
+    @property
+    def trouble(self) -> str:
+        """Why nothing was found, in words; empty where some iterate had a finite criterion."""
+        return "" if bool(torch.isfinite(self.criterion).any()) else "no objective was ever finite"
+
     def chosen(self) -> dict[str, Tensor]:
         """The best iterate of the best candidate of R."""
         index = int(self.criterion.argmin())

@@ -36,7 +36,7 @@ layer's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,7 @@ from leakatlas.blocks.labels import _checks
 from leakatlas.blocks.labels.counts import counts_from_bias, mean_probability
 from leakatlas.blocks.labels.head import Head
 from leakatlas.errors import InvalidInput, UnsupportedModel
+from leakatlas.models.structure import hooked, in_mode
 
 _CHANNELS_FIRST = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.batchnorm._BatchNorm, nn.GroupNorm,
@@ -223,17 +224,10 @@ def bridge_layer(
     def note(module: nn.Module, _inputs: object, _output: object) -> None:
         order.append(module)
 
-    modes = {module: module.training for module in model.modules()}
-    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, _KINDS)]
-    try:
-        model.eval()
+    layers = [module for module in model.modules() if isinstance(module, _KINDS)]
+    with in_mode(model, train=False), hooked(layers, note):
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes.items():
-            module.training = training
     for layer in reversed(order):
         weight, bias = listed.get(id(layer.weight)), listed.get(id(layer.bias))
         if weight == head.weight_name:
@@ -248,17 +242,10 @@ def bridge_layer(
     )
 
 
-def _run(model: nn.Module, layer: nn.Module, hook: object, inputs: Tensor) -> Tensor:
+def _run(model: nn.Module, layer: nn.Module, hook: Callable[..., object], inputs: Tensor) -> Tensor:
     """Logits in eval mode with a hook on one layer, differentiable by what the hook adds."""
-    modes = {module: module.training for module in model.modules()}
-    handle = layer.register_forward_hook(hook)  # type: ignore[arg-type]  # torch's hook type
     frozen = {n: p.detach() for n, p in model.named_parameters()}
-    try:
-        model.eval()
+    with in_mode(model, train=False), hooked([layer], hook):
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             logits: Tensor = functional_call(model, frozen, (inputs,))
-    finally:
-        handle.remove()
-        for module, training in modes.items():
-            module.training = training
     return logits

@@ -28,6 +28,7 @@ from leakatlas.blocks.labels import _checks
 from leakatlas.blocks.labels.head import Head
 from leakatlas.blocks.labels.moments import HeadPass, confusion, head_pass
 from leakatlas.errors import InvalidInput
+from leakatlas.models.structure import in_mode
 
 TINY = 1e-8
 """Bias gradients below this divide noise by noise."""
@@ -133,17 +134,12 @@ def simulated_passes(
         return F.cross_entropy(functional_call(model, theta, (x,)), y)
 
     passes: list[HeadPass] = []
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
+    with in_mode(model, train=False):
         for _ in range(steps):
             passes.append(head_pass(model, head, inputs, labels, weights=weights))
             pick = torch.randperm(len(inputs), generator=generator)[:batch_size].to(inputs.device)
             step = grad(loss)(weights, inputs[pick], labels[pick])
             weights = {name: w - lr * step[name] for name, w in weights.items()}
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return passes
 
 

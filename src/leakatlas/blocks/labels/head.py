@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from leakatlas.errors import InvalidInput, UnsupportedModel
+from leakatlas.models.structure import hooked, in_mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,17 +104,11 @@ def _last_executed(model: nn.Module, example: Tensor) -> nn.Linear:
         assert isinstance(module, nn.Linear)
         executed.append((module, output))
 
-    modes = {module: module.training for module in model.modules()}
-    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Linear)]
-    try:
-        model.eval()  # BN statistics and dropout stay out of it
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    # In evaluation mode BN statistics and dropout stay out of it.
+    with in_mode(model, train=False), hooked(linear, note):
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             logits = model(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes.items():
-            module.training = training
     if not isinstance(logits, Tensor):
         raise UnsupportedModel(
             f"find_head({type(model).__name__}): expected one tensor of logits, got "

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from leakatlas.blocks.labels.counts import mean_probability
 from leakatlas.blocks.labels.head import Head
 from leakatlas.errors import InvalidInput, UnsupportedModel
+from leakatlas.models.structure import in_mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +57,12 @@ def head_pass(
     def catch(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         caught.append(arguments[0])
 
-    modes = {module: module.training for module in model.modules()}
     hook = model.get_submodule(head.module_name).register_forward_pre_hook(catch)
     try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with in_mode(model, train=False), torch.no_grad(), torch.random.fork_rng(devices=[]):
             logits = functional_call(model, weights or {}, (inputs,))
     finally:
         hook.remove()
-        for module, training in modes.items():
-            module.training = training
     return HeadPass(features=caught[-1].detach(), logits=logits.detach(), labels=labels)
 
 

@@ -65,6 +65,7 @@ from leakatlas.blocks.observed import mean_gradient
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import View, task_loss
+from leakatlas.models.structure import example_input
 from leakatlas.params import NonNegative, Positive, PositiveInt
 from leakatlas.threat import Knowledge
 
@@ -180,10 +181,8 @@ class APRIL(Attack):
             images=view.box.clip(x_hat.to(like)),
             labels=label_of(view) if view.update.kind == "gradient" else None,
             confidence=torch.tensor([-solved.residual], dtype=torch.float64),
-            status="failed" if reasons else "complete",
-            reason="; ".join(reasons),
             notes=notes,
-        )
+        ).or_failed("; ".join(reasons))
 
     def match(
         self, view: View, front: Front, generator: torch.Generator, watch: Watch
@@ -210,15 +209,12 @@ class APRIL(Attack):
             after=(descent.inside(view.box, "x"),),
         )
         loss = float(found.criterion)
-        failed = loss == float("inf")
         return Reconstruction(
             images=found.best["x"],
             labels=y,
             confidence=torch.tensor([-loss], dtype=torch.float64),
-            status="failed" if failed else "complete",
-            reason="the objective was never finite" if failed else "",
             notes={"objective": loss, "iterations": float(found.steps)},
-        )
+        ).or_failed(found.trouble)
 
 
 def label_of(view: View) -> Tensor:
@@ -226,8 +222,7 @@ def label_of(view: View) -> Tensor:
     if view.has("labels"):
         return view.labels
     g = mean_gradient(view)
-    example = next(iter(g.values())).new_zeros(1, *view.input_shape)
-    head = labels.find_head(view.model, example)
+    head = labels.find_head(view.model, example_input(view.model, view.input_shape))
     return labels.target_of_one(view.loss, g, head, view.model)
 
 

@@ -60,6 +60,7 @@ from leakatlas.blocks.watch import Watch
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import View, task_loss
 from leakatlas.fl.losses import BCE
+from leakatlas.models.structure import example_input
 from leakatlas.params import Positive
 from leakatlas.threat import Knowledge
 
@@ -89,8 +90,8 @@ class RGAP(Attack):
         if view.has("protocol") and view.protocol.steps(1) > 1:
             return Outlook("hopeless", "several local steps do not give one gradient")
         _require_loss(view)
-        example = torch.zeros(1, *view.input_shape, dtype=torch.float64)
-        layers = affine_layers(view.model.double(), example)
+        model = view.model.double()
+        layers = affine_layers(model, example_input(model, view.input_shape))
         start_layer(layers)
         return Outlook(
             "applicable", "every layer can be undone; exact where its constraints have full rank"
@@ -109,7 +110,7 @@ class RGAP(Attack):
         like = next(iter(update.tensors.values()))
         g = {name: tensor.double() for name, tensor in mean_gradient(view).items()}
         model = view.model.double()
-        layers = affine_layers(model, torch.zeros(1, *shape, dtype=torch.float64))
+        layers = affine_layers(model, example_input(model, shape))
         weights = {name: p.detach() for name, p in model.named_parameters()}
         first = start_layer(layers)
         hypotheses = start(layers, first, weights, g, classes=view.classes)
@@ -143,10 +144,8 @@ class RGAP(Attack):
             images=view.box.clip(x_hat),
             labels=torch.tensor([best.label]),
             confidence=torch.tensor([-best.residual]),
-            status="failed" if reasons else "complete",
-            reason="; ".join(reasons),
             notes={"residual": best.residual, **lost},
-        )
+        ).or_failed("; ".join(reasons))
 
 
 def _require_loss(view: View) -> None:

@@ -54,6 +54,7 @@ from leakatlas.blocks import readout
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import View
+from leakatlas.models.structure import example_input
 from leakatlas.params import Fraction, OpenFraction, PositiveInt
 from leakatlas.threat import Knowledge
 
@@ -208,14 +209,12 @@ class SPEAR(Attack):
                 + ("" if layer.relu else f"; {layer.name} is not followed by a ReLU"),
                 **notes,
             )
-        failed = best.score < enough
+        weak = f"lambda = {best.score:.4f} < {enough:g}: not the batch"
         return Reconstruction(
             images=best.x.reshape(-1, *shape).to(sent),
             confidence=best.per_input,
-            status="failed" if failed else "complete",
-            reason=f"lambda = {best.score:.4f} < {enough:g}: not the batch" if failed else "",
             notes=notes,
-        )
+        ).or_failed(weak if best.score < enough else "")
 
 
 # -- the layer -------------------------------------------------------------------------------------
@@ -255,7 +254,7 @@ def input_layer(model: nn.Module, shape: tuple[int, ...]) -> InputLayer:
         UnsupportedModel: If there is none, or it has no bias.
     """
     names = {module: name for name, module in model.named_modules()}
-    example = next(model.parameters()).new_zeros(1, *shape)
+    example = example_input(model, shape)
     order: list[tuple[nn.Module, Tensor]] = []
 
     def note(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:

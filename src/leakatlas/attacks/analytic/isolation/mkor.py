@@ -68,6 +68,7 @@ from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import View
+from leakatlas.models.structure import example_input
 from leakatlas.params import NonNegative
 from leakatlas.threat import Knowledge
 
@@ -297,7 +298,7 @@ def plan(model: nn.Module, shape: tuple[int, ...]) -> Layout:
         UnsupportedModel: If it is no chain of convolutions, activations, pools and linear layers
             with biases, or too narrow for one path per channel, or for a row per class.
     """
-    example = next(model.parameters()).new_zeros(1, *shape)
+    example = example_input(model, shape)
     stages: list[_Stage] = []
     linear: list[surgery.Link] = []
     for link in surgery.chain(model, example):

@@ -66,6 +66,7 @@ from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box, ImageSet
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import View
+from leakatlas.models.structure import example_input, in_mode
 from leakatlas.params import NonNegative, Positive, PositiveInt
 from leakatlas.threat import Knowledge
 
@@ -109,7 +110,7 @@ class ScaleMIA(ActiveAttack):
             return Outlook("hopeless", "the autoencoder is learned from surrogate images")
         model = view.model
         try:
-            parts = find_parts(model, _example(model, view.input_shape))
+            parts = find_parts(model, example_input(model, view.input_shape))
         except UnsupportedModel as problem:
             return Outlook("hopeless", str(problem))
         n, bins = view.num_examples, parts.first.out_features
@@ -144,7 +145,7 @@ class ScaleMIA(ActiveAttack):
         """
         shape = surrogate.shape
         model = copy.deepcopy(model).float().eval()
-        parts = find_parts(model, _example(model, shape))
+        parts = find_parts(model, example_input(model, shape))
         if not parts.learns:
             return {}
         decoder = Decoder(parts.latent, shape)
@@ -182,18 +183,15 @@ class ScaleMIA(ActiveAttack):
         model = view.model
         front = surgery.Normalise(view.box)
         learned = self.artefact(view.surrogate, nn.Sequential(front, model), watch=watch)
-        parts = find_parts(model, _example(model, view.input_shape))
+        parts = find_parts(model, example_input(model, view.input_shape))
         with torch.no_grad():
             for name, parameter in encoder_weights(parts).items():
                 # In the sequence behind the normalisation, the model's names begin with "1.".
                 parameter.copy_(learned[f"encoder/1.{name}"])
         like = parts.first.weight
-        mode = model.training
-        model.eval()
-        with torch.no_grad():
+        with in_mode(model, train=False), torch.no_grad():
             images = view.box.normalize(view.surrogate.images.to(like))
             q = torch.cat([encode(parts, x).mean(dim=1) for x in images.split(CHUNK)])
-        model.train(mode)
         edges = thresholds(q, parts.first.out_features, self.quantiles).to(like)
         write_bins(parts, edges, generator)
         key = {n: t for n, t in learned.items() if not n.startswith("encoder/")}
@@ -209,7 +207,7 @@ class ScaleMIA(ActiveAttack):
         del generator, watch
         shape = tuple(view.input_shape)
         model = view.model
-        parts = find_parts(model, _example(model, shape))
+        parts = find_parts(model, example_input(model, shape))
         state, edges = view.rounds[-1].state, view.key["thresholds"]
         g_w = readout.sent_change(view.update, state, f"{parts.names[0]}.weight")
         g_b = readout.sent_change(view.update, state, f"{parts.names[0]}.bias")
@@ -438,7 +436,3 @@ def decode(z: Tensor, key: Mapping[str, Tensor], box: Box, shape: tuple[int, ...
     with torch.no_grad():
         images: Tensor = decoder(z)
     return box.normalize(images)
-
-
-def _example(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    return next(model.parameters()).detach().new_zeros(1, *shape)

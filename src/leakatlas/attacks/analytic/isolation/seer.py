@@ -77,7 +77,7 @@ from leakatlas.blocks.watch import Watch
 from leakatlas.data import ImageSet
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import View
-from leakatlas.models.structure import batchnorm_layers, has_batchnorm
+from leakatlas.models.structure import batchnorm_layers, has_batchnorm, in_mode
 from leakatlas.params import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
 from leakatlas.threat import Knowledge, Vantage
 
@@ -329,12 +329,10 @@ class SEER(ActiveAttack):
             for name, parameter in model.named_parameters():
                 parameter.copy_(learned[f"model/1.{name}"])
             # Running statistics that fit the weights, as after honest training.
-            mode = model.training
-            model.train()
             like = next(model.parameters())
-            for images in view.surrogate.images.split(256):
-                model(view.box.normalize(images.to(like)))
-            model.train(mode)
+            with in_mode(model, train=True):
+                for images in view.surrogate.images.split(256):
+                    model(view.box.normalize(images.to(like)))
         return Tampering(sent=TamperedModel.of(model), key=key)
 
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:

@@ -53,6 +53,7 @@ from leakatlas.blocks import readout, surgery
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box
 from leakatlas.fl import FedAVG, View
+from leakatlas.models.structure import example_input
 from leakatlas.params import OpenFraction, Positive, PositiveInt
 from leakatlas.threat import Knowledge
 
@@ -86,9 +87,7 @@ class Sybils(ActiveAttack):
 
     def outlook(self, view: View) -> Outlook:
         """A first linear layer behind a ReLU that the input can be carried to."""
-        path = surgery.find_trap(
-            view.model, next(view.model.parameters()).new_zeros(1, *view.input_shape)
-        )
+        path = surgery.find_trap(view.model, example_input(view.model, view.input_shape))
         if isinstance(view.protocol, FedAVG):
             return Outlook("unknown", "several local steps disturb the traps")
         size = "x".join(str(side) for side in path.carried[1:])
@@ -100,8 +99,7 @@ class Sybils(ActiveAttack):
             return None
         model = view.model
         shape = tuple(view.input_shape)
-        like = next(model.parameters()).detach()
-        path = surgery.find_trap(model, like.new_zeros(1, *shape))
+        path = surgery.find_trap(model, example_input(model, shape))
         s = self.scaling
         if s is None:
             images = F.interpolate(view.surrogate.images, size=path.carried[1:], mode="area")

@@ -56,7 +56,7 @@ from leakatlas.blocks import descent, init, labels, matching, readout, surgery
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import FedAVG, View, replay
-from leakatlas.models.structure import has_batchnorm
+from leakatlas.models.structure import example_input, has_batchnorm
 from leakatlas.params import NonNegative, NonNegativeInt, Positive, PositiveInt
 from leakatlas.threat import Knowledge
 
@@ -320,8 +320,7 @@ def find_head(model: nn.Module, view: View) -> labels.Head:
     Raises:
         UnsupportedModel: If it has no bias, by which a class or a cut is chosen.
     """
-    like = next(model.parameters())
-    head = labels.find_head(model, like.new_zeros(1, *view.input_shape))
+    head = labels.find_head(model, example_input(model, view.input_shape))
     if head.bias_name is None:
         raise UnsupportedModel(
             f"Fishing sets thresholds by the bias of the head; {head.module_name} has none."
@@ -408,7 +407,7 @@ def behind_linear(
     """The input ``(1, C, H, W)`` by the row ratio of a first linear layer, or None without one."""
     names = {module: name for name, module in model.named_modules()}
     linear = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
-    example = next(iter(gradient.values())).new_zeros(1, *shape)
+    example = example_input(model, shape)
     try:
         links = surgery.chain(model, example)
     except UnsupportedModel:

@@ -55,7 +55,7 @@ from leakatlas.blocks import readout, surgery
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import Update, View, edits
-from leakatlas.models.structure import linear_layers
+from leakatlas.models.structure import example_input, linear_layers
 from leakatlas.params import NonNegative, NonNegativeInt, OpenFraction, Positive
 from leakatlas.threat import Knowledge, Vantage
 
@@ -211,8 +211,7 @@ def trap_path(view: View, model: nn.Module | None = None) -> surgery.TrapPath:
         UnsupportedModel: If no linear layer with bias and ReLU sees the image unchanged.
     """
     model = view.model if model is None else model
-    like = next(model.parameters()).detach()
-    return surgery.find_trap(model, like.new_zeros(1, *view.input_shape))
+    return surgery.find_trap(model, example_input(model, view.input_shape))
 
 
 def rounding(update: Update) -> float:

@@ -158,13 +158,10 @@ class GIAS(Attack):
             iterations += tuned.steps
             if float(tuned.criterion) <= loss:
                 x_hat, loss = images(draw(G, tuned.best, z)), float(tuned.criterion)
-        failed = not math.isfinite(loss)
         return Reconstruction(
             images=view.box.clip(x_hat.detach()),
             labels=y,
             confidence=torch.full((len(y),), -loss, dtype=torch.float64),
-            status="failed" if failed else "complete",
-            reason="the matching loss was never finite" if failed else "",
             notes={
                 "latent_loss": float(latent.criterion.min()),
                 "matching_loss": loss,
@@ -172,7 +169,7 @@ class GIAS(Attack):
                 "halted_restarts": float((~latent.alive).sum()),
                 "labels_granted": float(view.has("labels")),
             },
-        )
+        ).or_failed(latent.trouble)
 
     def generator(self, view: View, watch: Watch) -> Generator:
         """The prior, frozen and in eval mode."""

@@ -30,7 +30,7 @@ Released code: ``mit-han-lab/dlg``, ``main.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -46,8 +46,6 @@ from leakatlas.threat import Knowledge
 
 UNIT = 1e-12
 """D is minimised in units of this times the squared norm of the update; see *Departures*."""
-
-Replay = Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 
 
 @attack("dlg", needs=Knowledge.UPDATES)
@@ -130,22 +128,19 @@ class DLG(Attack):
         )
         x_hat, logits = gather(found.chosen(), N)
         D = float(found.criterion.min())
-        failed = D == float("inf")
         return Reconstruction(
             images=x_hat,
             labels=labels.soft_targets(view.loss, logits).detach()
             if view.loss.multilabel
             else logits.argmax(1),
             confidence=torch.full((N,), -D, dtype=torch.float64),
-            status="failed" if failed else "complete",
-            reason="the gradient distance was never finite" if failed else "",
             notes={
                 "relative_distance": D,
                 "iterations": float(found.steps),
                 "restarts": float(torch.isfinite(found.criterion).sum()),
                 "diverged_restarts": float((~found.alive).sum()),
             },
-        )
+        ).or_failed(found.trouble)
 
 
 def squared_norm(g: Mapping[str, Tensor]) -> float:

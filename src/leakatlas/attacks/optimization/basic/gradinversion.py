@@ -47,7 +47,7 @@ from leakatlas.blocks.observed import known_labels, mean_gradient
 from leakatlas.blocks.watch import Step, Watch
 from leakatlas.fl import View
 from leakatlas.fl.losses import PLAIN
-from leakatlas.models.structure import has_batchnorm
+from leakatlas.models.structure import example_input, has_batchnorm
 from leakatlas.params import Fraction, NonNegative, NonNegativeInt, Positive, PositiveInt
 from leakatlas.threat import Grant, Knowledge
 
@@ -136,7 +136,7 @@ class GradInversion(Attack):
         elif view.loss != PLAIN:
             y = known_labels(view)
         else:
-            head = labels.find_head(view.model, like.new_zeros(1, *view.input_shape))
+            head = labels.find_head(view.model, example_input(view.model, view.input_shape))
             y = labels.column_min(mean_gradient(view), head, N)
         replay = view.replayer()
         bn_prior = self._bn_prior(view)
@@ -173,13 +173,10 @@ class GradInversion(Attack):
         if self.answer == "consensus":
             x_hat = agreed.of(searches)
         spread = matching.norm(searches - searches.mean(0), (1, 2, 3, 4)).mean()
-        failed = loss == float("inf")
         return Reconstruction(
             images=x_hat,
             labels=y,
             confidence=torch.full((N,), -loss, dtype=torch.float64),
-            status="failed" if failed else "complete",
-            reason="no search ever had a finite objective" if failed else "",
             notes={
                 "objective": loss,
                 "matching_loss": float(matching.layerwise_l2(replay(x_hat, y), g).detach()),
@@ -188,7 +185,7 @@ class GradInversion(Attack):
                 "halted_searches": float((~end.alive).sum()),
                 "labels_granted": float(view.has("labels")),
             },
-        )
+        ).or_failed(end.trouble)
 
     def _bn_prior(self, view: View) -> Callable[[Tensor], Tensor]:
         if self.bn_weight == 0:

@@ -43,6 +43,7 @@ from leakatlas.blocks.watch import Watch
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import View
 from leakatlas.fl.losses import PLAIN
+from leakatlas.models.structure import example_input
 from leakatlas.params import NonNegative, Positive, PositiveInt
 from leakatlas.threat import Knowledge
 
@@ -100,7 +101,7 @@ class IDLG(Attack):
             )
         g = view.update.tensors
         like = next(iter(g.values()))
-        head = labels.find_head(view.model, like.new_zeros(1, *view.input_shape))
+        head = labels.find_head(view.model, example_input(view.model, view.input_shape))
         scale = torch.stack([tensor.square().sum() for tensor in g.values()]).sum()
         if not bool(head.weight_grad(g).any()):
             return nothing_found(view.input_shape, "the head's gradient is zero; the label is lost")
@@ -131,17 +132,14 @@ class IDLG(Attack):
             report_every=10,
         )
         D = float(found.criterion.min())
-        failed = D == float("inf")
         return Reconstruction(
             images=found.chosen()["x"],
             labels=c,
             confidence=torch.tensor([-D], dtype=torch.float64),
-            status="failed" if failed else "complete",
-            reason="the gradient distance was never finite" if failed else "",
             notes={
                 "relative_distance": D,
                 "iterations": float(found.steps),
                 "restarts": float(torch.isfinite(found.criterion).sum()),
                 "diverged_restarts": float((~found.alive).sum()),
             },
-        )
+        ).or_failed(found.trouble)

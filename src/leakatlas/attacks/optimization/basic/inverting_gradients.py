@@ -171,13 +171,10 @@ class InvertingGradients(Attack):
         )
         loss = float(found.criterion.min())
         x_hat = found.chosen()["x"]
-        failed = loss == float("inf")
         return Reconstruction(
             images=x_hat,
             labels=y,
             confidence=torch.full((len(x_hat),), -loss, dtype=torch.float64),
-            status="failed" if failed else "complete",
-            reason="the matching loss was never finite" if failed else "",
             notes={
                 "matching_loss": loss,
                 "iterations": float(found.steps),
@@ -185,4 +182,4 @@ class InvertingGradients(Attack):
                 "halted_restarts": float((~found.alive).sum()),
                 "labels_granted": float(view.has("labels")),
             },
-        )
+        ).or_failed(found.trouble)
