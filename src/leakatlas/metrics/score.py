@@ -13,7 +13,7 @@ the metric's best match for each metric separately give higher and incomparable 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -175,7 +175,6 @@ def score(
     public_labels: Tensor | None = None,
     baselines: Mapping[str, Tensor] | None = None,
     eps: float | None = None,
-    thresholds: Sequence[float] = THRESHOLDS,
     level: float = 0.95,
     resamples: int = 2_000,
     generator: torch.Generator | None = None,
@@ -196,7 +195,6 @@ def score(
         baselines: Further null reconstructions by name, ``(M', C, H, W)`` each: above all the
             attack run on the update of *another* batch (``"other_batch"``).
         eps: Relative error of an exact image; by default 1e-6 for float64 candidates, else 1e-3.
-        thresholds: PSNR thresholds of the success rates.
         level: Coverage of the intervals.
         resamples: Bootstrap resamples.
         generator: Source of resampling and of the same-class draw; by default seeded with 0, so
@@ -206,107 +204,201 @@ def score(
         InvalidInput: If shapes disagree, originals or public images are not finite images in
             [0, 1], the batch or the public set is empty, or labels do not fit the batch.
     """
+    given = _prepare(candidates, originals, public, eps)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    truth = _true_labels(labels, given.x)
+    own = _own_labels(recovered_labels, truth, given)
+    nulls = _nulls(given, truth, public_labels, baselines or {}, generator)
+    best = max(nulls.scores, key=lambda name: nulls.scores[name].psnr)
+    judged = _judge(given)
+
+    def summary(of: Tensor) -> Summary:
+        return _summary(of, level=level, resamples=resamples, generator=generator)
+
+    psnr_summary = summary(judged.psnr)
+    return Scores(
+        originals=len(given.x),
+        candidates=len(given.candidates),
+        non_finite=int((~given.finite).sum()),
+        clamped=given.clamped,
+        surplus=given.matching.surplus,
+        missing=given.matching.missing,
+        eps=given.eps,
+        level=level,
+        images=_per_image(given, judged, nulls.highest, truth, own),
+        psnr=psnr_summary,
+        ssim=None if judged.ssim is None else summary(judged.ssim),
+        mse=summary(judged.mse),
+        success={name: _rate(hits, level) for name, hits in _successes(judged).items()},
+        recovered=recovered(_relative_errors(given), eps=given.eps),
+        baselines=nulls.scores,
+        best_baseline=best,
+        gain=psnr_summary.mean - nulls.scores[best].psnr,
+        labels=_label_scores(truth, recovered_labels, classes),
+        label_constrained_psnr=_constrained(given, truth, own),
+    )
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Both sides, checked, in float64 and in [0, 1], and who belongs to whom.
+
+    Args:
+        x: Originals ``(B, C, H, W)``.
+        public: Public images.
+        candidates: ``(M, C, H, W)``; not a number where they were not finite.
+        finite: ``(M,)``.
+        clamped: Share of pixels outside [0, 1].
+        eps: Relative error of an exact image.
+        fallback: The public mean image.
+        cost: ``(M, B)`` mean squared errors.
+        matching: The assignment.
+    """
+
+    x: Tensor
+    public: Tensor
+    candidates: Tensor
+    finite: Tensor
+    clamped: float
+    eps: float
+    fallback: Tensor
+    cost: Tensor
+    matching: Assignment
+
+
+def _prepare(
+    candidates: Tensor | None, originals: Tensor, public: Tensor, eps: float | None
+) -> _Given:
     _checks.images("score", "originals", originals)
     _checks.images("score", "public", public)
-    for name, x in {"originals": originals, "public": public}.items():
-        if x.shape[0] == 0 or x.shape[1:] != originals.shape[1:]:
+    for name, side in {"originals": originals, "public": public}.items():
+        if side.shape[0] == 0 or side.shape[1:] != originals.shape[1:]:
             raise InvalidInput(
                 f"score: {name} must be one or more images of shape {tuple(originals.shape[1:])}, "
-                f"got {tuple(x.shape)}."
+                f"got {tuple(side.shape)}."
             )
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
     x = originals.detach().double().clamp(0, 1)
     public = public.detach().to(x).clamp(0, 1)
     emitted = originals[:0] if candidates is None else candidates.detach()
     _fits("candidates", emitted, x)
-    if eps is None:
-        eps = EXACT_FLOAT64 if emitted.dtype == torch.float64 else EXACT_FLOAT32
-
-    fallback = mean_image(public)
     finite = torch.isfinite(emitted).flatten(1).all(dim=1)
     kept = emitted[finite]
-    clamped = float(((kept < 0) | (kept > 1)).double().mean()) if kept.numel() else 0.0
     prepared = emitted.to(x.device).double().clamp(0, 1)
     prepared[~finite.to(x.device)] = torch.nan  # clamping has turned infinities into 0 and 1
     cost = pairwise_mse(prepared, x)
-    matching = assign(cost)
-    x_hat, found = _by_original(prepared, matching, fallback, len(x))
+    if eps is None:
+        eps = EXACT_FLOAT64 if emitted.dtype == torch.float64 else EXACT_FLOAT32
+    return _Given(
+        x=x,
+        public=public,
+        candidates=prepared,
+        finite=finite,
+        clamped=float(((kept < 0) | (kept > 1)).double().mean()) if kept.numel() else 0.0,
+        eps=eps,
+        fallback=mean_image(public),
+        cost=cost,
+        matching=assign(cost),
+    )
 
-    truth = _true_labels(labels, x)
-    per_candidate = (
-        recovered_labels
-        if truth is not None and recovered_labels is not None and len(emitted) > 0
-        and recovered_labels.shape == emitted.shape[:1]
-        else None
-    )  # fmt: skip
-    own_label = [
-        None if truth is None or per_candidate is None or m is None
-        else bool(per_candidate[m] == truth[i])
-        for i, m in enumerate(matching.of_original)
-    ]  # fmt: skip
-    ssims = ssim(x_hat, x) if min(x.shape[2:]) >= WINDOW else None
-    values = {"mse": mse(x_hat, x), "psnr": psnr(x_hat, x)}
-    exacts, pixels = exact(x_hat, x, eps=eps) & found, pixel_exact(x_hat, x) & found
-    success = {"exact": exacts, "pixel_exact": pixels}
-    for tau in thresholds:
-        success[f"asr@{tau:g}"] = (values["psnr"] >= tau) & found
-    if ssims is not None:
-        success["asr_ssim@0.5"] = (ssims >= 0.5) & found
 
+@dataclass(frozen=True)
+class _Judged:
+    """Values ``(B,)`` of every original; failures have those of the public mean image."""
+
+    found: Tensor
+    mse: Tensor
+    psnr: Tensor
+    ssim: Tensor | None
+    exact: Tensor
+    pixel_exact: Tensor
+
+
+def _judge(given: _Given) -> _Judged:
+    x = given.x
+    x_hat, found = _by_original(given.candidates, given.matching, given.fallback, len(x))
+    return _Judged(
+        found=found,
+        mse=mse(x_hat, x),
+        psnr=psnr(x_hat, x),
+        ssim=ssim(x_hat, x) if min(x.shape[2:]) >= WINDOW else None,
+        exact=exact(x_hat, x, eps=given.eps) & found,
+        pixel_exact=pixel_exact(x_hat, x) & found,
+    )
+
+
+def _successes(judged: _Judged) -> dict[str, Tensor]:
+    """Which originals were recovered, by criterion; a failure is a success under none."""
+    success = {"exact": judged.exact, "pixel_exact": judged.pixel_exact}
+    for tau in THRESHOLDS:
+        success[f"asr@{tau:g}"] = (judged.psnr >= tau) & judged.found
+    if judged.ssim is not None:
+        success["asr_ssim@0.5"] = (judged.ssim >= 0.5) & judged.found
+    return success
+
+
+def _per_image(
+    given: _Given, judged: _Judged, nulls: Tensor, truth: Tensor | None, own: Tensor | None
+) -> tuple[ImageScore, ...]:
+    return tuple(
+        ImageScore(
+            candidate=m,
+            mse=float(judged.mse[i]),
+            psnr=float(judged.psnr[i]),
+            ssim=None if judged.ssim is None else float(judged.ssim[i]),
+            exact=bool(judged.exact[i]),
+            pixel_exact=bool(judged.pixel_exact[i]),
+            null_psnr=float(nulls[i]),
+            label=None if truth is None or own is None or m is None else bool(own[m] == truth[i]),
+        )
+        for i, m in enumerate(given.matching.of_original)
+    )
+
+
+def _relative_errors(given: _Given) -> Tensor:
+    """``(M, B)``: L2 distance over the norm of the original (black originals: the distance)."""
+    norms = torch.linalg.vector_norm(given.x, dim=(1, 2, 3))
+    scale = torch.where(norms > 0, norms, torch.ones_like(norms))
+    return (given.cost * given.x[0].numel()).sqrt() / scale
+
+
+@dataclass(frozen=True)
+class _Nulls:
+    """What an adversary without this update would have handed in."""
+
+    scores: dict[str, Baseline]
+    highest: Tensor
+    """``(B,)``: the best PSNR of any of them on every original."""
+
+
+def _nulls(
+    given: _Given,
+    truth: Tensor | None,
+    public_labels: Tensor | None,
+    others: Mapping[str, Tensor],
+    generator: torch.Generator,
+) -> _Nulls:
+    x, public = given.x, given.public
     handed_in = {
-        "mean_image": fallback.expand_as(x),
+        "mean_image": given.fallback.expand_as(x),
         "nearest_public": nearest_public(x, public),
     }
     if truth is not None and public_labels is not None:
         handed_in["same_class"] = random_same_class(
             truth, public, public_labels, generator=generator
         )
-    for name, other in (baselines or {}).items():
-        handed_in[name] = _matched(f"baselines[{name!r}]", other, x, fallback)
-    nulls = {name: _scored(image, x) for name, image in handed_in.items()}
-    null_psnrs = torch.stack([psnr(image, x) for image in handed_in.values()]).amax(0)
-    images = tuple(
-        ImageScore(
-            candidate=m,
-            mse=float(values["mse"][i]),
-            psnr=float(values["psnr"][i]),
-            ssim=None if ssims is None else float(ssims[i]),
-            exact=bool(exacts[i]),
-            pixel_exact=bool(pixels[i]),
-            null_psnr=float(null_psnrs[i]),
-            label=own_label[i],
-        )
-        for i, m in enumerate(matching.of_original)
+    for name, other in others.items():
+        handed_in[name] = _matched(f"baselines[{name!r}]", other, x, given.fallback)
+    return _Nulls(
+        scores={name: _scored(image, x) for name, image in handed_in.items()},
+        highest=torch.stack([psnr(image, x) for image in handed_in.values()]).amax(0),
     )
-    best = max(nulls, key=lambda name: nulls[name].psnr)
 
-    def summary(of: Tensor) -> Summary:
-        return _summary(of, level=level, resamples=resamples, generator=generator)
 
-    psnr_summary = summary(values["psnr"])
-    norms = torch.linalg.vector_norm(x, dim=(1, 2, 3))
-    scale = torch.where(norms > 0, norms, torch.ones_like(norms))
-    return Scores(
-        originals=len(x),
-        candidates=len(emitted),
-        non_finite=int((~finite).sum()),
-        clamped=clamped,
-        surplus=matching.surplus,
-        missing=matching.missing,
-        eps=eps,
-        level=level,
-        images=images,
-        psnr=psnr_summary,
-        ssim=None if ssims is None else summary(ssims),
-        mse=summary(values["mse"]),
-        success={name: _rate(hits, level) for name, hits in success.items()},
-        recovered=recovered((cost * x[0].numel()).sqrt() / scale, eps=eps),
-        baselines=nulls,
-        best_baseline=best,
-        gain=psnr_summary.mean - nulls[best].psnr,
-        labels=_label_scores(truth, recovered_labels, classes),
-        label_constrained_psnr=_constrained(cost, truth, per_candidate, prepared, fallback, x),
-    )
+def _own_labels(claimed: Tensor | None, truth: Tensor | None, given: _Given) -> Tensor | None:
+    """Labels ``(M,)`` that belong to single candidates, or None for a multiset."""
+    if truth is None or claimed is None or len(given.candidates) == 0:
+        return None
+    return claimed if claimed.shape == given.candidates.shape[:1] else None
 
 
 def _fits(name: str, images: Tensor, x: Tensor) -> None:
@@ -353,19 +445,14 @@ def _label_scores(
     )
 
 
-def _constrained(
-    cost: Tensor,
-    truth: Tensor | None,
-    per_candidate: Tensor | None,
-    candidates: Tensor,
-    fallback: Tensor,
-    x: Tensor,
-) -> float | None:
-    if truth is None or per_candidate is None:
+def _constrained(given: _Given, truth: Tensor | None, own: Tensor | None) -> float | None:
+    """Mean PSNR if a candidate may only stand for an original of its own label."""
+    if truth is None or own is None:
         return None
-    allowed = per_candidate.detach().cpu()[:, None] == truth[None, :]
-    matching = assign(cost, allowed=allowed)
-    return float(psnr(_by_original(candidates, matching, fallback, len(x))[0], x).mean())
+    allowed = own.detach().cpu()[:, None] == truth[None, :]
+    matching = assign(given.cost, allowed=allowed)
+    x_hat, _ = _by_original(given.candidates, matching, given.fallback, len(given.x))
+    return float(psnr(x_hat, given.x).mean())
 
 
 def _scored(x_hat: Tensor, x: Tensor) -> Baseline:
