@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import get_args
 
@@ -14,7 +15,15 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from leakatlas.blocks import labels
-from leakatlas.blocks.labels import METHODS, Evidence, HeadPass, Requirement, greedy, profiles
+from leakatlas.blocks.labels import (
+    METHODS,
+    Evidence,
+    HeadPass,
+    Requirement,
+    equations,
+    greedy,
+    profiles,
+)
 from leakatlas.blocks.labels.estimates import Points
 from leakatlas.blocks.labels.single import MARGIN_AT_MINIMUM, SMALLEST_PRODUCT
 from leakatlas.errors import (
@@ -356,6 +365,25 @@ def test_fixed_point_reports_when_it_does_not_settle() -> None:
     by_class = torch.tensor([[0.9999, 0.0001], [0.0001, 0.9999]])
     found = labels.fixed_point(torch.tensor([-0.00001, 0.00001]), by_class, 10, iterations=2)
     assert not found.converged and found.iterations == 2
+
+
+@pytest.mark.parametrize(("iterations", "settled"), [(1, False), (200, True)])
+def test_counts_say_whether_they_settled(
+    iterations: int, settled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, y = network("relu", 6), drawn_labels(20, 6)
+    head = labels.find_head(model)
+    monkeypatch.setattr(
+        equations, "fixed_point", functools.partial(equations.fixed_point, iterations=iterations)
+    )
+    found = labels.recover(
+        "fixed-point",
+        Evidence(
+            gradients=gradients(model, inputs(20, seed=2), y), head=head, batch_size=20,
+            public=labels.head_pass(model, head, inputs(300, seed=3), drawn_labels(300, 6, 4)),
+        ),
+    )  # fmt: skip
+    assert isinstance(found, labels.Counts) and found.settled is settled
 
 
 def test_simulated_passes_follow_sgd_and_leave_the_model_alone() -> None:

@@ -49,6 +49,7 @@ def test_what_is_left_out_takes_its_default() -> None:
         ({"clients": -1}, InvalidParameter, r"Scenario\(clients=-1\)"),
         ({"rounds": 0}, InvalidParameter, r"Scenario\(rounds=0\)"),
         ({"protocol": {"algorithm": "fedprox"}}, UnknownName, "Unknown learning algorithm"),
+        ({"protocol": {"name": "fedavg"}}, InvalidParameter, "Write algorithm: fedavg"),
         ({"protocol": {"algorithm": "fedavg", "lr": -1}}, InvalidParameter, r"FedAVG\(lr=-1"),
         ({"protocol": {"algorithm": "fedsgd", "epochs": 2}}, InvalidParameter, "no parameter"),
         ({"defenses": [{"key": "wishful_thinking"}]}, UnknownName, "wishful_thinking"),

@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from leakatlas import metrics
 from leakatlas import site as leakatlas_site
+from leakatlas.bench import picture
 
 INSTALL = "apt-get update && apt-get install --yes --no-install-recommends chromium"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -42,6 +45,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "measures": [{"name": "x", "value": 1.0, "interval": None, "n": 1}],
         "command": "leakatlas bench quality", "date": "2026-01-31",
     }  # fmt: skip
+    shades = torch.linspace(0, 1, 4)[:, None, None, None].expand(4, 3, 8, 8)
+    scores = metrics.score(shades[:3], shades, public=shades[1:3]).images
+    picture.save(
+        folder / "pictures" / "dlg.png", shades, shades[:3], scores, study="s", case="<one>"
+    )
     (folder / "quality.json").write_text(json.dumps(benchmark), encoding="utf-8")
     document = {
         "schema": "leakatlas/result/1",

@@ -18,6 +18,7 @@ PAGES = (
     "threat-models.html",
     "references.html",
     "attacks/inverting_gradients.html",
+    "attacks/dlg.html",
     "attacks/loki.html",
     "defenses/soteria.html",
     "threat-models/D.html",
@@ -240,6 +241,16 @@ def test_curves_are_drawn_with_names_and_markers(visit: Visit) -> None:
     page = visit.open("measured.html")
     assert page.locator("figure.chart").count() == 2
     expect(page.get_by_role("img", name="small: PSNR of the best iterate")).to_be_visible()
+
+
+def test_victims_and_what_came_out_are_seen(visit: Visit) -> None:
+    page = visit.open("attacks/dlg.html")
+    image = page.get_by_role("img", name="4 victims above, what DLG made of each below")
+    expect(image).to_be_visible()
+    assert image.evaluate("image => image.complete && image.naturalWidth > 0")
+    expect(page.locator(".victims figcaption")).to_contain_text("study s, <one>")
+    cells = page.locator(".victims + table tbody tr").first.locator("td").all_inner_texts()
+    assert cells[:3] == ["100.0"] * 3 and cells[3].endswith("(nothing)")
 
 
 def lit(page: Page) -> set[str]:

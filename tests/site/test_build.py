@@ -1,7 +1,6 @@
 """The built files, without a browser."""
 
 import re
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -44,10 +43,8 @@ def parsed(built: Path) -> dict[Path, Anchors]:
     return {path: Anchors(path.read_text(encoding="utf-8")) for path in built.rglob("*.html")}
 
 
-def test_it_is_fast_and_small(tmp_path: Path) -> None:
-    begun = time.perf_counter()
+def test_every_page_is_written_and_small(tmp_path: Path) -> None:
     written = site.build(tmp_path)
-    assert time.perf_counter() - begun < 20
     assert written[0] == tmp_path / "index.html"
     rows = len(catalogue.attacks()) + len(catalogue.defenses()) + len(catalogue.threat_models())
     assert len(written) == 7 + rows == len(list(tmp_path.rglob("*.html")))

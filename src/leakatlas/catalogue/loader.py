@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,22 +37,22 @@ ADDED = "added"
 
 def threat_models() -> tuple[ThreatModel, ...]:
     """The eight threat models, A to H."""
-    return _shipped().threat_model
+    return _shelf().rows.threat_model
 
 
 def attacks() -> tuple[Attack, ...]:
     """The attacks: the published rows in the order of the table, then what was added."""
-    return _shipped().attack
+    return _shelf().rows.attack
 
 
 def defenses() -> tuple[Defense, ...]:
     """The defenses: the published rows in the order of the table, then what was added."""
-    return _shipped().defense
+    return _shelf().rows.defense
 
 
 def references() -> tuple[Reference, ...]:
     """The works: the printed ones by number, then what was added."""
-    return _shipped().reference
+    return _shelf().rows.reference
 
 
 def printed_number(row: Attack) -> int | None:
@@ -78,13 +79,7 @@ def attack(key: str) -> Attack:
     Raises:
         UnknownName: If there is none, with the nearest names.
     """
-    by_name = {row.key: row for row in attacks()}
-    for row in attacks():
-        number = printed_number(row)
-        numbered = () if number is None else (str(number), f"[{number}]")
-        for name in (row.name, *row.aliases, *numbered):
-            by_name.setdefault(name.casefold(), row)
-    return _find("attack", key, by_name, [row.key for row in attacks()])
+    return _find("attack", key, _shelf().attacks, [row.key for row in attacks()])
 
 
 def defense(key: str) -> Defense:
@@ -93,11 +88,7 @@ def defense(key: str) -> Defense:
     Raises:
         UnknownName: If there is none, with the nearest names.
     """
-    by_name = {row.key: row for row in defenses()}
-    for row in defenses():
-        for name in (row.name, *row.aliases):
-            by_name.setdefault(name.casefold(), row)
-    return _find("defense", key, by_name, [row.key for row in defenses()])
+    return _find("defense", key, _shelf().defenses, [row.key for row in defenses()])
 
 
 def reference(name: str) -> Reference:
@@ -106,11 +97,7 @@ def reference(name: str) -> Reference:
     Raises:
         UnknownName: If there is none, with the nearest keys.
     """
-    by_name = {row.key: row for row in references()}
-    for row in references():
-        if row.number is not None:
-            by_name[str(row.number)] = by_name[f"[{row.number}]"] = row
-    return _find("reference", name, by_name, [row.key for row in references()])
+    return _find("reference", name, _shelf().references, [row.key for row in references()])
 
 
 def _find(kind: str, name: str, rows: dict[str, T], shown: Iterable[str] | None = None) -> T:
@@ -126,12 +113,37 @@ def shipped_texts() -> dict[str, str]:
     return {name: (HERE / name).read_text(encoding="utf-8") for name in names}
 
 
+@dataclass(frozen=True)
+class _Shelf:
+    """The shipped rows, and every name by which they are found."""
+
+    rows: Catalogue
+    attacks: dict[str, Attack]
+    defenses: dict[str, Defense]
+    references: dict[str, Reference]
+
+
 @functools.cache
-def _shipped() -> Catalogue:
+def _shelf() -> _Shelf:
     catalogue, problems = check_texts(shipped_texts())
     if problems:
         raise CatalogueError("\n".join(map(str, problems)))
-    return catalogue
+    references: dict[str, Reference] = {}
+    for work in catalogue.reference:
+        references[work.key] = work
+        if work.number is not None:
+            references[str(work.number)] = references[f"[{work.number}]"] = work
+    by_name: dict[str, Attack] = {row.key: row for row in catalogue.attack}
+    for row in catalogue.attack:
+        number = references[row.reference].number if row.origin == "published" else None
+        numbered = () if number is None else (str(number), f"[{number}]")
+        for name in (row.name, *row.aliases, *numbered):
+            by_name.setdefault(name.casefold(), row)
+    defenses: dict[str, Defense] = {row.key: row for row in catalogue.defense}
+    for held in catalogue.defense:
+        for name in (held.name, *held.aliases):
+            defenses.setdefault(name.casefold(), held)
+    return _Shelf(catalogue, by_name, defenses, references)
 
 
 def check_files(paths: Sequence[Path]) -> tuple[Catalogue, list[Problem]]:

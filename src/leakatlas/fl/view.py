@@ -40,7 +40,14 @@ from torch import Tensor, nn
 from leakatlas import reading, tensorfiles
 from leakatlas.catalogue import registry
 from leakatlas.data import Box, ImageSet
-from leakatlas.errors import InvalidInput, NotGranted, UnknownName, UnsupportedModel, shown
+from leakatlas.errors import (
+    InvalidInput,
+    InvalidParameter,
+    NotGranted,
+    UnknownName,
+    UnsupportedModel,
+    shown,
+)
 from leakatlas.fl import draws, rehearsal, replay, state
 from leakatlas.fl.hooks import Defense
 from leakatlas.fl.losses import PLAIN, Loss, as_loss, loss_json, with_code
@@ -684,6 +691,12 @@ def protocol_from_json(description: Mapping[str, Any]) -> Protocol:
     if not isinstance(description, Mapping):
         raise InvalidInput(f"A protocol is described by names; got {shown(description)}.")
     values = dict(description)
+    for key, value in values.items():
+        if "algorithm" not in values and isinstance(value, str) and value.lower() in PROTOCOLS:
+            raise InvalidParameter(
+                f"The protocol has no key {shown(key)}; the learning algorithm stands under "
+                f"'algorithm'. Write algorithm: {value.lower()}."
+            )
     algorithm = values.pop("algorithm", "fedsgd")
     algorithm = algorithm.lower() if isinstance(algorithm, str) else algorithm
     if not isinstance(algorithm, str) or algorithm not in PROTOCOLS:

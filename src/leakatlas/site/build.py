@@ -25,7 +25,7 @@ from leakatlas.catalogue import (
 )
 from leakatlas.catalogue.schema import LETTERS, Attack, Defense, Reference
 from leakatlas.errors import InvalidInput
-from leakatlas.site import measured_page, prose
+from leakatlas.site import measured_page, pictures, prose
 
 ASSETS = ("style.css", "site.js")
 
@@ -81,7 +81,8 @@ def build(out: Path, *, results_folder: Path | None = None) -> list[Path]:
     Raises:
         InvalidInput: If the folder cannot be written.
     """
-    measured = results.load(results_folder or results.default_folder())
+    folder = results_folder or results.default_folder()
+    measured = results.load(folder)
     environment = _environment()
     try:
         (out / "assets").mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,9 @@ def build(out: Path, *, results_folder: Path | None = None) -> list[Path]:
             with resources.as_file(asset) as path:
                 shutil.copyfile(path, out / "assets" / name)
         written = []
-        for name, template, context in _pages(measured):
+        for name, template, context in _pages(measured, folder):
+            if context.get("picture") is not None:
+                pictures.copy(context["picture"], folder, out)
             path = out / name
             path.parent.mkdir(parents=True, exist_ok=True)
             base = "../" * name.count("/")
@@ -132,8 +135,13 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _pages(measured: tuple[results.Result, ...]) -> list[tuple[str, str, dict[str, Any]]]:
-    attacks = [_attack(row, measured) for row in loader.attacks()]
+def _pages(
+    measured: tuple[results.Result, ...], folder: Path
+) -> list[tuple[str, str, dict[str, Any]]]:
+    attacks = [
+        {**_attack(row, measured), "picture": pictures.of_row(folder, row.key)}
+        for row in loader.attacks()
+    ]
     defenses = [_defense(row, measured) for row in loader.defenses()]
     threats: list[dict[str, Any]] = [
         {"row": row, "stars": tables.cells_of(row)["Real-World Applicability"]}

@@ -11,7 +11,7 @@ Attacks name a label stage by its key; any stage whose output suffices can be sw
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
@@ -242,7 +242,7 @@ def _rlu(e: Evidence) -> Counts:
 
 def _fixed_point(e: Evidence) -> Counts:
     found = equations.fixed_point(e.bias_grad, confusion(e.public_pass), e.size)
-    return _rounded(found.counts, e.size)
+    return replace(_rounded(found.counts, e.size), settled=found.converged)
 
 
 def _gdbr(e: Evidence) -> Counts:

@@ -22,10 +22,12 @@ class Counts:
     Args:
         values: ``(K,)`` int64.
         raw: The estimate before rounding, ``(K,)`` float64; None for rules that count in units.
+        settled: Whether the estimate came to rest; if not, it is where the iterations ended.
     """
 
     values: Tensor
     raw: Tensor | None = None
+    settled: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
