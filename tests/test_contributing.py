@@ -106,9 +106,25 @@ def test_their_own_tests_and_the_contracts_pass(copy: Path) -> None:
     assert " passed" in said
 
 
-def test_the_study_is_sound(copy: Path) -> None:
-    code = "from leakatlas.bench import study; print(len(study.load('lantern').cases))"
-    assert run(copy, sys.executable, "-c", code).strip() == "2"
+def test_the_study_runs_and_its_figures_and_picture_are_shown(copy: Path, tmp_path: Path) -> None:
+    cli = (sys.executable, "-m", "leakatlas")
+    played = tmp_path / "results"
+    run(
+        copy,
+        "env",
+        f"LEAKATLAS_CACHE={tmp_path}",
+        *cli,
+        "bench",
+        "lantern",
+        "--results",
+        str(played),
+    )
+    assert (played / "lantern.json").is_file()
+    assert "0 problems" in run(copy, *cli, "validate", str(played / "lantern.json"))
+    run(copy, *cli, "site", "build", str(tmp_path / "site"), "--results", str(played))
+    page = (tmp_path / "site" / "attacks" / "lantern.html").read_text(encoding="utf-8")
+    assert "2 victims above, what Lantern made of each below" in page
+    assert "psnr" in page and "leakatlas bench lantern" in page
 
 
 def test_the_rows_are_shown_as_added(copy: Path) -> None:

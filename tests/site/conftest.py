@@ -47,9 +47,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     shades = torch.linspace(0, 1, 4)[:, None, None, None].expand(4, 3, 8, 8)
     scores = metrics.score(shades[:3], shades, public=shades[1:3]).images
-    picture.save(
-        folder / "pictures" / "dlg.png", shades, shades[:3], scores, study="s", case="<one>"
-    )
+    columns = picture.columns(shades, shades[:3], scores)
+    picture.save(folder / "pictures" / "dlg.png", columns, study="s", case="<one>")
     (folder / "quality.json").write_text(json.dumps(benchmark), encoding="utf-8")
     document = {
         "schema": "leakatlas/result/1",

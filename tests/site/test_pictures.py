@@ -19,7 +19,10 @@ def saved(folder: Path, count: int = 8, channels: int = 3) -> pictures.Picture:
     candidates = originals[: count - 1].flip(0) + 0.01
     scores = metrics.score(candidates, originals, public=public).images
     path = folder / "pictures" / "dlg.png"
-    picture.save(path, originals, candidates, scores, study="sweep", case="main")
+    columns = picture.columns(originals, candidates, scores)
+    assert len(columns) == min(count, picture.SHOWN)
+    picture.save(path, columns, study="sweep", case="main")
+    assert picture.study_of(path) == "sweep"
     found = pictures.of_row(folder, "dlg")
     assert found is not None
     return found

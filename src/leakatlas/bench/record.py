@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
+from leakatlas.bench.picture import Column
+
 Status = Literal["complete", "cut short", "failed", "error", "refused"]
 """``failed``: the attack says so. ``error``: it crashed, or was killed. ``refused``: it lacks what
 it needs."""
@@ -33,6 +35,7 @@ class Record:
         own: What the study's own Python file measured: numbers, or lists with one an original.
         notes: Figures that the attack noted.
         images: Short hashes of the originals, in the order of the scores.
+        columns: The first victims and what came out, as small pictures.
         found: Hash of the candidates and labels, bit for bit.
         reads: What was read of the view.
         execution: How slopes were computed.
@@ -56,6 +59,7 @@ class Record:
     own: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, float] = field(default_factory=dict)
     images: tuple[str, ...] = ()
+    columns: tuple[Column, ...] = ()
     found: str = ""
     reads: tuple[str, ...] = ()
     execution: str = ""
@@ -74,6 +78,7 @@ class Record:
         """The record whose :meth:`to_json` is ``values``."""
         plain = dict(values)
         plain["images"] = tuple(plain["images"])
+        plain["columns"] = tuple(Column(**column) for column in plain.get("columns", ()))
         plain["reads"] = tuple(plain["reads"])
         plain["trace"] = tuple((float(s), float(p)) for s, p in plain["trace"])
         return cls(**plain)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from leakatlas.bench import harness, machine, scene
+from leakatlas.bench import harness, machine, picture, scene
 from leakatlas.bench.adversary import Adversary
 from leakatlas.bench.cells import Cell
 from leakatlas.bench.record import Record, Status
@@ -123,6 +123,9 @@ def _attacked(
         own=own,
         notes={} if found is None else {n: float(v) for n, v in found.notes.items()},
         images=tuple(_digest(image)[:12] for image in truth.images),
+        columns=()
+        if trial is None or cell.seed != case.seeds[0] or cell.batch >= picture.SHOWN
+        else picture.columns(truth.images, trial.images, scores.images),
         found="" if found is None else _digest(
             found.images, found.labels, found.label_counts, found.confidence
         ),

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from leakatlas.bench import figures, lanes, store
+from leakatlas.bench import figures, lanes, picture, store
 from leakatlas.bench.cells import Cell, cells_of
 from leakatlas.bench.record import FINAL, Record
 from leakatlas.bench.store import Store
@@ -152,7 +152,27 @@ def write(study: Study, options: Options) -> Path | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+    _draw(study, now, options.results / "pictures")
     return path
+
+
+def _draw(study: Study, now: Standing, folder: Path) -> None:
+    """One picture for every attack beside which the study stands, of its first case.
+
+    The study that carries a row's name draws for it; another only where none has.
+    """
+    first: dict[str, str] = {}
+    for label, case in study.cases.items():
+        if case.beside is not None and case.beside.attack is not None:
+            first.setdefault(case.beside.attack, label)
+    for key, label in first.items():
+        seed = study.cases[label].seeds[0]
+        mine = [c for c in now.cells if (c.label, c.seed) == (label, seed)]
+        kept = [now.records[c.name] for c in mine if c.name in now.records]
+        shown = [column for record in kept for column in record.columns]
+        path = folder / f"{key}.png"
+        if shown and (study.name == key or picture.study_of(path) in ("", study.name)):
+            picture.save(path, shown, study=study.name, case=label)
 
 
 class _Keeping:

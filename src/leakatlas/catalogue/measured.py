@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from leakatlas.catalogue import code, loader, source
 from leakatlas.catalogue.schema import Count, Letter, Strict, Text
@@ -46,6 +46,9 @@ class Measure(Strict):
 
 class Result(Strict):
     """One ``results/*.json`` file."""
+
+    # A study's figures become results here, by the field's own name.
+    model_config = ConfigDict(populate_by_name=True)
 
     schema_: Annotated[
         Literal["leakatlas/result/1"],
