@@ -18,9 +18,9 @@ thresholds that the package holds, models that no threshold and no rule has seen
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
+import platform
 import shlex
 import sys
 import tempfile
@@ -30,13 +30,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import lint_page
 import torch
 from torch import nn
 
 from leakatlas import data, models
 from leakatlas.attacks.api import ActiveAttack
 from leakatlas.bench import harness
-from leakatlas.catalogue import loader, registry
+from leakatlas.catalogue import registry
 from leakatlas.data import Box, ImageSet
 from leakatlas.data.box import CIFAR10
 from leakatlas.errors import InvalidInput, UnsupportedModel
@@ -53,7 +54,7 @@ from leakatlas.fl import (
     stage,
     stream,
 )
-from leakatlas.lint import STATISTICS, measure
+from leakatlas.lint import STATISTICS, dynamics, measure
 from leakatlas.lint import thresholds as committed
 from leakatlas.lint.findings import COMPARISONS
 from leakatlas.lint.thresholds import NEAR, calibrated, threshold_of
@@ -61,12 +62,9 @@ from leakatlas.metrics.intervals import binomial
 from leakatlas.threat import Knowledge, Vantage
 
 ROOT = Path(__file__).resolve().parents[1]
-THRESHOLDS = "src/leakatlas/lint/thresholds.json"
 SIZE, CLASSES = 32, 10
 ROUNDS = (1, 2, 4, 8)
 """Checkpoints of an honest run are taken before these rounds."""
-
-DATE = "2026-11-22"
 
 
 class ConvFC(nn.Sequential):
@@ -113,47 +111,36 @@ REDUCED: dict[str, dict[str, Any]] = {
 ONLY_ON = {"seer": ("resnet8",)}
 """Architectures of rows that need batch normalisation."""
 
-# The matrix that the survey of these attacks predicts: decisive, supporting, nothing.
-EXPECTED_COLUMNS = (
-    "robbing_the_fed", "fishing", "trap_weights", "sybils", "mandrake", "loki", "mkor", "seer",
-    "scale_mia",
-)  # fmt: skip
-EXPECTED = {
-    "D1": "●---●●---",
-    "D2": "●---●●●-●",
-    "D3": "●○--●●--●",
-    "D4": "○●--●●●-●",
-    "D5": "--●●-----",
-    "D6": "○-○○●●●--",
-    "D7": "-●----○-○",
-    "D8": "○●○○○○--○",
-    "D9": "○○●●●●○-○",
-    "D10": "○○●●●●○-○",
-    "D11": "○●○○○○○○○",
-    "D12": "-○○●●●-○-",
-    "D14": "●●●●●●●-●",
-}
+
+def of(*checks: str) -> frozenset[str]:
+    """The statistics of some checks."""
+    return frozenset(s for s in STATISTICS if s.split("/")[0] in checks)
+
 
 # Which statistics a client can compute with what it holds.
-WEIGHTS = frozenset(s for s in STATISTICS if s.split("/")[0] in {"D2", "D3", "D4", "D5", "D6"}) | {
-    "D1/detour",
-    "D7/zero_rows",
-    "D7/row_norms",
-    "D7/biases",
-}
-BATCH = (
-    WEIGHTS
-    | {"D7/saturation"}
-    | frozenset(s for s in STATISTICS if s.split("/")[0] in {"D8", "D9", "D10", "D14"})
-)
-REFERENCE = BATCH | {"D1/reference", "D11/loss", "D11/gradient"}
-ALL = REFERENCE | {"D12/others"}
+WEIGHTS = of("D2", "D3", "D4", "D5", "D6", "D7", "D15") - {"D7/saturation"} | {"D1/detour"}
+BATCH = WEIGHTS | {"D7/saturation"} | of("D8", "D9", "D10", "D14")
+REFERENCE = BATCH | of("D1", "D11", "D16", "D17")
+ALL = REFERENCE | of("D12")
 HOLDINGS = {
     "weights": WEIGHTS,
     "weights, batch": BATCH,
     "weights, batch, reference": REFERENCE,
     "weights, batch, reference, other clients": ALL,
 }
+
+PUBLISHED = of("D15", "D16", "D17")
+DETECTORS = {
+    "D1-D14, weights": WEIGHTS - PUBLISHED,
+    "D1-D14, weights and batch": BATCH - PUBLISHED,
+    "D1-D14, also the model before": REFERENCE - PUBLISHED,
+    "2511.10502, weights (D15)": of("D15"),
+    "2511.10502, loss and gradient (D16)": of("D16"),
+    "2511.10502, both": of("D15", "D16"),
+    "2506.20651, the model before (D17)": of("D17"),
+    "all together": REFERENCE,
+}
+"""Our own checks by what they need, and the published ones as rebuilt from their abstracts."""
 
 
 @dataclass
@@ -262,6 +249,7 @@ def honest_run(
     clients = {c: Client(box.normalize(s.images), s.labels) for c, s in enumerate(own)}
     federation = Federation(model, clients, protocol, seed=seed)
     before = load_into(federation.model, model_state(federation.model))
+    history = [dynamics(before, own[0], box=box)]
     for number in range(1, max(ROUNDS) + 1):
         federation.play_round(apply=True)
         if number in ROUNDS:
@@ -273,9 +261,12 @@ def honest_run(
                 batch=own[0],
                 box=box,
                 reference=before,
+                previous=before,
                 others=[model_state(federation.model)],
+                history=history,
             )
         before = load_into(federation.model, model_state(federation.model))
+        history.append(dynamics(before, own[0], box=box))
 
 
 # -- tampered models -------------------------------------------------------------------------------
@@ -328,8 +319,8 @@ def tampered(
     clients = 4
     model = ARCHITECTURES[name](seed)
     box = box_of(seed // 2)
-    if seed % 2:
-        model = trained(images, model, box, seed)
+    earlier = list(trained(images, model, box, seed)) if seed % 2 else []
+    model = earlier[-1] if earlier else model
     scenario = Scenario(
         model=ModelRef("object", name),
         letter="H" if attack.needs & Knowledge.SELECTION else "G",
@@ -346,19 +337,23 @@ def tampered(
     client = played.federation.clients[0]
     return judge(
         f"{key}/{name}/{seed}", key, name, last.received[0],
-        batch=(client.x, client.y), box=box, reference=model, update=last.updates[0],
+        batch=(client.x, client.y), box=box, reference=model,
+        previous=model if earlier else None, update=last.updates[0],
+        history=[dynamics(one, (client.x, client.y)) for one in earlier],
         # Whom the server asks alone can still look into a log of what was announced.
         others=[last.states[c] for c in last.states if c != 0] or [model_state(model)],
     )  # fmt: skip
 
 
-def trained(images: ImageSet, model: nn.Module, box: Box, seed: int) -> nn.Module:
+def trained(images: ImageSet, model: nn.Module, box: Box, seed: int) -> Iterator[nn.Module]:
+    """What four honest rounds make of a model, round by round, its start included."""
     own = [batch_of(images, 7000 + 50 * seed + c, 32, skewed=False) for c in range(4)]
     clients = {c: Client(box.normalize(s.images), s.labels) for c, s in enumerate(own)}
     federation = Federation(model, clients, FedAVG(batch_size=8, lr=0.05), seed=seed)
+    yield load_into(federation.model, model_state(federation.model))
     for _ in range(4):
         federation.play_round(apply=True)
-    return federation.model
+        yield load_into(federation.model, model_state(federation.model))
 
 
 # -- thresholds and figures ------------------------------------------------------------------------
@@ -502,6 +497,7 @@ def figures(
             part = [t for t in tampered if t.kind == key]
             hit = sum(bool(alarms(t, thresholds, own)) for t in part)
             measures.append(share(f"hit/{key}/{check}", hit, len(part), "all models of the row"))
+    measures += beside(reported, tampered, thresholds)
     for name in calibration:
         low = [b.scores[name] for b in reported if name in b.scores]
         for key in keys:
@@ -521,127 +517,24 @@ def figures(
     return measures
 
 
+def beside(
+    reported: list[Judged], tampered: list[Judged], thresholds: Mapping[str, float]
+) -> Iterator[dict[str, Any]]:
+    """False alarms and hits of our checks and the published ones, where each can be run."""
+    keys = dict.fromkeys(one.kind for one in tampered)
+    for name, own in DETECTORS.items():
+        for label, models_ in (
+            ("false_alarm", reported),
+            *((f"hit/{key}", [t for t in tampered if t.kind == key]) for key in keys),
+        ):
+            judged = [one for one in models_ if own & one.scores.keys()]
+            if judged:
+                raised = sum(bool(alarms(one, thresholds, own)) for one in judged)
+                note = f"of the {len(models_)} models that it can judge"
+                yield share(f"beside/{name}/{label}", raised, len(judged), note)
+
+
 ROC = "whole detector; level 0.5 is the threshold in use, comparisons left out"
-
-
-# -- output ----------------------------------------------------------------------------------------
-
-
-def page(result: dict[str, Any], calibration: dict[str, Any], study: Study) -> str:
-    """``docs/lint.md``."""
-    value = {m["name"]: m for m in result["measures"]}
-    keys = list(dict.fromkeys(one.kind for one in study.tampered))
-    numbers = {key: loader.printed_number(loader.attack(key)) for key in keys}
-    title = [f"[{numbers[key]}] {key}" for key in keys]
-
-    def cell(measure: dict[str, Any]) -> str:
-        low, high = measure["interval"]
-        return f"{measure['value']:.2f} ({low:.2f}-{high:.2f})"
-
-    lines = [
-        "<!-- generated by benchmarks/lint.py; run it instead of editing -->",
-        "# Detecting tampered models: what `leakatlas lint` was measured to do",
-        "",
-        "Share of models with an alarm, by what the client holds. Benign models are the held-out "
-        "half; intervals are 95 % (Wilson), rows are played at default strength (but see below).",
-        "",
-        f"| client holds | false alarms | {' | '.join(title)} |",
-        "|---|---|" + "---|" * len(keys),
-    ]
-    for holding in HOLDINGS:
-        hits = " | ".join(cell(value[f"hit/{key}/{holding}"]) for key in keys)
-        lines.append(f"| {holding} | {cell(value[f'false_alarm/{holding}'])} | {hits} |")
-    lines += [
-        "",
-        "## By check",
-        "",
-        "Hit rate at the threshold in use; the mark is what was expected (● decisive, "
-        "○ supporting, - nothing). D13 needs facts of the protocol and is not in the study.",
-        "",
-        f"| check | false alarms | {' | '.join(title)} |",
-        "|---|---|" + "---|" * len(keys),
-    ]
-    for check, marks in EXPECTED.items():
-        if f"false_alarm/{check}" not in value:
-            continue
-        cells = []
-        for key in keys:
-            mark = dict(zip(EXPECTED_COLUMNS, marks, strict=True)).get(key, "")
-            cells.append(f"{value[f'hit/{key}/{check}']['value']:.2f} {mark}")
-        wrong = value[f"false_alarm/{check}"]["value"]
-        lines.append(f"| {check} | {wrong:.2f} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "## Where the rows could be played",
-        "",
-        "| row | models | architectures | refused | settings |",
-        "|---|---|---|---|---|",
-    ]
-    for key in dict.fromkeys([*keys, *study.refused]):
-        part = [t for t in study.tampered if t.kind == key]
-        where = ", ".join(dict.fromkeys(t.architecture for t in part)) or "none"
-        refused = ", ".join(study.refused.get(key, {})) or "none"
-        reduced = ", ".join(f"{n}={v}" for n, v in REDUCED.get(key, {}).items())
-        settings = f"reduced: {reduced}" if reduced else "default"
-        lines.append(f"| {key} | {len(part)} | {where} | {refused} | {settings} |")
-    lines += [
-        "",
-        "## ROC of the whole detector",
-        "",
-        "Level 0 is the largest benign value of the calibration half, 1 is certainty; 0.5 is in "
-        "use. Comparisons with a reference architecture and with other clients are left out.",
-        "",
-        "| client holds | level | false alarms | hits |",
-        "|---|---|---|---|",
-    ]
-    for holding in HOLDINGS:
-        for at in (0.0, 0.25, 0.5, 0.75, 0.9):
-            wrong = cell(value[f"roc/{holding}/level {at}/false_alarm"])
-            hit = cell(value[f"roc/{holding}/level {at}/hit"])
-            lines.append(f"| {holding} | {at} | {wrong} | {hit} |")
-    lines += [
-        "",
-        "## Thresholds",
-        "",
-        calibration["rule"],
-        "",
-        "| statistic | what it measures | benign median | benign largest | threshold |",
-        "|---|---|---|---|---|",
-    ]
-    for name, row in calibration["statistics"].items():
-        limit = f"{row['threshold']:.3f}" if row["threshold"] < 1 else "context only"
-        lines.append(
-            f"| {name} | {STATISTICS[name]} | {row['median']:.3f} | {row['largest']:.3f} | "
-            f"{limit} |"
-        )
-    lines += [
-        "",
-        "## What this does not show",
-        "",
-        "Benign models that look tampered with by construction were not in the set: pruned or "
-        "binarised weights (D4), identity-initialised convolutions (D6), layers widened by copying "
-        "rows (D2). They would raise alarms.",
-        "",
-        "The held-out half set no threshold, but it is not untouched: the rule for *context only*, "
-        "the detour of D1 and the layers that D3 judges were settled after a pilot on 98 benign "
-        "models that are among these. Checkpoints of one run are not independent either. Take the "
-        "false alarm rates as somewhat too low, and their intervals as too narrow. The matching of "
-        "D14 was settled after its scores on attacked models had been seen: its hit rates are "
-        "partly in-sample. None of these choices saw the fresh hold-out, where this page has one.",
-        "",
-        "D1's comparison and D12 are exact by construction: benign models were compared with equal "
-        "copies, and where the server asked the target alone, D12 compared with the model that was "
-        "announced. SEER was trained so briefly that it hardly attacks; that nothing sees it is "
-        "what its method predicts, and is not shown here. A server that knows these checks can "
-        "blur rows, biases and kernels; none of the rows does. D14 measures the leak whatever the "
-        "weights look like, but small layers with traps leak hardly more than chance weights do, "
-        "and a single isolated feature (fishing) is too little for it.",
-        "",
-        f"{calibration['benign']} Made by `{result['command']}` on {result['date']} "
-        f"({result['hardware']}).",
-        "",
-    ]
-    return "\n".join(lines)
 
 
 # -- fresh hold-out --------------------------------------------------------------------------------
@@ -654,16 +547,9 @@ SEEN = 10_000
 and ``7000 + 50 seed + client``.
 """
 
-BEGIN, END = "<!-- fresh hold-out -->", "<!-- end of the fresh hold-out -->"
-
-
-def fingerprint(thresholds: Path) -> str:
-    """SHA-256 of a file of thresholds."""
-    return hashlib.sha256(thresholds.read_bytes()).hexdigest()
-
 
 def write_fresh(root: Path, study: Study, recipe: dict[str, Any], first: int, command: str) -> None:
-    """``results/lint/fresh.json`` and its section of the page."""
+    """``results/lint/fresh.json``."""
     calibration = json.loads(committed.FILE.read_text(encoding="utf-8"))["statistics"]
     measures = figures(study.benign, study.tampered, calibration, "fresh")
     thresholds = committed.read().thresholds
@@ -688,92 +574,21 @@ def write_fresh(root: Path, study: Study, recipe: dict[str, Any], first: int, co
         "recipe": {
             **recipe,
             "fresh": first,
-            "thresholds": fingerprint(committed.FILE),
+            "thresholds": lint_page.fingerprint(committed.FILE),
             "alarms": raised,
         },
-        "hardware": "2 CPU cores, no GPU",
+        "hardware": hardware(),
         "seeds": list(range(first, last)),
         "measures": measures,
         "command": command,
         "date": time.strftime("%Y-%m-%d"),
     }
     write(root / "results/lint/fresh.json", result)
-    docs = root / "docs/lint.md"
-    if docs.is_file():
-        docs.write_text(with_fresh(docs.read_text(encoding="utf-8"), root), encoding="utf-8")
 
 
-def with_fresh(text: str, root: Path) -> str:
-    """The page with the section of the fresh hold-out, if it judged the thresholds in use."""
-    if BEGIN in text:
-        before, rest = text.split(BEGIN)
-        text = before + rest.split(END)[1].lstrip("\n")
-    path = root / "results/lint/fresh.json"
-    if not path.is_file():
-        return text
-    result = json.loads(path.read_text(encoding="utf-8"))
-    if result["recipe"]["thresholds"] != fingerprint(root / THRESHOLDS):
-        return text  # other thresholds: what it says is no longer about these
-    at = text.index("## By check")
-    return text[:at] + BEGIN + "\n" + fresh_section(result) + END + "\n\n" + text[at:]
-
-
-def fresh_section(result: dict[str, Any]) -> str:
-    """What the thresholds do on models that nothing was settled on."""
-    value = {m["name"]: m for m in result["measures"]}
-    recipe = result["recipe"]
-    keys = [k.split("/")[1] for k in value if k.startswith("hit/") and k.endswith("/weights")]
-
-    def cell(name: str) -> str:
-        low, high = value[name]["interval"]
-        hits = round(value[name]["value"] * value[name]["n"])
-        return f"{hits} of {value[name]['n']} ({low:.3f}-{high:.3f})"
-
-    lines = [
-        "## Fresh hold-out",
-        "",
-        "Models, federated runs and plays that no threshold and no rule has seen: seeds from "
-        f"{recipe['fresh']} on, pictures of {recipe['images']}. Thresholds as committed "
-        f"(`thresholds.json`, SHA-256 {recipe['thresholds'][:12]}); nothing was changed "
-        "afterwards. Counts with 95 % intervals (Wilson). The last column counts an initialisation "
-        "or a whole run once, for the checkpoints of a run are not independent.",
-        "",
-        "| client holds | false alarms | on initialisations | on checkpoints | independent |",
-        "|---|---|---|---|---|",
-    ]
-    for holding in HOLDINGS:
-        names = ("", "/initialisation", "/checkpoint", "/independent")
-        cells = " | ".join(cell(f"false_alarm/{holding}{name}") for name in names)
-        lines.append(f"| {holding} | {cells} |")
-    title = [f"[{loader.printed_number(loader.attack(key))}] {key}" for key in keys]
-    lines += ["", f"| hits | {' | '.join(title)} |", "|---|" + "---|" * len(keys)]
-    for holding in HOLDINGS:
-        cells = " | ".join(cell(f"hit/{key}/{holding}") for key in keys)
-        lines.append(f"| {holding} | {cells} |")
-    checks = [c for c in EXPECTED if f"false_alarm/{c}" in value]
-    lines += ["", f"| by check | false alarms | {' | '.join(title)} |"]
-    lines.append("|---|---|" + "---|" * len(keys))
-    for check in checks:
-        rates = " | ".join(f"{value[f'hit/{key}/{check}']['value']:.2f}" for key in keys)
-        lines.append(f"| {check} | {value[f'false_alarm/{check}']['value']:.3f} | {rates} |")
-    widest = list(HOLDINGS)[-1]
-    missed = []
-    for key, name in zip(keys, title, strict=True):
-        if value[f"hit/{key}/{widest}"]["value"] == 0:
-            missed += [f"{name} evades every check, whatever the client holds.", ""]
-    told = "; ".join(f"{a['model']}: {', '.join(a['by'])}" for a in recipe["alarms"]) or "none"
-    lines += [
-        "",
-        f"False alarms, by model: {told}. Larger than anything in the calibration half, if below "
-        f"the thresholds: {cell(f'roc/{widest}/level 0.0/false_alarm')} benign models. "
-        "Architectures, training settings and round counts are those of the calibration; other "
-        "benign populations remain untested (see the end of this page).",
-        "",
-        *missed,
-        f"Made by `{result['command']}` on {result['date']} ({result['hardware']}).",
-        "",
-    ]
-    return "\n".join(lines)
+def hardware() -> str:
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}){gpu}, torch {torch.__version__}"
 
 
 def main() -> None:
@@ -826,6 +641,7 @@ def main() -> None:
     }
     if options.fresh is not None:
         write_fresh(options.root, study, recipe, first, command)
+        write_page(options.root)
         report("done")
         return
     half, reported = halves(study.benign)
@@ -842,7 +658,7 @@ def main() -> None:
         f"{max(ROUNDS)} rounds) of {', '.join(ARCHITECTURES)} on {images.name}; {len(half)} to "
         f"calibrate, {len(reported)} held out.",
         "command": command,
-        "date": DATE,
+        "date": time.strftime("%Y-%m-%d"),
         "statistics": calibrate(half),
     }
     result = {
@@ -851,18 +667,20 @@ def main() -> None:
         "key": "lint",
         "code_version": 1,
         "recipe": recipe,
-        "hardware": "2 CPU cores, no GPU",
+        "hardware": hardware(),
         "seeds": list(range(max(options.init_seeds, options.attack_seeds))),
         "measures": figures(reported, study.tampered, calibration["statistics"]),
         "command": command,
-        "date": DATE,
+        "date": time.strftime("%Y-%m-%d"),
     }
-    write(options.root / THRESHOLDS, calibration)
+    write(options.root / lint_page.THRESHOLDS, calibration)
     write(options.root / "results/lint/detectors.json", result)
-    docs = options.root / "docs/lint.md"
-    docs.parent.mkdir(parents=True, exist_ok=True)
-    docs.write_text(with_fresh(page(result, calibration, study), options.root), encoding="utf-8")
+    write_page(options.root)
     report("done")
+
+
+def write_page(root: Path) -> None:
+    (root / "docs/lint.md").write_text(lint_page.page(root), encoding="utf-8")
 
 
 def write(path: Path, content: Any) -> None:

@@ -101,6 +101,8 @@ def test_json_is_for_machines(run: Any, files: Path) -> None:
 def test_a_reference_shows_what_was_added(run: Any, files: Path) -> None:
     result = run(files / "tampered.pt", "--reference", files / "honest.safetensors")
     assert result.code == 1 and "D1/reference" in result.out
+    turned = run(files / "tampered.pt", "--previous", files / "honest.safetensors")
+    assert turned.code == 1 and "D17/change" in turned.out
     same = run(files / "honest.safetensors", "--reference", files / "honest.safetensors")
     assert same.code == 0
 

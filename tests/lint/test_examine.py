@@ -113,7 +113,7 @@ def test_own_batch_update_reference_and_other_clients_add_their_checks() -> None
     assert "3 of 3 other clients received a different model" in words
     assert any("D14/hidden" == name for name in verdict.scores)
     assert verdict.scores["D14/hidden"].value > 0.5
-    assert set(verdict.skipped) == {"D13"}
+    assert set(verdict.skipped) == {"D13", "D16", "D17"}
 
 
 def test_self_inversion_alone_detects_binning() -> None:
@@ -252,3 +252,28 @@ def test_bad_input_is_explained() -> None:
         lint(model, batch=(batch.images, torch.full((4,), 10)))
     with pytest.raises(InvalidInput, match="cannot read the batch"):
         lint(model, batch=(batch.images[:, :1], batch.labels))
+    with pytest.raises(InvalidInput, match="from 0 on, or probabilities"):
+        lint(model, batch=(batch.images, torch.full((4,), -1)))
+    with pytest.raises(InvalidInput, match="from 0 on, or probabilities"):
+        lint(model, batch=(batch.images, batch.labels.float()))
+    for odd in (batch.images, (batch.images,), (batch.images, 3), (batch.images, "y")):
+        with pytest.raises(InvalidInput, match="as an ImageSet or as two tensors"):
+            lint(model, batch=odd)  # type: ignore[arg-type]  # what an untyped caller may do
+
+
+class Raising(nn.Module):
+    """A user's model with a fault of its own."""
+
+    def __init__(self, problem: Exception) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.problem = problem
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise self.problem
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, TypeError, KeyError, AttributeError])
+def test_a_model_that_raises_is_reported_in_words(kind: type[Exception]) -> None:
+    with pytest.raises(InvalidInput, match=f"Raising cannot read .*{kind.__name__}.*no such key"):
+        lint(Raising(kind("no such key")), batch=private().subset(range(4)))

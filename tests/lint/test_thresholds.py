@@ -1,6 +1,7 @@
 """The shipped calibration: complete, with provenance, by its own rule, and refused if damaged."""
 
 import hashlib
+import importlib.util
 import json
 from pathlib import Path
 
@@ -52,6 +53,15 @@ def test_the_fresh_hold_out_judged_the_thresholds_in_use() -> None:
     whole = named["false_alarm/weights, batch, reference, other clients"]
     assert round(whole["value"] * whole["n"]) == len(result["recipe"]["alarms"])
     assert named["false_alarm/weights/independent"]["n"] >= 200
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    path = ROOT / "benchmarks/lint_page.py"
+    spec = importlib.util.spec_from_file_location("lint_page", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs/lint.md").read_text(encoding="utf-8") == module.page(ROOT)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"statistics": {"D1/detour": {}}}'])

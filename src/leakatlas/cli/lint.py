@@ -36,6 +36,10 @@ def lint(
         str | None,
         typer.Option(help="The agreed model, best that of the round before; as MODEL."),
     ] = None,
+    previous: Annotated[
+        str | None,
+        typer.Option(help="What was received in the round before; as MODEL."),
+    ] = None,
     batch: Annotated[
         str | None,
         typer.Option(help="Own examples: folder:PATH@SIZE, parquet:PATH, photos:32."),
@@ -78,6 +82,9 @@ def lint(
         reference=None
         if reference is None
         else read_model(reference, None, classes=_classes(own), option="--reference"),
+        previous=None
+        if previous is None
+        else read_model(previous, None, classes=_classes(own), option="--previous"),
         batch=own,
         update=None if update is None else Update.load(update),
         others=[_received(text) for text in other or []] or None,

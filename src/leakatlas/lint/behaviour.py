@@ -96,10 +96,12 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     try:
         with in_mode(model, train=False):
             logits = model(x)
-    except RuntimeError as problem:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as problem:
+        # Shapes are checked anywhere inside the model, and its code may be anybody's.
         raise InvalidInput(
-            f"{type(model).__name__} cannot read the batch of shape {tuple(x.shape)}: {problem}"
-        ) from None
+            f"{type(model).__name__} cannot read the batch of shape {tuple(x.shape)}: "
+            f"{type(problem).__name__}: {str(problem)[:500]}"
+        ) from problem
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise InvalidInput(f"{type(model).__name__} must return logits (N, K); got {got}.")

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 from leakatlas.data import Box, ImageSet
 from leakatlas.errors import InvalidInput
-from leakatlas.fl import Update, load_into, model_state
+from leakatlas.fl import Update, load_into, model_state, task_loss
 from leakatlas.fl.state import parameters
-from leakatlas.lint import behaviour, consistency, inversion, static, thresholds
+from leakatlas.lint import behaviour, consistency, inversion, published, static, thresholds
 from leakatlas.lint.behaviour import Batch
 from leakatlas.lint.consistency import Received, RoundFacts
 from leakatlas.lint.findings import Score, Verdict, judge
 from leakatlas.lint.inversion import Leak
 from leakatlas.lint.layers import Anatomy, anatomy
+from leakatlas.lint.published import Dynamics
 
 State = Mapping[str, Tensor]
 ModelOrState = nn.Module | State
@@ -32,12 +33,15 @@ def lint(
     others: Sequence[Received] | None = None,
     box: Box | None = None,
     facts: RoundFacts | None = None,
+    previous: ModelOrState | None = None,
+    history: Sequence[Dynamics] = (),
 ) -> Verdict:
     """Was this model tampered with? Ask before training on it, or before sending the update.
 
-    The weights alone give D1 to D7. The client's own batch adds D8 to D10 and the self-inversion
-    D14; a reference adds D1's comparison and, as a module, D11; other clients D12; what is known
-    of the round D13.
+    The weights alone give D1 to D7 and D15. The client's own batch adds D8 to D10 and the
+    self-inversion D14; a reference adds D1's comparison and, as a module, D11; other clients D12;
+    what is known of the round D13; the model of the round before D17; what was kept of earlier
+    rounds D16.
 
     Args:
         model: The received model, or its state dict (names and tensors: no batch checks then,
@@ -50,6 +54,8 @@ def lint(
         others: What other clients received: states, modules, or hashes.
         box: Pixel space of the model.
         facts: What is known of the round.
+        previous: What was received in the round before; the reference, if there is none.
+        history: Of earlier rounds, oldest first on the same examples (:func:`dynamics`).
 
     Returns:
         The verdict; ``verdict.alarm`` says whether to refuse.
@@ -58,8 +64,9 @@ def lint(
         InvalidInput: If the model, the batch or the update cannot be used.
     """
     scores, skipped, leaks = measure(
-        model, reference=reference, batch=batch, update=update, others=others, box=box, facts=facts
-    )
+        model, reference=reference, batch=batch, update=update, others=others, box=box,
+        facts=facts, previous=previous, history=history,
+    )  # fmt: skip
     return judge(
         scores, thresholds.shipped().thresholds, skipped=skipped, notes=_notes(leaks, skipped)
     )
@@ -74,6 +81,8 @@ def measure(
     others: Sequence[Received] | None = None,
     box: Box | None = None,
     facts: RoundFacts | None = None,
+    previous: ModelOrState | None = None,
+    history: Sequence[Dynamics] = (),
 ) -> tuple[list[Score], dict[str, str], list[Leak]]:
     """All scores, without thresholds; see :func:`lint`.
 
@@ -81,8 +90,11 @@ def measure(
         Scores, the checks that were not run with the reason, and what the update gives away.
     """
     body = anatomy(model)
+    reference = previous if reference is None else reference
     skipped: dict[str, str] = {}
     scores = static.check_weights(body, box)
+    for layer in body.linear:
+        scores += published.d15_improbable_rows(layer)
     if not body.ordered:
         skipped["D1/detour"] = "the names are sorted, so the order of the layers is unknown"
     rough = [layer.name for layer in body.linear if static.coarse(layer)]
@@ -95,10 +107,14 @@ def measure(
         skipped["D1/reference"] = "no reference"
     else:
         scores += _compare(body, model, reference)
+    if previous is None:
+        skipped["D17"] = "no model of the round before"
+    else:
+        scores += published.d17_change(body, anatomy(previous))
     leaks: list[Leak] = []
     if batch is None and update is None:
         skipped.update(dict.fromkeys(("D8", "D9", "D10", "D14"), "no batch"))
-        skipped["D11"] = "no batch"
+        skipped["D11"] = skipped["D16"] = "no batch"
     elif batch is None:
         raise InvalidInput(
             "lint compares an update with the examples behind it; give `batch` beside `update`."
@@ -112,7 +128,7 @@ def measure(
         own = as_batch(batch, module, box)
         previous = _previous(module, reference)
         with torch.random.fork_rng(devices=[]):  # dropout draws from the caller's generator
-            found, leaks = _on_batch(module, own, update, previous, body, skipped)
+            found, leaks = _on_batch(module, own, update, previous, body, history, skipped)
         scores += found
     if others:
         scores += consistency.d12_consistency(body.state, others)
@@ -125,25 +141,65 @@ def measure(
     return scores, skipped, leaks
 
 
+def dynamics(model: nn.Module, batch: Examples, *, box: Box | None = None) -> Dynamics:
+    """Loss and gradient of a received model on own examples: what D16 asks of earlier rounds.
+
+    Args:
+        model: As received.
+        batch: See :func:`lint`; the same examples every round.
+        box: Pixel space of the model.
+    """
+    own = as_batch(batch, model, box)
+    logits = behaviour.logits_of(model, own.x)
+    with torch.random.fork_rng(devices=[]):
+        return _dynamics(model, own, logits, behaviour.batch_gradient(model, own))
+
+
+def _dynamics(model: nn.Module, batch: Batch, logits: Tensor, gradient: State) -> Dynamics:
+    size = behaviour.relative_size(gradient, parameters(model))
+    return Dynamics(float(task_loss(logits, batch.y)), size)
+
+
 def as_batch(batch: Examples, model: nn.Module, box: Box | None) -> Batch:
     """The client's examples in the model's space, dtype and device.
 
     Raises:
         InvalidInput: If inputs and labels do not fit each other or hold non-finite values.
     """
-    like = next(model.parameters())
+    like = next(model.parameters(), None)
+    if like is None:
+        raise InvalidInput(f"{type(model).__name__} has no parameters; there is nothing to train.")
     if isinstance(batch, ImageSet):
         space = box or Box.unit(batch.channels)
         x, y = space.normalize(batch.images), batch.labels
-    else:
+    elif isinstance(batch, tuple) and len(batch) == 2 and all(map(_is_plain, batch)):
         x, y = batch
+    else:
+        raise InvalidInput(
+            f"lint takes own examples as an ImageSet or as two tensors (x, y) of numbers, got a "
+            f"{type(batch).__name__}."
+        )
     if len(x) == 0 or len(x) != len(y):
         raise InvalidInput(
             f"lint got {len(x)} inputs and {len(y)} labels; expected the same number, at least one."
         )
     if not bool(torch.isfinite(x).all()):
         raise InvalidInput("The batch holds values that are not finite.")
+    if not (y.dim() == 2 or (y.dim() == 1 and not y.is_floating_point() and int(y.min()) >= 0)):
+        raise InvalidInput(
+            f"Labels must be classes (N,) from 0 on, or probabilities (N, K); got {y.dtype} of "
+            f"shape {tuple(y.shape)}."
+        )
     return Batch(x.detach().to(like), y.to(like.device))
+
+
+def _is_plain(part: object) -> bool:
+    return (
+        isinstance(part, Tensor)
+        and part.dim() > 0
+        and part.layout == torch.strided
+        and not (part.is_meta or part.is_quantized or part.is_complex())
+    )
 
 
 def _on_batch(
@@ -152,6 +208,7 @@ def _on_batch(
     update: Update | None,
     previous: nn.Module | None,
     body: Anatomy,
+    history: Sequence[Dynamics],
     skipped: dict[str, str],
 ) -> tuple[list[Score], list[Leak]]:
     logits = behaviour.logits_of(module, batch.x)
@@ -168,6 +225,10 @@ def _on_batch(
     scores += behaviour.d8_d_snr(norms)
     scores += behaviour.d9_activations(norms, hidden)
     scores += behaviour.d10_gradient_sparsity(linear)
+    now = _dynamics(module, batch, logits, gradient)
+    scores += published.d16_dynamics(now, history)
+    if len(history) < published.EARLIER:
+        skipped["D16"] = f"{len(history)} earlier rounds of {published.EARLIER}"
     if previous is None:
         skipped["D11"] = "no previous model as a module"
     else:
@@ -175,7 +236,7 @@ def _on_batch(
             logits,
             behaviour.logits_of(previous, batch.x),
             batch.y,
-            behaviour.relative_size(gradient, parameters(module)),
+            now.gradient,
             behaviour.relative_size(
                 behaviour.batch_gradient(previous, batch), parameters(previous)
             ),

@@ -36,6 +36,10 @@ STATISTICS: dict[str, str] = {
     "D13/cohort": "cohort too small, or with unattested members",
     "D14/hidden": "own examples read from rows, beyond what chance weights give away",
     "D14/head": "own features read from head rows, beyond what chance weights give away",
+    "D15/improbable": "closeness of the median row to another one",
+    "D16/loss": "rise of the loss over the earlier rounds', in their own deviations",
+    "D16/gradient": "rise of the gradient over the earlier rounds', in their own deviations",
+    "D17/change": "how far a layer turned since the previous round",
 }
 """Every statistic and what it measures; each lies in [0, 1], and 1 is certainty."""
 
@@ -75,7 +79,7 @@ class Score:
 
     @property
     def check(self) -> str:
-        """``D1`` ... ``D14``."""
+        """``D1`` ... ``D17``."""
         return self.statistic.partition("/")[0]
 
 

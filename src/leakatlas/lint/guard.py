@@ -49,6 +49,10 @@ class LintGuard(Defense):
             verdict = lint(
                 context.model,
                 reference=memory.get("accepted"),
+                # Who was absent meets a model that has gone on by several rounds.
+                previous=memory.get("accepted")
+                if memory.get("judged") == context.round - 1
+                else None,
                 batch=(x, y) if self.use_batch else None,
             )
         if verdict.alarm:

@@ -62,9 +62,13 @@ class Layer:
         rows = rows.double()
         return rows if self.fed is None else rows * self.fed
 
+    def chunk(self) -> int:
+        """How many rows are turned into float64 at once."""
+        return max(CHUNK // self.rows.shape[1], 1)
+
     def norms(self) -> Tensor:
         """``(m,)`` in float64, of the sized rows."""
-        parts = self.rows.split(max(CHUNK // self.rows.shape[1], 1))
+        parts = self.rows.split(self.chunk())
         return torch.cat([norms(self.sized(part)) for part in parts])
 
 

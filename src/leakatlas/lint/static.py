@@ -319,7 +319,7 @@ def coarse(layer: Layer) -> bool:
 def _fingerprint(place: str, rows: Tensor, box: Box | None) -> Score:
     best, best_s = 0.0, 1.0
     for variant in _channel_sizes(rows, box):
-        judged = [_pairing(row) for row in _spaced(rows / variant, 64)]
+        judged = [_pairing(row) for row in _spaced(rows, 64) / variant]
         value = float(torch.tensor([score for score, _ in judged]).median())
         if value > best:
             best = value
