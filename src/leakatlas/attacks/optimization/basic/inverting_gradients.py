@@ -39,7 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -78,6 +78,8 @@ class InvertingGradients(Attack):
         top: Match only so many tensors of largest norm, as for untrained ImageNet networks (10);
             all if None.
     """
+
+    version: ClassVar[int] = 2
 
     steps: PositiveInt = 4_800
     lr: Positive = 0.1
