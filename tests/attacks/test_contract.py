@@ -249,7 +249,7 @@ class Stranger:
         if self.process is not None:
             assert self.process.stdin is not None and self.process.stdout is not None
             self.process.stdin.close()
-            self.process.wait(timeout=60)
+            self.process.wait()
             self.process.stdout.close()
 
 
