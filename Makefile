@@ -37,6 +37,10 @@ MINUTES ?= 60
 fuzz: $(STAMP) ## Tens of thousands of hostile inputs at every door
 	$(BIN)/python scripts/fuzz.py --inputs $(INPUTS) --seed $(SEED) --minutes $(MINUTES)
 
+compat: $(STAMP) ## The fast tests with the lowest and the newest versions, on every Python
+	$(BIN)/python scripts/compat.py
+	$(BIN)/python scripts/compat.py --extra flower
+
 generate: $(STAMP) ## Rebuild the generated tables and pages from the catalogue
 	$(BIN)/python scripts/generate.py
 

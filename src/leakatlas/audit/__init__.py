@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from leakatlas.audit.bounds import require_feasible
 from leakatlas.audit.config import AuditConfig, captured_update, make_plan, read_config
 from leakatlas.audit.diagnosis import Diagnosis, ReplayCheck, check_replay, examine
 from leakatlas.audit.listener import Listener, Silent
@@ -53,6 +54,7 @@ __all__ = [
     "parse_gate",
     "presets",
     "read_config",
+    "require_feasible",
     "run_trial",
 ]
 
@@ -177,6 +179,7 @@ def doctor(
     letters = tuple(m.letter for m in threat_models(threat))
     stage = setting.stage(letter=letters[0], seed=seed)
     attacks = presets(None, {}, published=False)
+    require_feasible(stage, attacks, None)
     return examine(stage, attacks, letters=letters, captured=captured)
 
 

@@ -14,6 +14,7 @@ import torch
 import leakatlas
 from leakatlas.attacks.api import ActiveAttack
 from leakatlas.audit import kept
+from leakatlas.audit.bounds import require_feasible
 from leakatlas.audit.budget import Budget, Writer
 from leakatlas.audit.compare import compare
 from leakatlas.audit.diagnosis import examine
@@ -66,6 +67,7 @@ def _carry_out(plan: Plan, out: Path | None, listener: Listener, stop: Watch) ->
     for setting in plan.settings:
         attacks = presets(setting.attacks, plan.attack_parameters, published=published)
         live = setting.stage(letter=plan.letters[0], seed=plan.seed)
+        require_feasible(live, attacks, plan.seconds)
         diagnosis = examine(live, attacks, letters=plan.letters)
         diagnoses[setting.name] = diagnosis.to_json()
         for attack in attacks:

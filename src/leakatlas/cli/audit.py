@@ -164,7 +164,14 @@ def doctor(
 
     Exit code 0: consistent; 1: the update is not what the described client sends; 2: bad input.
     """
-    from leakatlas.audit import captured_update, examine, make_plan, presets, read_config
+    from leakatlas.audit import (
+        captured_update,
+        examine,
+        make_plan,
+        presets,
+        read_config,
+        require_feasible,
+    )
     from leakatlas.audit.bundled import bundled_plan
 
     captured = None
@@ -180,6 +187,7 @@ def doctor(
     for setting in plan.settings:
         attacks = presets(setting.attacks, plan.attack_parameters, published=False)
         stage = setting.stage(letter=plan.letters[0], seed=plan.seed)
+        require_feasible(stage, attacks, plan.seconds)
         diagnosis = examine(stage, attacks, letters=plan.letters, captured=captured)
         found[setting.name] = diagnosis.to_json()
         replay = diagnosis.replay
