@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leakatlas import sealed
 from leakatlas.attacks.api import Attack, Reconstruction, cache_folder
 from leakatlas.blocks import observed
 from leakatlas.blocks.watch import Watch
@@ -239,7 +241,7 @@ def rehearse(
             distinct[name] = attack
     planned = planned or next(iter(distinct.values())).length
     file = (cache or cache_folder()) / "rehearsals" / (
-        _identity(view, distinct, public, planned, images, seed) + ".json"
+        _identity(view, distinct, public, planned, images, seed) + ".sealed"
     )  # fmt: skip
     if (kept := _kept(file)) is not None:
         return replace(kept, cached=True)
@@ -442,15 +444,19 @@ def _identity(
 
 
 def _keep(file: Path, found: Rehearsal) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(found.to_json()), encoding="utf-8")
-    partial.replace(file)
+    try:
+        sealed.seal(file, json.dumps(found.to_json()).encode())
+    except OSError as problem:  # the choice serves this audit all the same
+        warnings.warn(f"{file} cannot be written ({problem.strerror}).", stacklevel=2)
 
 
 def _kept(file: Path) -> Rehearsal | None:
     """A kept rehearsal, or None if there is none or it is damaged (it is then made again)."""
+    content = sealed.unseal(file)
+    if content is None:
+        return None
     try:
-        return Rehearsal.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError):
+        return Rehearsal.from_json(json.loads(content))
+    except (ValueError, TypeError, KeyError):
+        sealed.discard(file, "it is no rehearsal as they are kept here")
         return None
