@@ -47,7 +47,7 @@ CEILING = 60.0
 LEAST = 20
 """Iterations below which a trial says nothing."""
 
-LENGTHS = (1 / 8, 3 / 8, 1.0)
+LENGTHS = (1 / 8, 1 / 4, 1.0)
 """Lengths of the trials of each stage, in units of the planned length: short trials favour fast
 variants, so the last ones are as long as the run that they stand for."""
 
@@ -90,11 +90,11 @@ def stages(
         affordable: Iterations that all trials may take together.
 
     >>> [(s.variants, s.iterations, s.images) for s in stages(8, 400, 2)]
-    [(8, 50, 2), (4, 150, 2), (2, 400, 2)]
+    [(8, 50, 2), (4, 100, 2), (2, 400, 2)]
     >>> [(s.variants, s.iterations, s.images) for s in stages(8, 400, 2, affordable=2_000)]
-    [(8, 50, 1), (4, 150, 1), (2, 400, 1)]
+    [(8, 50, 1), (4, 100, 1), (2, 400, 1)]
     >>> [(s.variants, s.iterations, s.images) for s in stages(8, 400, 2, affordable=500)]
-    [(8, 20, 1), (4, 41, 1), (2, 111, 1)]
+    [(8, 20, 1), (4, 31, 1), (2, 125, 1)]
     """
 
     def rounds(share: float, images: int) -> tuple[Stage, ...]:
