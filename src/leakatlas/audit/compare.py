@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from leakatlas.audit.effort import REHEARSED, Readied, iterates, readied
+from leakatlas.audit.effort import REHEARSED, SLACK, Readied, iterates, readied
 from leakatlas.audit.jobs import Job, finished, run_job
 from leakatlas.audit.listener import Listener
 from leakatlas.audit.plan import Plan, Setting, presets
-from leakatlas.audit.utility import Utility, accuracy_under
+from leakatlas.audit.utility import Utility, price_of
 from leakatlas.blocks.watch import Watch
 from leakatlas.fl import FedSGD
 from leakatlas.fl.view import defense_json
@@ -86,7 +86,7 @@ def _prices(
     prices: dict[str, Utility] = {}
     for (name, setting), share in zip(settings.items(), allowed.share(len(settings)), strict=False):
         local = not isinstance(setting.protocol, FedSGD)
-        prices[name] = accuracy_under(setting.defenses, local=local, seed=plan.seed, watch=share)
+        prices[name] = price_of(setting.defenses, local=local, seed=plan.seed, watch=share)
     missing = Utility(None, "the budget ended before its price was measured")
     return {name: prices.get(name, missing) for name in settings}
 
@@ -129,7 +129,8 @@ def _duel(
     for name, job in jobs.items():
         if stop.stopped:
             return
-        yield name, run_job(job, plan, each, out, listener, stop)
+        allowance = each if each is None or job.preset is None else SLACK * each
+        yield name, run_job(job, plan, allowance, out, listener, stop)
 
 
 def _battery(runs: Sequence[Run]) -> list[tuple[str, str]]:

@@ -37,6 +37,10 @@ CLOSED = 0.4
 LATE = 0.15
 """Share of what is left that waits for closed forms which had to give way."""
 
+SLACK = 1.5
+"""A planned run may take so many times its allowance before its schedule is cut: what it overruns,
+later runs are not given."""
+
 IMAGES = 2
 """Batches of public images for each trial, at most."""
 
@@ -200,7 +204,7 @@ def _spend_on_schedules(
         share = shares([known[i] for i in order[position:]])[0]
         allowance = max(main.remaining() or 0.0, 0.0) * share
         made = replace(job, attack=at.lasting(allowance), preset=job.attack, rehearsal=at.told())
-        yield run_job(made, plan, allowance, out, listener, stop)
+        yield run_job(made, plan, SLACK * allowance, out, listener, stop)
     for job in jobs:
         if job not in reached:
             yield unreached(job)

@@ -7,12 +7,15 @@ mechanism cost at this setting", not "how accurate will your model be".
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from leakatlas import data
+from leakatlas.attacks.api import cache_folder
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import LeakAtlasError
 from leakatlas.fl import Client, Defense, FedAVG, Federation, FedSGD, ModelRef, Protocol, stream
@@ -35,6 +38,36 @@ class Utility:
 
     accuracy: float | None
     reason: str = ""
+
+
+def price_of(
+    defenses: Sequence[Defense], *, local: bool = True, seed: int = 0, watch: Watch | None = None
+) -> Utility:
+    """:func:`accuracy_under`, kept from audit to audit: it depends on the defenses alone.
+
+    Args:
+        defenses: As there.
+        local: As there.
+        seed: As there.
+        watch: Budget; what it cut short is neither kept nor reported as a price.
+    """
+    names = [[d.key, d.version, d.to_json()] for d in defenses]
+    facts = [names, local, seed, CLIENTS, TRAIN, FEDAVG_ROUNDS, FEDSGD_ROUNDS, torch.__version__]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    file = cache_folder() / "prices" / f"{digest}.json"
+    try:
+        return Utility(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # none, or damaged: measured again
+        pass
+    watch = watch or Watch()
+    found = accuracy_under(defenses, local=local, seed=seed, watch=watch)
+    if watch.cut_short:
+        return Utility(None, "the budget ended before its price was measured")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(vars(found)), encoding="utf-8")
+    partial.replace(file)
+    return found
 
 
 def accuracy_under(

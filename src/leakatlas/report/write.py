@@ -193,6 +193,7 @@ def _run_row(run: Run) -> dict[str, Any]:
         "rounds": run.rounds,
         "reads": ", ".join(run.reads),
         "execution": run.execution,
+        "rehearsal": _rehearsal(run),
         "notes": sorted(run.notes.items()),
         "scored": scores is not None,
     }
@@ -213,6 +214,28 @@ def _run_row(run: Run) -> dict[str, Any]:
             "labels": None if scores.labels is None else scores.labels.irec,
         }
     return row
+
+
+def _rehearsal(run: Run) -> str:
+    """How the adversary chose the parameters of a run, in words; empty if it did not."""
+    told = run.recipe.get("rehearsal") or {}
+    if "refused" in told:
+        return f"not rehearsed: {told['refused']}"
+    if not told:
+        return ""
+    tried = len({trial["variant"] for trial in told["trials"]})
+    length = told["iterations"]
+    short = told["planned"] is not None and length < told["planned"]
+    paid = "kept from before" if told["cached"] else f"{told['seconds']:.0f} s"
+    words = (
+        f"rehearsed on {told['images']}: {told['variant']!r}, best of {tried}, rebuilt "
+        f"{told['psnr']:.1f} dB against {told['null']:.1f} dB of the mean image ({paid})"
+    )
+    if short:
+        words += f", in trials of {length} iterations where {told['planned']} were planned"
+    if told["psnr"] <= told["null"]:
+        words += "; no better than the mean image, hence tried last"
+    return words
 
 
 def _galleries(report: Report, most: int = 8) -> list[tuple[str, list[dict[str, Any]]]]:

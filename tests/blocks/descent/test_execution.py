@@ -189,6 +189,19 @@ def test_a_small_budget_tries_nothing_however_many_steps_are_left() -> None:
 
 
 @pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize(("setup", "tried"), [(99.0, True), (101.0, False)])
+def test_a_set_up_costs_at_most_a_tenth_of_what_is_left(
+    setup: float, tried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would repay itself many times over in either case."""
+    costs = {"vmap": (setup, 0, 0.9), "traced": (1e15, 0, 0.3), "compiled": (1e15, 0, 0.3)}
+    monkeypatch.setattr(execution_module, "TRIALS", costs)
+    executor = prepared(square, 2)
+    executor.decide(point(torch.float32, 2, 8), left=1e12, seconds=1_000)
+    assert bool(executor.history) == tried
+
+
+@pytest.mark.usefixtures("forgetful")
 def test_a_long_run_takes_the_fastest_way_that_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     """Costs are given, so that the choice does not depend on the machine."""
     monkeypatch.setattr(execution_module, "TRIALS", {"vmap": (0, 0, 0.3), "traced": (0, 0, 0.3),

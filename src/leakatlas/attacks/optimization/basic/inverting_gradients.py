@@ -117,17 +117,17 @@ class InvertingGradients(Attack):
         Chosen on training images of six networks. The most promising come first: after our preset,
         Adam on the gradient itself along a cosine, with a prior from weak to strong.
         """
-        adam = cls(optimizer="unsigned", schedule="cosine", steps=400)
+        adam = cls(optimizer="unsigned", schedule="cosine", steps=400, lr=0.3)
         return {
             "tuned": cls.tuned(),
+            "adam, tv 0.1": replace(adam, tv_weight=0.1),
             "adam, tv 0.03": replace(adam, tv_weight=0.03),
             "adam, tv 0.3": replace(adam, tv_weight=0.3),
             "published": cls(),
-            "adam, tv 0.1": replace(adam, tv_weight=0.1),
-            "signed adam, tv 0.03": replace(adam, tv_weight=0.03, optimizer="adam"),
-            "adam, tv 0.003": replace(adam, tv_weight=0.003),
+            "signed adam, tv 0.03": replace(adam, lr=0.1, tv_weight=0.03, optimizer="adam"),
             "adam, tv 1": replace(adam, tv_weight=1.0),
-            "adam, l2, tv 0.1": replace(adam, tv_weight=0.1, distance="relative_l2"),
+            "adam, tv 0.003": replace(adam, tv_weight=0.003),
+            "adam, l2, tv 0.1": replace(adam, lr=0.1, tv_weight=0.1, distance="relative_l2"),
         }
 
     def outlook(self, view: View) -> Outlook:

@@ -1,0 +1,238 @@
+"""Budgets that plan: iterations that fit, shares by what was rehearsed, equal duels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leakatlas import data
+from leakatlas.attacks.generative.latent.gias import GIAS
+from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
+from leakatlas.audit import Plan, Report, carry_out, effort
+from leakatlas.audit.budget import Budget, Writer
+from leakatlas.audit.effort import Readied, readied, spend
+from leakatlas.audit.jobs import Job
+from leakatlas.audit.listener import Silent
+from leakatlas.audit.rehearsal import Rehearsal
+from leakatlas.audit.schedule import FILL, fits, pace, shares
+from leakatlas.audit.utility import Utility
+from leakatlas.blocks.watch import Watch
+from leakatlas.catalogue import registry
+from tests.conftest import build_stage
+
+
+def _rehearsal(psnr: float, null: float = 10.0) -> Rehearsal:
+    parameters = InvertingGradients.tuned().to_json()
+    return Rehearsal("inverting_gradients", "tuned", parameters, psnr, null, 5, 5, 1e-3, "s", (),
+                     0.0)  # fmt: skip
+
+
+def test_a_stretched_schedule_keeps_the_proportions_of_its_parts() -> None:
+    attack = GIAS(latent_steps=100, generator_steps=300)
+    assert attack.length == 400
+    longer = attack.lasting(1_000)
+    assert (longer.latent_steps, longer.generator_steps) == (250, 750)
+    assert GIAS(latent_steps=100, generator_steps=0).lasting(50).generator_steps == 0
+    assert registry.attack("april").lasting(7).length == 7
+    closed = registry.attack("robbing_the_fed")
+    assert closed.length is None and closed.lasting(7) == closed
+
+
+def test_a_pace_is_the_time_of_an_iteration() -> None:
+    stage = build_stage(letter="B")
+    view = stage.view([stage.federation.play_round()])
+    at = pace(InvertingGradients.tuned(), view, watch=Watch())
+    assert at is not None and at > 0
+    assert pace(registry.attack("robbing_the_fed"), view, watch=Watch()) is None
+    assert view.reads == frozenset()
+
+
+def test_a_plan_leaves_room_for_a_slower_machine() -> None:
+    assert fits(100.0, 1.0, 10_000) == 100 * FILL
+    assert fits(0.0, 1.0, 10_000) == 1
+
+
+def test_what_rebuilt_nothing_keeps_a_small_share() -> None:
+    best, half, none = shares([12.0, 6.0, -3.0])
+    assert best == pytest.approx(2 * half) and 0 < none < 0.1 * best
+    assert shares([-1.0, -2.0]) == [0.5, 0.5]
+
+
+@pytest.fixture
+def three_targets(small_plan: Plan) -> Plan:
+    """The iterating attack alone, on three clients, and a second one beside it."""
+    (setting,) = small_plan.settings
+    victims = data.photos(32).subset(range(3))
+    attacks = ("inverting_gradients", "dlg")
+    setting = replace(setting, victims=victims, clients=3, targets=(0, 1, 2), attacks=attacks)
+    return replace(small_plan, settings=(setting,), letters=("B",), attack_parameters={})
+
+
+def _short(plan: Plan) -> Plan:
+    """Few iterations, more time than they need on any machine."""
+    steps = {"inverting_gradients": {"steps": 12}, "dlg": {"steps": 2, "inner": 3}}
+    return replace(plan, attack_parameters=steps, seconds=600.0)
+
+
+def _jobs(plan: Plan) -> list[Job]:
+    (setting,) = plan.settings
+    return [
+        Job(setting, registry.load_attack(key).tuned(), "B", target, 1.0)
+        for key in ("dlg", "inverting_gradients")
+        for target in setting.targets
+    ]
+
+
+def _spent(
+    plan: Plan, gains: dict[str, float], monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> list[tuple[Job, float]]:
+    """The jobs in the order in which they were run, with what each was allowed."""
+    made: list[tuple[Job, float]] = []
+
+    def ready(job: Job, plan: Plan, **rest: Any) -> Readied:
+        return Readied(job.attack, 1e-3, _rehearsal(10.0 + gains[job.attack.key]))
+
+    def run(job: Job, plan: Plan, allowance: float, *rest: Any) -> Any:
+        made.append((job, allowance))
+
+    monkeypatch.setattr(effort, "readied", ready)
+    monkeypatch.setattr(effort, "run_job", run)
+    list(spend(_jobs(plan), plan, Watch(seconds), None, Silent(), Watch()))
+    return made
+
+
+def test_the_budget_goes_to_what_rehearsed_best(
+    three_targets: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gains = {"dlg": -2.0, "inverting_gradients": 8.0}
+    made = _spent(three_targets, gains, monkeypatch, 600.0)
+    keys = [job.attack.key for job, _ in made]
+    assert keys == ["inverting_gradients"] * 3 + ["dlg"] * 3
+    lengths = [job.attack.length for job, _ in made]
+    assert lengths[0] is not None and lengths[0] > 1_000
+    assert all(job.preset is not None and job.rehearsal["psnr"] for job, _ in made)
+    other = _spent(three_targets, {key: -gain for key, gain in gains.items()}, monkeypatch, 600.0)
+    assert [job.attack.key for job, _ in other] == ["dlg"] * 3 + ["inverting_gradients"] * 3
+
+
+def test_an_iterating_attack_names_the_iterations_that_it_makes(three_targets: Plan) -> None:
+    report = carry_out(_short(three_targets))
+    assert len(report.runs) == 6
+    for run in report.runs:
+        assert run.tried, run.reason
+        assert run.recipe["rehearsal"]["planned"] >= run.recipe["rehearsal"]["iterations"]
+        if run.attack == "inverting_gradients":
+            assert run.notes["iterations"] == run.recipe["attack"]["parameters"]["steps"]
+    variants = {
+        run.recipe["rehearsal"]["variant"]
+        for run in report.runs
+        if run.attack == "inverting_gradients"
+    }
+    assert len(variants) == 1
+
+
+def test_without_a_rehearsal_the_preset_is_planned(three_targets: Plan) -> None:
+    plan = replace(_short(three_targets), rehearsal=False)
+    (run, *_) = [r for r in carry_out(plan).runs if r.attack == "inverting_gradients"]
+    assert run.recipe["rehearsal"] == {}
+    own = InvertingGradients.tuned().to_json()
+    assert {**run.recipe["attack"]["parameters"], "steps": own["steps"]} == own
+
+
+def test_a_length_that_the_user_set_is_kept(small_plan: Plan) -> None:
+    report = carry_out(replace(small_plan, letters=("B",)))
+    (run,) = [run for run in report.runs if run.attack == "inverting_gradients"]
+    assert run.recipe["attack"]["parameters"]["steps"] == 5
+
+
+def test_whose_turn_does_not_come_is_said_and_leaves_the_audit_undecided(
+    three_targets: Plan,
+) -> None:
+    jobs = _jobs(three_targets)
+    runs = list(spend(jobs, three_targets, Watch(0.0), None, Silent(), Watch()))
+    assert len(runs) == len(jobs)
+    assert all(run.status == "refused" and "budget" in run.reason for run in runs)
+    assert all("more time" in run.wants and not run.tried for run in runs)
+
+
+def test_an_attack_that_cannot_be_rehearsed_runs_and_says_why(three_targets: Plan) -> None:
+    (job, *_) = [job for job in _jobs(three_targets) if job.attack.key == "inverting_gradients"]
+    at = readied(job, three_targets, seconds=0.0, allowance=5.0, stop=Watch())
+    assert at.rehearsal is None and "no time for a rehearsal" in at.told()["refused"]
+    assert at.lasting(1.0).length is not None
+
+
+def test_every_set_of_defenses_meets_the_same_attacker(
+    three_targets: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("leakatlas.audit.compare.price_of", lambda *_, **__: Utility(0.9))
+    defenses = {
+        "clipping": (registry.defense("clipping", max_norm=0.01),),
+        "pruning": (registry.defense("gradient_pruning", rate=0.5),),
+    }
+    plan = replace(_short(three_targets), alternatives=defenses, letters=("B", "C"))
+    report = carry_out(plan)
+    assert [c.name for c in report.comparisons] == ["as configured", "clipping", "pruning"]
+    attackers = [
+        [
+            (run.attack, run.letter, run.recipe["seed"],
+             run.recipe["attack"]["parameters"]["steps"])
+            for run in comparison.runs
+        ]
+        for comparison in report.comparisons
+    ]  # fmt: skip
+    assert attackers[0] and attackers.count(attackers[0]) == 3
+
+
+def test_diagnosis_counts_as_spent() -> None:
+    begun = time.perf_counter() - 40.0
+    budget = Budget(begun, 100.0, compares=True)
+    left = budget.attacks(Watch()).remaining()
+    assert left is not None and left == pytest.approx(25.0, abs=5.0)
+    late = Budget(begun, 30.0, compares=False).attacks(Watch()).remaining()
+    assert late is not None and late <= 0
+    assert Budget(begun, None, compares=False).attacks(Watch()).remaining() is None
+
+
+def test_a_killed_audit_leaves_a_report(
+    three_targets: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    class Killing(Silent):
+        def __init__(self) -> None:
+            self.left = 2
+
+        def done(self, run: Any) -> None:
+            self.left -= 1
+            if not self.left:
+                raise Killed
+
+    with pytest.raises(Killed):
+        carry_out(_short(three_targets), out=tmp_path, listener=Killing())
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_reports_on_the_way_take_little_of_the_time(tmp_path: Path) -> None:
+    saved: list[int] = []
+
+    class Slow:
+        def save(self, folder: Path) -> None:
+            saved.append(1)
+
+    def make() -> Report:
+        return Slow()  # type: ignore[return-value]  # only saved
+
+    clock: Iterator[float] = iter([0.0, 0.0, 1.0, 2.0, 10.9, 11.5, 11.5, 11.6])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("leakatlas.audit.budget.time.perf_counter", lambda: next(clock))
+        writer = Writer(tmp_path)
+        for _ in range(4):
+            writer.now_and_then(make)
+    assert len(saved) == 2
