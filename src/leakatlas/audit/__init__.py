@@ -12,16 +12,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from leakatlas.audit.bounds import require_feasible
-from leakatlas.audit.config import AuditConfig, captured_update, make_plan, read_config
-from leakatlas.audit.diagnosis import Diagnosis, ReplayCheck, check_replay, examine
+from leakatlas.audit.config import AuditConfig, make_plan, read_config
+from leakatlas.audit.consistency import ReplayCheck, check_replay
+from leakatlas.audit.diagnosis import Diagnosis, examine
 from leakatlas.audit.listener import Listener, Silent
-from leakatlas.audit.plan import Plan, Setting, parse_execution, presets
+from leakatlas.audit.plan import Plan, Setting, parse_execution, presets, stand_in
 from leakatlas.audit.run import carry_out
 from leakatlas.bench.harness import Trial, run_trial
 from leakatlas.blocks.watch import Execution, Watch, parse_budget
 from leakatlas.data import Box, ImageSet
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import Defense, FedSGD, ModelRef, Protocol, Update
+from leakatlas.fl.capture import Capture
 from leakatlas.fl.intake import Selector
 from leakatlas.report import VERDICTS, Comparison, Gate, LetterVerdict, Report, Run, parse_gate
 from leakatlas.threat import Grant, Vantage, threat_models
@@ -43,7 +45,6 @@ __all__ = [
     "Trial",
     "Watch",
     "audit",
-    "captured_update",
     "carry_out",
     "check_replay",
     "doctor",
@@ -61,8 +62,10 @@ __all__ = [
 
 def audit(
     model: nn.Module,
-    batch: ImageSet | tuple[Tensor, Tensor],
+    batch: ImageSet | tuple[Tensor, Tensor] | None = None,
     *,
+    captured: Capture | Update | None = None,
+    input_shape: tuple[int, int, int] | None = None,
     protocol: Protocol | None = None,
     defenses: Sequence[Defense] = (),
     alternatives: Mapping[str, Sequence[Defense]] | None = None,
@@ -89,7 +92,11 @@ def audit(
         model: Image classifier ``(N, C, H, W) -> (N, K)`` with the weights that a client would
             receive; it is not changed.
         batch: Private images in [0, 1] and labels ``(N,)``, or targets ``(N, K)`` of the
-            protocol's loss; dealt evenly to the clients.
+            protocol's loss; dealt evenly to the clients. With ``captured``, the images behind it,
+            or None where they are not at hand: then nothing is scored.
+        captured: What a real client sent, attacked instead of a simulated round; the model holds
+            the state that it received, unless the capture does.
+        input_shape: ``(C, H, W)``, needed where there is no batch.
         protocol: FedSGD or FedAVG, with the client's loss and what it shares; FedSGD if None.
         defenses: In force.
         alternatives: Other sets of defenses to compare with.
@@ -122,8 +129,9 @@ def audit(
         InvalidParameter: If a parameter is outside its range.
     """
     setting = _setting(
-        model, batch, protocol, defenses, clients, box, output, surrogate, vantage, grants
-    )
+        model, batch, protocol, defenses, clients, box, output, surrogate, vantage, grants,
+        captured, input_shape,
+    )  # fmt: skip
     if attacks is not None:
         setting = replace(setting, attacks=tuple(attacks))
     plan = Plan(
@@ -142,8 +150,10 @@ def audit(
 
 def doctor(
     model: nn.Module,
-    batch: ImageSet | tuple[Tensor, Tensor],
+    batch: ImageSet | tuple[Tensor, Tensor] | None = None,
     *,
+    captured: Capture | Update | None = None,
+    input_shape: tuple[int, int, int] | None = None,
     protocol: Protocol | None = None,
     defenses: Sequence[Defense] = (),
     threat: str = "A-H",
@@ -153,7 +163,6 @@ def doctor(
     box: Box | None = None,
     output: Selector | None = None,
     surrogate: ImageSet | None = None,
-    captured: Update | None = None,
     seed: int = 0,
 ) -> Diagnosis:
     """Check a set-up in seconds: is it consistent, and which attacks can work at all?
@@ -161,6 +170,8 @@ def doctor(
     Args:
         model: As for :func:`audit`; with ``captured``, holding the state that the client received.
         batch: As for :func:`audit`; with ``captured``, the batch behind it.
+        captured: As for :func:`audit`.
+        input_shape: As for :func:`audit`.
         protocol: As for :func:`audit`.
         defenses: As for :func:`audit`.
         threat: As for :func:`audit`.
@@ -170,22 +181,22 @@ def doctor(
         box: As for :func:`audit`.
         output: As for :func:`audit`.
         surrogate: As for :func:`audit`.
-        captured: An update from a real client.
         seed: Of everything random.
     """
     setting = _setting(
-        model, batch, protocol, defenses, clients, box, output, surrogate, vantage, grants
-    )
+        model, batch, protocol, defenses, clients, box, output, surrogate, vantage, grants,
+        captured, input_shape,
+    )  # fmt: skip
     letters = tuple(m.letter for m in threat_models(threat))
     stage = setting.stage(letter=letters[0], seed=seed)
     attacks = presets(None, {}, published=False)
     require_feasible(stage, attacks, None)
-    return examine(stage, attacks, letters=letters, captured=captured)
+    return examine(stage, attacks, letters=letters)
 
 
 def _setting(
     model: nn.Module,
-    batch: ImageSet | tuple[Tensor, Tensor],
+    batch: ImageSet | tuple[Tensor, Tensor] | None,
     protocol: Protocol | None,
     defenses: Sequence[Defense],
     clients: int,
@@ -194,7 +205,13 @@ def _setting(
     surrogate: ImageSet | None,
     vantage: Vantage | str,
     grants: Iterable[Grant | str],
+    captured: Capture | Update | None,
+    input_shape: tuple[int, int, int] | None,
 ) -> Setting:
+    capture = None if captured is None else Capture.of(captured)
+    known = batch is not None
+    if batch is None:
+        batch = stand_in(capture, input_shape)
     if not isinstance(batch, ImageSet):
         images, labels = batch
         if images.dim() != 4:
@@ -217,6 +234,8 @@ def _setting(
         box=box or Box.unit(batch.images.shape[1]),
         surrogate=surrogate,
         vantage=Vantage(vantage),
+        captured=capture,
+        known=known,
         grants=frozenset(Grant(grant) for grant in grants),
     )
 

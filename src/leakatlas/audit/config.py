@@ -11,11 +11,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from leakatlas import data, models, yamlfiles
-from leakatlas.audit.plan import Plan, Setting
+from leakatlas.audit.plan import Plan, Setting, stand_in
 from leakatlas.blocks.watch import Execution, parse_budget
 from leakatlas.data import Box
 from leakatlas.errors import InvalidInput, UnknownName, shown
-from leakatlas.fl import ModelRef, Protocol, Update
+from leakatlas.fl import ModelRef, Protocol
+from leakatlas.fl.capture import Capture
 from leakatlas.fl.losses import with_code
 from leakatlas.fl.state import load_into
 from leakatlas.fl.view import defense_from_json, protocol_from_json
@@ -46,11 +47,14 @@ class DataConfig(_Strict):
     """Which images are at stake, and what is public."""
 
     victims: str = "photos"
-    """``photos``, ``folder:PATH@SIZE``, ``parquet:PATH``, ``torchvision:CIFAR10/test:ROOT``, ..."""
+    """``none`` where a capture comes without its images;
+    ``photos``, ``folder:PATH@SIZE``, ``parquet:PATH``, ``torchvision:CIFAR10/test:ROOT``, ..."""
     limit: int = Field(default=4, gt=0)
     """How many victim images are used, in the order of the set."""
     surrogate: str | None = None
     """Public images of the same population, for letters D, E, G, H; no victim among them."""
+    shape: tuple[int, int, int] | None = None
+    """``[channels, height, width]``, with ``victims: none``."""
     mean: tuple[float, ...] | None = None
     """Normalisation of the model's inputs, per channel; none if left out."""
     std: tuple[float, ...] | None = None
@@ -83,7 +87,8 @@ class AuditConfig(_Strict):
     rehearsal: bool = True
     """Whether the adversary first tries its attacks on public images, within the budget."""
     captured: str | None = None
-    """An update captured from a real client, for ``doctor``."""
+    """What a real client sent (``leakatlas capture`` makes the file), attacked instead of a
+    simulated round."""
     fail_on: tuple[str, ...] = ()
     """Conditions that fail a build: ``P(psnr > 20 dB) > 0.05``."""
 
@@ -169,7 +174,15 @@ def make_plan(config: AuditConfig, *, base: Path, command: str) -> Plan:
 def make_setting(config: AuditConfig, *, base: Path) -> Setting:
     """The one set-up that the file describes."""
     reference = _model_ref(config.model, base)
-    victims = data.load(_rebased(config.data.victims, base), limit=config.data.limit)
+    capture = None if config.captured is None else Capture.load(base / config.captured)
+    known = config.data.victims != "none"
+    if known and config.data.shape is not None:
+        raise InvalidInput("data.shape belongs to victims: none; images bring their own shape.")
+    victims = (
+        data.load(_rebased(config.data.victims, base), limit=config.data.limit)
+        if known
+        else stand_in(capture, config.data.shape)
+    )
     channels = victims.images.shape[1]
     box = Box.unit(channels)
     if config.data.mean is not None or config.data.std is not None:
@@ -201,12 +214,9 @@ def make_setting(config: AuditConfig, *, base: Path) -> Setting:
         grants=frozenset(_grant(name) for name in config.grants),
         vantage=Vantage(config.vantage),
         attacks=config.attacks,
+        captured=capture,
+        known=known,
     )
-
-
-def captured_update(config: AuditConfig, *, base: Path) -> Update | None:
-    """The captured update that the file names, checked."""
-    return None if config.captured is None else Update.load(_rebased(config.captured, base))
 
 
 def _protocol(description: Mapping[str, Any], base: Path) -> Protocol:

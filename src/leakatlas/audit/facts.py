@@ -30,17 +30,19 @@ def facts_of(
     own = trained(model)
     shared = sum(p.numel() for n, p in own.items() if n not in private)
     everything = sum(p.numel() for p in model.parameters())
-    unknowns = len(y) * int(torch.tensor(stage.input_shape).prod())
+    examples = update.num_examples
+    unknowns = examples * int(torch.tensor(stage.input_shape).prod())
     duplicates = len(y) - len(y.unique(dim=0))
-    steps = stage.federation.protocol.steps(len(y))
+    steps = stage.federation.protocol.steps(examples // update.clients)
     facts: dict[str, float] = {
-        "examples": len(y),
+        "examples": examples,
         "shared parameters": shared,
         "unknown pixels": unknowns,
         "equations per unknown": shared / unknowns,
-        "duplicate labels": duplicates,
         "local steps": steps,
     }
+    if stage.known:
+        facts["duplicate labels"] = duplicates
     findings = [
         *_about_the_loss(stage.federation.protocol.loss, model, x),
         *_vanishing(model, update),
@@ -62,7 +64,7 @@ def facts_of(
             f"Fewer equations than unknown pixels ({shared:,} against {unknowns:,}): without a "
             "prior, exact recovery of the whole batch is impossible for a passive adversary."
         )
-    if duplicates:
+    if duplicates and stage.known:
         findings.append(
             f"{duplicates} of {len(y)} labels repeat: label rules that return distinct classes "
             "must fail, and images that share a label tend to fuse."
@@ -80,8 +82,8 @@ def facts_of(
                "adversary does not hold unless they are granted." if mode == "train" else
                "eval mode: the shared running statistics serve the adversary as an image prior.")
         )  # fmt: skip
-    bins = 4 * len(y)
-    hits = len(y) * (1 - 1 / bins) ** (len(y) - 1)
+    bins = 4 * examples
+    hits = examples * (1 - 1 / bins) ** (examples - 1)
     facts["expected singleton bins (4 bins per image)"] = hits
     first = structure.first_linear(model)
     if first is None:

@@ -144,6 +144,21 @@ def _scored(job: Job, blank: Run, live: Stage, seed: int, watch: Watch) -> Run:
         labels = torch.repeat_interleave(
             torch.arange(len(trial.found.label_counts)), trial.found.label_counts.long()
         )
+    own = trial.found.confidence
+    tried = replace(
+        blank,
+        status=trial.found.status,
+        reason=trial.found.reason,
+        seconds=trial.found.seconds,
+        rounds=len(trial.records),
+        reads=tuple(sorted(trial.found.reads)),
+        confidence=() if own is None else tuple(own.tolist()),
+        notes=dict(trial.found.notes),
+        execution=trial.found.execution,
+    )
+    if not live.known:
+        shown = trial.images[:16].clamp(0, 1)[:, None] if len(trial.images) else None
+        return replace(tried, verdict="not scored", pictures=shown)
     oracle = "labels" in trial.found.reads
     vectors = trial.truth.labels.dim() > 1  # targets of several entries are no labels to count
     scores = score(
@@ -155,16 +170,9 @@ def _scored(job: Job, blank: Run, live: Stage, seed: int, watch: Watch) -> Run:
         classes=live.classes,
     )
     return replace(
-        blank,
-        status=trial.found.status,
-        reason=trial.found.reason,
+        tried,
         verdict=verdict(scores),
-        seconds=trial.found.seconds,
-        rounds=len(trial.records),
-        reads=tuple(sorted(trial.found.reads)),
         scores=scores,
-        notes=dict(trial.found.notes),
-        execution=trial.found.execution,
         pictures=pictures_of(scores, trial.images, trial.truth.images),
     )
 

@@ -24,6 +24,7 @@ from leakatlas.audit.plan import Plan, Setting
 from leakatlas.catalogue.code import ALWAYS, code_hash
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import model_state, state_hash
+from leakatlas.fl.losses import Loss, PythonLoss
 from leakatlas.report import Run
 
 LOCK = ".lock"
@@ -61,6 +62,7 @@ def recipe_of(setting: Setting, attack: Attack, scenario: dict[str, Any], plan: 
         "execution": plan.execution,
         "rehearsal": plan.rehearsal,
         "model source": source_hash(setting.model, setting.model_ref.name),
+        "loss source": loss_hash(setting.protocol.loss),
         "code": code_hash([*ALWAYS, type(attack).__module__], _own_files(type(attack))),
     }
     return replace(plain, conditions=conditions)
@@ -71,6 +73,16 @@ def _own_files(attack: type[Attack]) -> list[Path]:
     if attack.__module__.partition(".")[0] == "leakatlas":
         return []
     return [Path(inspect.getfile(attack))]
+
+
+def loss_hash(loss: Loss) -> str:
+    """Hash of the user's file that a loss in Python code comes from; empty for the others."""
+    if not isinstance(loss, PythonLoss) or loss.function is None:
+        return ""
+    try:
+        return sealed.digest(Path(inspect.getfile(loss.function)).read_bytes())
+    except (TypeError, OSError):  # typed at a prompt, or an object that is called
+        return loss.name
 
 
 def source_hash(model: nn.Module, name: str) -> str:
@@ -111,6 +123,7 @@ def identity(setting: Setting, target: int, recipe: Recipe) -> str:
         setting.box.to_json(),
         setting.victims.fingerprint(),
         setting.public.fingerprint(),
+        None if setting.captured is None else setting.captured.fingerprint(),
     ]
     return sealed.digest(json.dumps(parts, sort_keys=True).encode())[:24]
 
@@ -140,7 +153,8 @@ def load(stem: Path, budget: float | None) -> Run | None:
     try:
         content = json.loads(file.read_bytes())
         said = content.pop("sha256")
-        pictures = beside.read_bytes() if content["run"]["scores"] is not None else b""
+        pictured = content["pictures"] != sealed.digest(b"")
+        pictures = beside.read_bytes() if pictured else b""
         if said != _digest(content) or content["pictures"] != sealed.digest(pictures):
             sealed.discard(file, "it fails its SHA-256")
             return None

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from leakatlas.attacks.api import Attack
@@ -16,6 +17,7 @@ from leakatlas.catalogue import registry
 from leakatlas.data import Box, ImageSet, strangers
 from leakatlas.errors import InvalidInput, InvalidParameter, UnknownName
 from leakatlas.fl import Defense, ModelRef, Protocol, Scenario, Stage, Trait, stage
+from leakatlas.fl.capture import Capture
 from leakatlas.fl.intake import take_in
 from leakatlas.threat import Grant, Vantage
 
@@ -40,6 +42,8 @@ class Setting:
         vantage: Where it looks; ``aggregate`` is used where a defense hides single updates.
         attacks: Keys of the attacks to try here; every implemented one if None.
         notes: What was done to the model to make it a client's.
+        captured: Rounds of a real client, attacked instead of simulated ones.
+        known: Whether the victims are the images behind them; otherwise they stand for a shape.
     """
 
     name: str
@@ -56,6 +60,8 @@ class Setting:
     vantage: Vantage = Vantage.SERVER
     attacks: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    captured: Capture | None = None
+    known: bool = True
 
     def __post_init__(self) -> None:
         # Unwrapped once: every stage of this setting trains the same module.
@@ -75,6 +81,10 @@ class Setting:
                     f"{self.name}: target {target} is not one of the {self.clients} clients "
                     f"(0..{self.clients - 1})."
                 )
+        if self.captured is not None and (self.clients != 1 or len(self.targets) != 1):
+            raise InvalidInput(
+                f"{self.name}: a capture holds what one client sent; leave out clients and targets."
+            )
         if self.surrogate is not None and self.surrogate.shape != self.victims.shape:
             raise InvalidInput(
                 f"{self.name}: the surrogate images have shape {self.surrogate.shape}, the victims "
@@ -121,6 +131,7 @@ class Setting:
             letter=letter,
             vantage=self.effective_vantage,
             grants=self.grants,
+            rounds=1 if self.captured is None else len(self.captured.rounds),
             seed=seed,
         )  # fmt: skip
         live = stage(
@@ -131,7 +142,29 @@ class Setting:
             box=self.box,
         )
         live.notes = self.notes
+        if self.captured is not None:
+            live.play_back(self.captured, target=self.targets[0], known=self.known)
         return live
+
+
+def stand_in(capture: Capture | None, shape: Sequence[int] | None) -> ImageSet:
+    """Blank images where those behind a capture are not at hand: a shape and a number, no more.
+
+    Raises:
+        InvalidInput: If there is no capture, or nothing says which shape its images have.
+    """
+    if capture is None:
+        raise InvalidInput("Give a batch to be attacked, or captured=, what a client sent.")
+    if shape is None or len(shape) != 3:
+        raise InvalidInput(
+            "Without the private batch nothing says which shape its images have; give "
+            "input_shape=(C, H, W) (data.shape in YAML)."
+        )
+    count = capture.num_examples // capture.update.clients
+    return ImageSet(
+        torch.zeros(count, *shape), torch.zeros(count, dtype=torch.int64), ("unknown",),
+        "not at hand",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +203,11 @@ class Plan:
         if doubled := [name for name in names if names.count(name) > 1]:
             raise InvalidParameter(f"Two settings are called {doubled[0]!r}; rename one.")
         object.__setattr__(self, "attack_parameters", self._parameters_by_key())
+        if self.alternatives and self.settings[0].captured is not None:
+            raise InvalidParameter(
+                "Alternatives are other defenses on the same client, and a captured update cannot "
+                "be sent again under them; leave out captured to simulate the client."
+            )
 
     def _parameters_by_key(self) -> dict[str, Mapping[str, Any]]:
         """Changes by canonical key; a change without effect is an error."""

@@ -367,6 +367,8 @@ def multiplicity(view: View) -> tuple[int, ...]:
         y = observed.known_labels(view)
     except LeakAtlasError:
         return (1,) * N
+    if y.dim() > 1:  # several labels at once: no class to count
+        return (1,) * N
     counts = torch.bincount(y)
     return tuple(sorted((int(c) for c in counts if c > 0), reverse=True))
 

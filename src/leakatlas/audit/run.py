@@ -23,6 +23,7 @@ from leakatlas.audit.jobs import Job, not_run
 from leakatlas.audit.listener import Listener, Silent
 from leakatlas.audit.plan import Plan, cost_weight, presets
 from leakatlas.blocks.watch import Watch
+from leakatlas.fl.capture import facts_of
 from leakatlas.fl.view import defense_json
 from leakatlas.report import Comparison, Report, Run, check_writable
 
@@ -130,6 +131,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
                 "population": setting.public.name,
                 "strangers": setting.surrogate is None,
                 "grants": sorted(grant.value for grant in setting.grants),
+                "captured": None if setting.captured is None else facts_of(setting.captured),
             }
             for setting in plan.settings
         ],

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from leakatlas.attacks.api import ActiveAttack, Attack, Outlook
 from leakatlas.errors import LeakAtlasError, NotGranted
 from leakatlas.fl import RoundRecord, Stage
+from leakatlas.fl.capture import Replayed
 from leakatlas.report import Status
 
 
@@ -51,6 +52,9 @@ def can_start(
         letters: Threat models to choose from, weakest first.
         record: A round of honest clients, which a passive attack is shown.
     """
+    if isinstance(attack, ActiveAttack) and isinstance(stage.federation, Replayed):
+        over = "the captured round is over: nothing can be sent to its client any more"
+        return Start("", Outlook("hopeless", over), "not applicable")
     refusals: list[tuple[int, Start]] = []
     ruled_out: Start | None = None
     for letter in letters:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from leakatlas.cli import audit, bench, catalogue, lint
+from leakatlas.cli import audit, bench, capture, catalogue, lint
 from leakatlas.cli.codes import Guarded
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
 audit.register(app)
 bench.register(app)
 lint.register(app)
+capture.register(app)
 catalogue.register(app)
 
 

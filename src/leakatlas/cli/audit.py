@@ -164,22 +164,13 @@ def doctor(
 
     Exit code 0: consistent; 1: the update is not what the described client sends; 2: bad input.
     """
-    from leakatlas.audit import (
-        captured_update,
-        examine,
-        make_plan,
-        presets,
-        read_config,
-        require_feasible,
-    )
+    from leakatlas.audit import examine, make_plan, presets, read_config, require_feasible
     from leakatlas.audit.bundled import bundled_plan
 
-    captured = None
     if config is None:
         plan = bundled_plan()
     else:
         settings = read_config(config)
-        captured = captured_update(settings, base=config.parent)
         plan = make_plan(settings, base=config.parent, command="")
     console = Console()
     consistent = True
@@ -188,17 +179,22 @@ def doctor(
         attacks = presets(setting.attacks, plan.attack_parameters, published=False)
         stage = setting.stage(letter=plan.letters[0], seed=plan.seed)
         require_feasible(stage, attacks, plan.seconds)
-        diagnosis = examine(stage, attacks, letters=plan.letters, captured=captured)
+        diagnosis = examine(stage, attacks, letters=plan.letters)
         found[setting.name] = diagnosis.to_json()
         replay = diagnosis.replay
-        expected = replay.consistent or replay.culprit == "defense"
-        consistent &= expected
+        consistent &= replay.expected
         if as_json:
             continue
         console.rule(escape(setting.name), align="left")
-        mark = "[green]consistent[/]" if expected else f"[bold red]wrong: {replay.culprit}[/]"
+        mark = "[green]consistent[/]" if replay.consistent else f"[yellow]{replay.culprit}[/]"
+        if not replay.expected:
+            mark = f"[bold red]wrong: {replay.culprit}[/]"
         words = f" {escape(replay.explanation)}" if replay.explanation else ""
-        console.print(f"Replay of the true batch: {mark}, residual {replay.residual:.1e}.{words}")
+        if replay.residual is None:
+            console.print(f"Replay of the true batch:{words}.")
+        else:
+            size = f"residual {replay.residual:.1e}"
+            console.print(f"Replay of the true batch: {mark}, {size}.{words}")
         for name, value in diagnosis.facts.items():
             console.print(f"  {escape(name)}: {value:,.4g}", highlight=False)
         for finding in diagnosis.findings:

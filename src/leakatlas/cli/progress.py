@@ -31,6 +31,7 @@ STYLES = {
     "label leak only": "cyan",
     "not demonstrated": "dim",
     "not tested": "dim",
+    "not scored": "dim",
 }
 REASON_WIDTH = 100
 """Characters of a reason in the terminal; all of it is in the report."""

@@ -14,6 +14,7 @@ from leakatlas import data, models
 from leakatlas.data import Box, ImageSet
 from leakatlas.errors import InvalidInput, InvalidParameter, shown
 from leakatlas.fl import state
+from leakatlas.fl.capture import Capture, Replayed
 from leakatlas.fl.hooks import Defense
 from leakatlas.fl.intake import outline, take_in
 from leakatlas.fl.losses import Loss
@@ -191,6 +192,8 @@ class Stage:
         others: ImageSet | None = None,
     ) -> None:
         self.scenario = scenario
+        self.known = True
+        """Whether the private images are at hand; a capture may come without them."""
         self.notes: tuple[str, ...] = ()
         """What was done to the model to make it a client's, for people."""
         self.victims = dict(victims)
@@ -211,6 +214,27 @@ class Stage:
         self.federation = Federation(
             model, clients, scenario.protocol, scenario.defenses, seed=scenario.seed
         )
+
+    def play_back(self, capture: Capture, *, target: int = 0, known: bool = True) -> None:
+        """From now on, show captured rounds instead of letting clients compute.
+
+        Args:
+            capture: Of the client ``target``.
+            target: The client under attack.
+            known: Whether the victims are the images behind the capture; otherwise they only stand
+                for a shape, and nothing of them is granted or scored.
+
+        Raises:
+            InvalidInput: If the capture does not fit the model, or another number of examples.
+        """
+        examples = capture.num_examples // capture.update.clients
+        if known and examples != len(self.victims[target]):
+            raise InvalidInput(
+                f"The captured update says that {examples} examples are behind it; the batch "
+                f"holds {len(self.victims[target])}."
+            )
+        self.federation = Replayed(self.federation, capture.fitted(self.federation.model), target)
+        self.known = known
 
     def truth(self, target: int = 0) -> Truth:
         """One client's private batch."""
@@ -268,6 +292,8 @@ class Stage:
         if "distribution" in wanted and self.others is not None and len(self.others) > 1:
             others = self.box.normalize(self.others.images.to(client.x))
             offered["distribution"] = _distribution(others, self.others.labels, self.classes)
+        if not self.known:
+            wanted -= {"labels", "batch_bn"}
         if "labels" in wanted:
             summed = records and scenario.vantage is Vantage.AGGREGATE
             members = (
@@ -285,9 +311,9 @@ class Stage:
                     received, state.model_state(received), client.x
                 ).items()
             }
-        if records and "batch_order" in wanted:
+        if records and "batch_order" in wanted and target in records[-1].order:
             offered["batch_order"] = tuple(i.clone() for i in records[-1].order[target])
-        if records and "dropout_masks" in wanted:
+        if records and "dropout_masks" in wanted and target in records[-1].draws:
             offered["dropout_masks"] = records[-1].draws[target]
         if "secrets" in wanted:
             offered["secrets"] = {
@@ -328,6 +354,8 @@ class Stage:
             return records[-1].aggregate.num_examples
         if records and records[-1].messages[target].update is None:
             return records[-1].messages[target].num_examples
+        if isinstance(self.federation, Replayed):
+            return self.federation.capture.num_examples
         return len(self.federation.clients[target].x)
 
     def _round_view(self, record: RoundRecord, target: int, key: Mapping[str, Tensor]) -> RoundView:

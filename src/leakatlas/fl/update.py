@@ -6,14 +6,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from leakatlas import reading, tensorfiles
 from leakatlas.errors import InvalidInput, InvalidParameter, shown
+from leakatlas.fl.naming import Arrays, by_name
+from leakatlas.fl.state import state_hash
 from leakatlas.params import Configured, Positive, PositiveInt
 
 Kind = Literal["gradient", "delta", "weights"]
@@ -63,6 +65,128 @@ class Update:
     buffers_before: Mapping[str, Tensor] = field(default_factory=dict)
     buffers_after: Mapping[str, Tensor] = field(default_factory=dict)
     clients: int = 1
+
+    # -- from what FL systems hand over ---------------------------------------------------------
+
+    @classmethod
+    def from_arrays(
+        cls, before: Arrays, after: Arrays, model: nn.Module, *, num_examples: int, clients: int = 1
+    ) -> Update:
+        """The delta between two states, as a server holds them around a round.
+
+        Args:
+            before: What the client received: arrays by name, or a list in the order of
+                ``model.state_dict()`` or of ``model.parameters()``.
+            after: What it sent back, in the same form.
+            model: Whose names these are; its values are not read.
+            num_examples: Examples behind it, as the client reported them.
+            clients: How many clients were averaged into it.
+
+        Raises:
+            InvalidInput: If the arrays do not fit the model or each other.
+        """
+        start = by_name(before, model, "state before")
+        end = by_name(after, model, "state after")
+        missing = sorted(set(end.parameters) - set(start.parameters))
+        if missing:
+            raise InvalidInput(
+                f"The state before lacks {missing[0]!r}, which the state after holds; a delta "
+                "needs both."
+            )
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        moved = {
+            name: tensor - start.parameters[name].to(tensor)
+            for name, tensor in end.parameters.items()
+            if name in trained
+        }
+        held = {**start.parameters, **start.buffers}
+        return cls(
+            tensors=moved,
+            kind="delta",
+            state_hash=state_hash(held),
+            num_examples=num_examples,
+            buffers_before=start.buffers,
+            buffers_after=end.buffers,
+            clients=clients,
+        ).check()
+
+    @classmethod
+    def from_state_dicts(
+        cls,
+        before: Mapping[str, Any],
+        after: Mapping[str, Any],
+        model: nn.Module,
+        *,
+        num_examples: int,
+        clients: int = 1,
+    ) -> Update:
+        """:meth:`from_arrays` for two mappings by name."""
+        return cls.from_arrays(before, after, model, num_examples=num_examples, clients=clients)
+
+    @classmethod
+    def from_gradients(
+        cls,
+        gradients: Arrays,
+        model: nn.Module,
+        *,
+        num_examples: int,
+        reduction: Literal["mean", "sum"] = "mean",
+        sign: Literal[1, -1] = 1,
+        scale: float = 1.0,
+        clients: int = 1,
+    ) -> Update:
+        """The gradient of one step, as ``[p.grad for p in model.parameters()]`` gives it.
+
+        Args:
+            gradients: By name, or in the order of ``model.parameters()``; None where a parameter
+                takes no part.
+            model: Whose names these are; its values are not read.
+            num_examples: Examples behind it.
+            reduction: Whether the loss was their mean or sum.
+            sign: -1 if the descent direction was sent.
+            scale: A positive factor that was applied.
+            clients: How many clients were averaged into it.
+
+        Raises:
+            InvalidInput: If the arrays do not fit the model.
+        """
+        named = by_name(gradients, model, "gradient")
+        if named.buffers:
+            raise InvalidInput(
+                f"The gradient has an entry for {next(iter(named.buffers))!r}, a buffer; buffers "
+                "have none. Two states are Update.from_state_dicts(before, after, model, ...)."
+            )
+        return cls(
+            tensors=named.parameters,
+            kind="gradient",
+            state_hash="",
+            num_examples=num_examples,
+            sign=sign,
+            scale=scale,
+            reduction=reduction,
+            clients=clients,
+        ).check()
+
+    def as_delta(self, received: Mapping[str, Tensor]) -> Update:
+        """An update of kind ``weights`` as the delta that it is; others as they are.
+
+        Args:
+            received: The state that the client received, by name.
+
+        Raises:
+            InvalidInput: If that state lacks one of the tensors.
+        """
+        if self.kind != "weights":
+            return self
+        lacking = next((name for name in self.tensors if name not in received), None)
+        if lacking is not None:
+            raise InvalidInput(
+                f"The update holds weights, and the received state lacks {lacking!r}: without the "
+                "state before there is no change to attack."
+            )
+        quantity = self.quantity()
+        moved = {n: t - received[n].to(t) for n, t in quantity.items()}
+        return replace(self, tensors=moved, kind="delta", sign=1, scale=1.0)
 
     def quantity(self) -> dict[str, Tensor]:
         """The tensors with sign and scale undone."""

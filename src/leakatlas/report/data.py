@@ -41,11 +41,13 @@ class Run:
         seconds: Wall time of the attack.
         rounds: Rounds that the adversary saw.
         reads: View fields read.
-        scores: Against the truth; None unless it was tried.
+        scores: Against the truth; None unless it was tried and the truth is at hand.
+        confidence: The adversary's own, one for each candidate, by its own criterion.
         recipe: What to run again.
         notes: Figures that the attack reported.
         execution: How slopes were computed, in words.
-        pictures: Original and candidate beside each other, in [0, 1]: ``(n, 2, C, H, W)``.
+        pictures: Original and candidate beside each other, in [0, 1]: ``(n, 2, C, H, W)``; without
+            a truth the candidates alone, ``(n, 1, C, H, W)``.
     """
 
     setting: str
@@ -64,6 +66,7 @@ class Run:
     rounds: int = 0
     reads: tuple[str, ...] = ()
     scores: Scores | None = None
+    confidence: tuple[float, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, float] = field(default_factory=dict)
     execution: str = ""
@@ -83,6 +86,7 @@ class Run:
         """As plain JSON values, without the pictures."""
         plain = {k: v for k, v in vars(self).items() if k not in ("scores", "pictures")}
         plain["defenses"], plain["reads"] = list(self.defenses), list(self.reads)
+        plain["confidence"] = list(self.confidence)
         plain["recipe"], plain["notes"] = dict(self.recipe), dict(self.notes)
         plain["scores"] = None if self.scores is None else self.scores.to_json()
         return plain
@@ -93,6 +97,7 @@ class Run:
         plain = dict(values)
         scores = plain.pop("scores")
         plain["defenses"], plain["reads"] = tuple(plain["defenses"]), tuple(plain["reads"])
+        plain["confidence"] = tuple(plain["confidence"])
         return cls(
             **plain,
             scores=None if scores is None else Scores.from_json(scores),
@@ -190,6 +195,9 @@ class Report:
             if best is None or strength > best[0]:
                 best = (strength, index)
         if best is None:
+            for index, run in enumerate(self.runs):
+                if run.verdict == "not scored" and not LETTERS[run.letter].knowledge & ~held:
+                    return LetterVerdict(letter, "not scored", index)
             return LetterVerdict(letter, "not tested", None)
         return LetterVerdict(letter, self.runs[best[1]].verdict, best[1])
 
@@ -206,6 +214,8 @@ class Report:
         if untested:
             plural = "s" if len(untested) > 1 else ""
             reasons.append(f"nothing was tried for letter{plural} {', '.join(untested)}")
+        if any(run.verdict == "not scored" for run in self.runs):
+            reasons.append("reconstructions of a capture without its images cannot be scored")
         every = (*self.runs, *(run for c in self.comparisons for run in c.runs))
         for lost in dict.fromkeys((*(run.unkept for run in every), self.unwritten)):
             if lost:

@@ -33,6 +33,7 @@ class RunPart(_Part):
     rounds: int
     reads: list[str]
     scores: Scores | None
+    confidence: list[float]
     recipe: dict[str, Any]
     notes: dict[str, float]
     execution: str = ""

@@ -14,17 +14,21 @@ three were tried."""
 TRIED: tuple[Status, ...] = ("complete", "cut short", "failed")
 """Statuses of runs whose outcome counts."""
 
-Verdict = Literal["not tested", "not demonstrated", "label leak only", "recognisable", "exact leak"]
+Verdict = Literal[
+    "not tested", "not scored", "not demonstrated", "label leak only", "recognisable", "exact leak"
+]
 
 VERDICTS: tuple[Verdict, ...] = (
     "not tested",
+    "not scored",
     "not demonstrated",
     "label leak only",
     "recognisable",
     "exact leak",
 )
-"""From weakest to strongest. ``not tested`` (nothing was tried) and ``not demonstrated`` (tried,
-nothing came out) never stand for one another, and neither means safe."""
+"""From weakest to strongest. ``not tested`` (nothing was tried), ``not scored`` (tried, and no
+truth is at hand to hold the result against) and ``not demonstrated`` (tried, nothing came out)
+never stand for one another, and none of them means safe."""
 
 RECOGNISABLE_PSNR = 20.0
 """PSNR in dB from which a candidate that beats every null baseline counts as recognisable."""

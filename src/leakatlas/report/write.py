@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import re
 import statistics
@@ -35,6 +36,7 @@ TONE = {
     "label leak only": "label",
     "not demonstrated": "none",
     "not tested": "untested",
+    "not scored": "untested",
 }
 """Style class of each verdict; none of them is green, because nothing here proves safety."""
 
@@ -131,6 +133,7 @@ def render_page(report: Report) -> str:
         headline=_headline(report),
         letters=[_letter_row(report, v.letter, v.verdict, v.run) for v in report.verdicts()],
         galleries=_galleries(report),
+        unscored=_unscored(report),
         strips=_strips(report),
         comparisons=[_comparison_row(c, report.comparisons[0]) for c in report.comparisons],
         chart=_chart(report.comparisons),
@@ -196,6 +199,7 @@ def _run_row(run: Run) -> dict[str, Any]:
         "rehearsal": _rehearsal(run),
         "notes": sorted(run.notes.items()),
         "scored": scores is not None,
+        "confidence": [f"{value:.4g}" for value in run.confidence],
     }
     if scores is not None:
         row |= {
@@ -273,6 +277,23 @@ def _galleries(report: Report, most: int = 8) -> list[tuple[str, list[dict[str, 
                 }
             )
     return list(galleries.items())
+
+
+def _unscored(report: Report, most: int = 16) -> list[dict[str, Any]]:
+    """What was reconstructed without a truth to hold it against, with its own confidence."""
+    return [
+        {
+            "run": _run_row(run),
+            "images": [
+                {"image": _data_uri(picture[0]), "confidence": own}
+                for picture, own in itertools.zip_longest(
+                    run.pictures[:most], _run_row(run)["confidence"][: len(run.pictures)]
+                )
+            ],
+        }
+        for run in report.runs
+        if run.verdict == "not scored" and run.pictures is not None
+    ]
 
 
 def _pairs(run: Run) -> list[dict[str, Any]]:

@@ -1,0 +1,151 @@
+"""Arrays as FL systems hand them over, sorted by a model's own names.
+
+A list comes in the order of ``state_dict`` (Flower's custom: parameters and buffers, counters
+among them), or of ``parameters()`` (a list of gradients), in full or without what takes no
+gradient. A mapping may carry the prefix of a wrapper (``module.``, ``_orig_mod.``). What is what
+follows from the number of arrays and their shapes; where these do not decide, the message says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from leakatlas.errors import InvalidInput, shown
+
+Arrays = Mapping[str, Any] | Sequence[Any]
+"""Tensors, arrays or numbers, by name or in an order; None where there is none."""
+
+PREFIXES = ("module.", "_orig_mod.", "_module.")
+"""What wrappers put before every name."""
+
+
+@dataclass(frozen=True)
+class Named:
+    """Arrays by the model's names.
+
+    Args:
+        parameters: By name; those that were given.
+        buffers: By name; those that were given.
+        order: How they were understood, in words.
+    """
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    order: str
+
+
+def by_name(content: Arrays, model: nn.Module, what: str) -> Named:
+    """Sort arrays by the names of a model.
+
+    Args:
+        content: A mapping, or a sequence in the order of ``state_dict`` or of ``parameters()``.
+        model: Whose names and shapes these are.
+        what: For messages, such as "update".
+
+    Raises:
+        InvalidInput: If they do not fit; with what the model has and how to make them.
+    """
+    shapes = {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    if isinstance(content, Mapping):
+        named, order = _from_mapping(content, shapes, model, what)
+    elif isinstance(content, Sequence) and not isinstance(content, str | bytes):
+        named, order = _from_sequence(content, shapes, model, what)
+    else:
+        raise InvalidInput(
+            f"The {what} is a {type(content).__name__}; expected arrays by name, or a list in the "
+            "order of model.state_dict() or model.parameters()."
+        )
+    parameters = dict(model.named_parameters())
+    tensors = {n: _tensor(v, n, shapes[n], what) for n, v in named.items() if v is not None}
+    return Named(
+        {n: tensors[n] for n in parameters if n in tensors},
+        {n: t for n, t in tensors.items() if n not in parameters},
+        order,
+    )
+
+
+def _from_mapping(
+    content: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], model: nn.Module, what: str
+) -> tuple[dict[str, Any], str]:
+    named = {str(name): value for name, value in content.items()}
+    stripped = ""
+    while named and not set(named) & set(shapes):
+        prefix = next((p for p in PREFIXES if all(n.startswith(p) for n in named)), None)
+        if prefix is None:
+            break
+        named = {n.removeprefix(prefix): v for n, v in named.items()}
+        stripped += prefix
+    unknown = [name for name in named if name not in shapes]
+    if unknown or not named:
+        raise InvalidInput(
+            f"The {what} has {len(named)} names, of which {type(model).__name__} lacks "
+            f"{_some(unknown) if unknown else 'all'}; the model has {_some(list(shapes))}."
+        )
+    return named, "by name" + (f", without the prefix {stripped!r}" if stripped else "")
+
+
+def _from_sequence(
+    content: Sequence[Any], shapes: Mapping[str, tuple[int, ...]], model: nn.Module, what: str
+) -> tuple[dict[str, Any], str]:
+    parameters = [name for name, _ in model.named_parameters()]
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    whole = [name for name in model.state_dict() if name in shapes]
+    integers = {n for n, b in model.named_buffers() if not b.is_floating_point()}
+    orders = {
+        "in the order of state_dict()": whole,
+        "in the order of state_dict() without counters": [n for n in whole if n not in integers],
+        "in the order of parameters()": parameters,
+        "in the order of the parameters that take gradients": trained,
+    }
+    seen = [() if value is None else tuple(np.shape(value)) for value in content]
+    for words, names in orders.items():
+        if len(names) == len(seen) and all(
+            value is None or shape == shapes[name]
+            for value, shape, name in zip(content, seen, names, strict=True)
+        ):
+            return dict(zip(names, content, strict=True)), words
+    lengths = ", ".join(
+        f"{len(names)} {words}"
+        for words, names in {w: n for w, n in orders.items() if len(n)}.items()
+    )
+    closest = next((names for names in orders.values() if len(names) == len(seen)), None)
+    if closest is None:
+        raise InvalidInput(
+            f"The {what} is a list of {len(seen)} arrays; {type(model).__name__} has {lengths}. "
+            "Make it as [p.grad for p in model.parameters()], or as "
+            "[v.numpy() for v in model.state_dict().values()], or pass a mapping by name."
+        )
+    place = next(
+        i for i, (value, name) in enumerate(zip(content, closest, strict=True))
+        if value is not None and seen[i] != shapes[name]
+    )  # fmt: skip
+    raise InvalidInput(
+        f"The {what} is a list of {len(seen)} arrays, as many as {type(model).__name__} has, but "
+        f"array {place} has shape {seen[place]} where {closest[place]!r} has "
+        f"{shapes[closest[place]]}: another model, or another order."
+    )
+
+
+def _tensor(value: Any, name: str, shape: tuple[int, ...], what: str) -> Tensor:
+    try:
+        found = torch.as_tensor(value).detach().clone()
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidInput(
+            f"The {what} holds {shown(value)} at {name!r}; expected an array of shape {shape}."
+        ) from None
+    if tuple(found.shape) != shape:
+        raise InvalidInput(
+            f"The {what} has shape {tuple(found.shape)} at {name!r}, the model {shape}."
+        )
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    shown_names = ", ".join(repr(name) for name in names[:3])
+    return shown_names if len(names) <= 3 else f"{shown_names} and {len(names) - 3} more"
