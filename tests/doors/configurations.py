@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from leakatlas import models
-from leakatlas.audit.config import captured_update, make_plan, read_config
+from leakatlas.audit.config import make_plan, read_config
 from leakatlas.audit.plan import presets
 from leakatlas.bench import study
 from leakatlas.report import parse_gate
@@ -136,7 +136,6 @@ def configuration(folder: Path) -> object:
     for condition in config.fail_on:
         parse_gate(condition)
     plan = make_plan(config, base=folder, command="")
-    captured_update(config, base=folder)
     for setting in plan.settings:
         presets(setting.attacks, plan.attack_parameters, published=False)
         setting.stage(letter=plan.letters[0], seed=plan.seed)
