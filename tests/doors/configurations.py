@@ -38,7 +38,18 @@ CONFIGURATIONS: tuple[Any, ...] = (
         "vantage": "server",
         "grants": ["labels"],
         "defenses": [{"key": "clipping", "max_norm": 1.0}],
-        "alternatives": {"pruned": [{"key": "gradient_pruning", "rate": 0.9}]},
+        "alternatives": {
+            "all": [
+                {"key": "precode", "latent": 8},
+                {"key": "soteria"},
+                {"key": "client_dp", "unit": "update", "clip_norm": 1.0, "noise_multiplier": 0.1},
+                {"key": "secure_aggregation", "ring_bits": 64},
+                {"key": "fedkl", "key_length": 16},
+                {"key": "vicinal_augmentation"},
+                {"key": "central_dp", "clip_norm": 1.0, "noise_multiplier": 0.1},
+            ],
+            "pruned": [{"key": "gradient_pruning", "rate": 0.9}],
+        },
         "threat": "A-C",
         "attacks": ["inverting_gradients", "dlg"],
         "attack_parameters": {"inverting_gradients": {"steps": 3, "restarts": 2}},
@@ -96,7 +107,8 @@ def _yaml(documents: tuple[Any, ...]) -> st.SearchStrategy[bytes]:
         st.sampled_from((b"", b"model: {builtin: fc}", b"seed: 1")),
         st.one_of(st.sampled_from(SNIPPETS), st.text(max_size=30)),
     )
-    return st.one_of(tampered(documents).map(as_json), damaged(whole), joined)
+    likely = tampered(documents).map(as_json)
+    return st.one_of(likely, likely, likely, damaged(whole), joined)
 
 
 NET = (
@@ -148,7 +160,7 @@ DIAGNOSED = tuple(
 )
 
 
-@door(one("audit.yaml", tampered(DIAGNOSED).map(as_json)), share=0.02, examples=6)
+@door(one("audit.yaml", tampered(DIAGNOSED).map(as_json)), share=0.1, examples=6)
 def doctor(folder: Path) -> object:
     """``leakatlas doctor audit.yaml``, as typed."""
     return command("doctor", str(folder / "audit.yaml"))

@@ -75,6 +75,8 @@ class Setting:
                 f"{self.name}: {len(self.victims)} images cannot be dealt to {self.clients} "
                 "clients; every client needs at least one."
             )
+        if not self.targets:
+            raise InvalidInput(f"{self.name}: targets: expected at least one client, got none.")
         for target in self.targets:
             if not 0 <= target < self.clients:
                 raise InvalidInput(

@@ -42,7 +42,7 @@ class Guarded(TyperGroup):
         """Run the command."""
         try:
             return super().invoke(ctx)
-        except (typer.Exit, typer.Abort, typer.TyperException):  # the command's own ends
+        except (typer.Exit, typer.Abort, _usage_error()):  # the command's own ends
             raise
         except KeyboardInterrupt:
             _say("Stopped. Finished runs are kept; the same command continues.")
@@ -55,6 +55,15 @@ class Guarded(TyperGroup):
             raise typer.Exit(UNDECIDED) from None
         except Exception as problem:
             raise typer.Exit(_explained(problem)) from None
+
+
+def _usage_error() -> type[Exception]:
+    """What a command line that cannot be used raises: Typer's own, or Click's under old Typers."""
+    if hasattr(typer, "TyperException"):
+        return typer.TyperException
+    from click import ClickException
+
+    return ClickException
 
 
 def _explained(problem: Exception) -> int:
