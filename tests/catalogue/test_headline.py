@@ -40,6 +40,11 @@ def test_the_best_mean_psnr_stands_for_an_attack() -> None:
     assert found is not None and found.what == "psnr, b" and not found.stale
 
 
+def test_a_figure_of_a_study_names_its_case() -> None:
+    found = headline.of_attack([result(measure("psnr", 20.0, case="batch 8"))], "dlg")
+    assert found is not None and found.what == "psnr, batch 8"
+
+
 @pytest.mark.parametrize(
     "name", ["psnr_grey_image", "null baseline psnr", "psnr_full_minus_no_bn", "psnr, paired"]
 )

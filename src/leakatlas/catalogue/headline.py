@@ -54,7 +54,7 @@ def of_attack(measured: Sequence[Result], key: str) -> Headline | None:
         ]
         if own:
             best = _best(own)
-            return Headline(best, best.name, stale)
+            return Headline(best, ", ".join(filter(None, (best.name, best.case))), stale)
     return None
 
 

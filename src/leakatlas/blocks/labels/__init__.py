@@ -39,7 +39,6 @@ from leakatlas.blocks.labels.greedy import remove_greedily as remove_greedily
 from leakatlas.blocks.labels.head import Head as Head
 from leakatlas.blocks.labels.head import find_head as find_head
 from leakatlas.blocks.labels.joint import joint_logits as joint_logits
-from leakatlas.blocks.labels.joint import soft_cross_entropy as soft_cross_entropy
 from leakatlas.blocks.labels.joint import soft_labels as soft_labels
 from leakatlas.blocks.labels.joint import soft_targets as soft_targets
 from leakatlas.blocks.labels.losses import require_plain as require_plain

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from leakatlas.errors import InvalidInput
 from leakatlas.fl.losses import BCE, MSE, Loss
@@ -46,8 +45,3 @@ def soft_targets(loss: Loss, logits: Tensor) -> Tensor:
             return logits
         case _:
             return soft_labels(logits)
-
-
-def soft_cross_entropy(z: Tensor, soft: Tensor) -> Tensor:
-    """Mean cross-entropy of logits ``z`` ``(B, K)`` against soft labels, differentiable in both."""
-    return -(soft * F.log_softmax(z, dim=-1)).sum(dim=-1).mean()
