@@ -586,6 +586,41 @@ def write_fresh(root: Path, study: Study, recipe: dict[str, Any], first: int, co
     write(root / "results/lint/fresh.json", result)
 
 
+def write_calibration(root: Path, study: Study, recipe: dict[str, Any], command: str) -> None:
+    """``thresholds.json`` from one half of the benign models, ``detectors.json`` on the other."""
+    half, reported = halves(study.benign)
+    kinds = {k: sum(b.kind == k for b in study.benign) for k in ("initialisation", "checkpoint")}
+    calibration: dict[str, Any] = {
+        "schema": "leakatlas/lint-thresholds/1",
+        "rule": "The threshold halves what is left between the largest value on the calibration "
+        "half of the benign models and certainty: t = 1 - (1 - largest) / 2 (quantile 1, plus "
+        "that margin). A statistic is context only (threshold 1) if a benign model exceeds "
+        f"{1 - NEAR:g}, or if one run exceeds the threshold that all others set. Tampered models "
+        "play no part.",
+        "benign": f"{len(study.benign)} benign models ({kinds['initialisation']} random "
+        f"initialisations, {kinds['checkpoint']} checkpoints of honest runs of up to "
+        f"{max(ROUNDS)} rounds) of {', '.join(ARCHITECTURES)} on {recipe['images']}; "
+        f"{len(half)} to calibrate, {len(reported)} held out.",
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+        "statistics": calibrate(half),
+    }
+    result = {
+        "schema": "leakatlas/result/1",
+        "kind": "measure",
+        "key": "lint",
+        "code_version": 1,
+        "recipe": recipe,
+        "hardware": hardware(),
+        "seeds": list(range(max(recipe["init_seeds"], recipe["attack_seeds"]))),
+        "measures": figures(reported, study.tampered, calibration["statistics"]),
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    write(root / lint_page.THRESHOLDS, calibration)
+    write(root / "results/lint/detectors.json", result)
+
+
 def hardware() -> str:
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     return f"{os.cpu_count()} CPU cores ({platform.machine()}){gpu}, torch {torch.__version__}"
@@ -639,42 +674,10 @@ def main() -> None:
         "refused": study.refused,
         "reduced": REDUCED,
     }
-    if options.fresh is not None:
+    if options.fresh is None:
+        write_calibration(options.root, study, recipe, command)
+    else:
         write_fresh(options.root, study, recipe, first, command)
-        write_page(options.root)
-        report("done")
-        return
-    half, reported = halves(study.benign)
-    kinds = {k: sum(b.kind == k for b in study.benign) for k in ("initialisation", "checkpoint")}
-    calibration: dict[str, Any] = {
-        "schema": "leakatlas/lint-thresholds/1",
-        "rule": "The threshold halves what is left between the largest value on the calibration "
-        "half of the benign models and certainty: t = 1 - (1 - largest) / 2 (quantile 1, plus "
-        "that margin). A statistic is context only (threshold 1) if a benign model exceeds "
-        f"{1 - NEAR:g}, or if one run exceeds the threshold that all others set. Tampered models "
-        "play no part.",
-        "benign": f"{len(study.benign)} benign models ({kinds['initialisation']} random "
-        f"initialisations, {kinds['checkpoint']} checkpoints of honest runs of up to "
-        f"{max(ROUNDS)} rounds) of {', '.join(ARCHITECTURES)} on {images.name}; {len(half)} to "
-        f"calibrate, {len(reported)} held out.",
-        "command": command,
-        "date": time.strftime("%Y-%m-%d"),
-        "statistics": calibrate(half),
-    }
-    result = {
-        "schema": "leakatlas/result/1",
-        "kind": "measure",
-        "key": "lint",
-        "code_version": 1,
-        "recipe": recipe,
-        "hardware": hardware(),
-        "seeds": list(range(max(options.init_seeds, options.attack_seeds))),
-        "measures": figures(reported, study.tampered, calibration["statistics"]),
-        "command": command,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    write(options.root / lint_page.THRESHOLDS, calibration)
-    write(options.root / "results/lint/detectors.json", result)
     write_page(options.root)
     report("done")
 

@@ -53,8 +53,9 @@ def page(root: Path) -> str:
     """The page; the fresh hold-out has its section if it judged the thresholds in use."""
     calibration = _read(root / THRESHOLDS)
     result = _read(root / "results/lint/detectors.json")
-    fresh = _read(root / "results/lint/fresh.json")
-    if fresh["recipe"]["thresholds"] != fingerprint(root / THRESHOLDS):
+    held_out = root / "results/lint/fresh.json"
+    fresh = _read(held_out) if held_out.is_file() else None
+    if fresh and fresh["recipe"]["thresholds"] != fingerprint(root / THRESHOLDS):
         fresh = None  # other thresholds: what it says is no longer about these
     named, new = _named(result), _named(fresh) if fresh else {}
     keys = [n.split("/")[1] for n in named if n.startswith("hit/") and n.endswith("/weights")]
@@ -122,10 +123,10 @@ def _better(new: Mapping[str, Any], keys: list[str], detectors: list[str]) -> li
         for own in ours:
             better: dict[str, list[str]] = {own: [], theirs: []}
             for label in ("false_alarm", *(f"hit/{key}" for key in keys)):
-                pair = [new.get(f"beside/{d}/{label}") for d in (own, theirs)]
-                if None in pair:
+                pair = [f"beside/{d}/{label}" for d in (own, theirs)]
+                if not all(name in new for name in pair):
                     continue
-                (low, high), (low_theirs, high_theirs) = (m["interval"] for m in pair)
+                (low, high), (low_theirs, high_theirs) = (new[name]["interval"] for name in pair)
                 row = label.removeprefix("hit/").replace("_alarm", " alarms")
                 fewer = label == "false_alarm"
                 if low > high_theirs:
