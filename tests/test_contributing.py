@@ -25,6 +25,24 @@ COPIED = (
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "pyproject.toml",
 )  # fmt: skip
 KEYS = "lantern or dimmer"
+SHIPPED = """#:schema ../catalogue.schema.json
+
+[[defense]]
+key = "shipped_dimmer"
+name = "ShippedDimmer"
+origin = "deployed"
+ships_in = "A Framework 1.0: framework.mods.ShippedDimmer"
+superseded_by = "dimmer"
+category = "heuristic"
+technique = "perturbation"
+year = 2026
+where = "client"
+hooks = ["update"]
+intuition = "A framework ships it."
+weakness = "Nobody wrote a paper about it."
+planned = true
+"""
+"""A deployed defense without a paper: the kind of row that the guide only describes."""
 
 
 def files_of_the_guide() -> dict[str, str]:
@@ -52,6 +70,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert not path.exists(), f"{name} exists; the guide must make its files up"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    (root / "src/leakatlas/catalogue/added/shipped_dimmer.toml").write_text(SHIPPED)
     for language, text in BLOCK.findall(GUIDE):
         if language == "bash":
             run(root, "bash", "-c", text)
@@ -135,3 +154,8 @@ def test_the_rows_are_shown_as_added(copy: Path) -> None:
     assert "doe2026lantern" not in run(copy, *cli, "table", "attacks", "--mode", "printed")
     page = (copy / "docs/defenses/dimmer.md").read_text(encoding="utf-8")
     assert "Added by LeakAtlas" in page and "| Printed |" not in page
+    page = (copy / "docs/defenses/shipped_dimmer.md").read_text(encoding="utf-8")
+    assert "ships in A Framework 1.0" in page and "Superseded by [Dimmer](dimmer.md)" in page
+    assert "no paper; ships in A Framework 1.0" in run(copy, *cli, "cite", "shipped_dimmer")
+    assert "ShippedDimmer ‡" in run(copy, *cli, "table", "defenses")
+    assert "A Framework 1.0" in run(copy, *cli, "show", "ShippedDimmer")

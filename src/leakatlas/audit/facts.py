@@ -9,6 +9,7 @@ from leakatlas.fl import Stage, Update
 from leakatlas.fl.losses import BCE, NLL, CrossEntropy, Focal, Loss
 from leakatlas.fl.state import trained
 from leakatlas.models import structure
+from leakatlas.models.structure import in_mode
 
 SUMS_TO_ONE = 1e-4
 """How far the outputs of a softmax may be from 1."""
@@ -93,15 +94,10 @@ def facts_of(
 
 def _about_the_loss(loss: Loss, model: nn.Module, x: Tensor) -> list[str]:
     """Losses and outputs that do not belong together, seen on the batch and on noise."""
-    training = model.training
     # Far from any image: logits leave [0, 1] there, probabilities do not.
     noise = 30 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            outputs = model(torch.cat([x, noise.to(x)]))
-    finally:
-        model.train(training)
+    with in_mode(model, train=False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        outputs = model(torch.cat([x, noise.to(x)]))
     found = []
     within = bool((outputs >= 0).all()) and bool((outputs <= 1).all())
     sums = within and bool(((outputs.sum(1) - 1).abs() < SUMS_TO_ONE).all())

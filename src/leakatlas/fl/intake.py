@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from leakatlas.errors import InvalidInput
+from leakatlas.models.structure import in_mode
 
 Selector = int | str
 """Which part of a model's output holds the logits: a place in a tuple, a key, or an attribute."""
@@ -151,8 +152,7 @@ def _materialised(model: nn.Module, example: Tensor | None) -> nn.Module:
             f"{type(model).__name__} has lazy layers, whose sizes come from the first input; run "
             "the model once before it is used."
         )
-    training = model.training
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with in_mode(model, train=False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        model.eval()(torch.zeros_like(example))
-    return model.train(training)
+        model(torch.zeros_like(example))
+    return model

@@ -34,6 +34,7 @@ from leakatlas.fl.view import (
     protocol_from_json,
     protocol_json,
 )
+from leakatlas.models.structure import in_mode
 from leakatlas.threat import Grant, Knowledge, Vantage, threat_model
 
 POPULATION = 2_000
@@ -498,10 +499,8 @@ def _without(images: ImageSet, victims: Mapping[int, ImageSet]) -> ImageSet:
 
 def _check_model(model: nn.Module, x: Tensor, images: ImageSet, loss: Loss) -> int:
     """Number of outputs K, after one forward pass that must work and give ``(1, K)``."""
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with in_mode(model, train=False), torch.no_grad(), torch.random.fork_rng(devices=[]):
             # Zeros: a module that remembers its last input would carry a victim into the view.
             logits = model(torch.zeros_like(x))
     except (RuntimeError, TypeError, ValueError) as problem:
@@ -509,8 +508,6 @@ def _check_model(model: nn.Module, x: Tensor, images: ImageSet, loss: Loss) -> i
             f"{type(model).__name__} cannot read inputs of shape {tuple(x.shape)}: "
             f"{str(problem).splitlines()[0]}. It must take one tensor of images."
         ) from None
-    finally:
-        model.train(training)
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         way = (
             ""
