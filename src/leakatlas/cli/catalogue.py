@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -208,6 +208,8 @@ def show(
         grid.add_row("Title", escape(loader.reference(row.reference).corrected().title))
         grid.add_row("Idea", escape(row.summary))
     if kind in ("attack", "defense"):
+        for name, text in _standing(row):
+            grid.add_row(name, escape(text))
         _show_code(grid, "attack" if kind == "attack" else "defense", row)
     for evidence in getattr(row, "evidence", ()):
         works = ", ".join(map(tables.mark, evidence.works))
@@ -253,6 +255,18 @@ def _row(key: str) -> tuple[str, Any]:
         if work.key in defense.works:
             return "defense", defense
     return "reference", work
+
+
+def _standing(row: Any) -> Iterator[tuple[str, str]]:
+    """What a reader must know of a row's place among the others."""
+    if row.origin != "published":
+        yield "Origin", f"{row.origin}; added by LeakAtlas"
+    if getattr(row, "ships_in", ""):
+        yield "Ships in", row.ships_in
+    if row.superseded_by is not None:
+        yield "Superseded by", row.superseded_by
+    if (row.modality, row.payload) != ("image", "full"):
+        yield "Reconstructs", f"{row.modality}; of the model travels: {row.payload}"
 
 
 def _show_code(grid: Table, kind: Any, row: Any) -> None:
