@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from leakatlas.bench import figures, lanes, picture, store
+from leakatlas.bench import cluster, figures, lanes, picture, store
 from leakatlas.bench.cells import Cell, cells_of
 from leakatlas.bench.record import FINAL, Record
 from leakatlas.bench.store import Store
@@ -24,6 +24,7 @@ class Options:
     Args:
         only: A pattern that the names of its cases must match.
         workers: Processes of this machine.
+        ray: Address of a Ray cluster that runs the cells instead.
         device: Where attacks compute.
         threads: Threads of every process.
         seconds: No further cell is begun after so long.
@@ -35,6 +36,7 @@ class Options:
 
     only: str | None = None
     workers: int = 1
+    ray: str | None = None
     device: str = "cpu"
     threads: int = 1
     seconds: float | None = None
@@ -123,13 +125,16 @@ def run_study(study: Study, options: Options, sink: lanes.Sink | None = None) ->
     kept = Store(options.records / study.name)
     kept.tidy()
     deadline = None if options.seconds is None else time.monotonic() + options.seconds
+
+    def enough() -> bool:
+        return deadline is not None and time.monotonic() >= deadline
+
+    keeping = _Keeping(kept, sink)
     try:
-        lanes.run(
-            before.left,
-            min(options.workers, len(before.left)),
-            _Keeping(kept, sink),
-            enough=lambda: deadline is not None and time.monotonic() >= deadline,
-        )
+        if options.ray is None:
+            lanes.run(before.left, min(options.workers, len(before.left)), keeping, enough=enough)
+        elif before.left:
+            cluster.run(before.left, options.ray, keeping, workers=options.workers, enough=enough)
     finally:
         after = standing(study, options)
         write(study, options)

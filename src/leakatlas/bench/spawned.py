@@ -77,6 +77,26 @@ class Spawned:
         )  # fmt: skip
         return task.found_of(self._answer(child, message, watch), child.folder, view, watch)
 
+    def relay(
+        self, message: Message, files: Mapping[str, bytes]
+    ) -> tuple[Message, dict[str, bytes]]:
+        """Pass on what a harness elsewhere asks, and bring back the answer with its files.
+
+        Args:
+            message: What was asked.
+            files: The view, by the names of its files.
+
+        Raises:
+            AttackCrashed: If the process ended.
+        """
+        child = self._alive()
+        (child.folder / task.VIEW).mkdir(exist_ok=True)
+        for name, content in files.items():
+            (child.folder / name).write_bytes(content)
+        answer = self._answer(child, message, Watch())
+        back = [child.folder / name for name in (task.FOUND, task.SENT)]
+        return answer, {path.name: path.read_bytes() for path in back if path.is_file()}
+
     def costs(self) -> Mapping[str, float]:
         """What the last attack took: ``cpu_seconds``, ``peak_memory`` in MiB."""
         return self._costs

@@ -107,6 +107,11 @@ def asked(
     }
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """A saved view as bytes, for a process that does not share this machine's files."""
+    return {f"{VIEW}/{path.name}": path.read_bytes() for path in sorted((folder / VIEW).iterdir())}
+
+
 # -- over there ----------------------------------------------------------------------------------
 
 

@@ -31,6 +31,10 @@ def bench(
         str | None, typer.Option(help="Only cases of this name; * and ? stand for anything.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Cells at a time on this machine.")] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Address of a Ray cluster, 'auto', or 'local' to start one here."),
+    ] = None,
     device: Annotated[str, typer.Option(help="Where attacks compute: cpu, cuda, cuda:1.")] = "cpu",
     limit: Annotated[
         str | None,
@@ -68,6 +72,7 @@ def bench(
     options = Options(
         only=only,
         workers=workers,
+        ray=ray,
         device=device,
         seconds=parse_budget(limit),
         trust_code=trust_code,
