@@ -60,6 +60,7 @@ class Cell:
             "threads": self.threads,
             "hook": None if self.hook is None else str(self.hook.resolve()),
             "data": str(self.data.resolve()),
+            "code_hash": self.code_hash,
         }
 
     @classmethod
@@ -69,7 +70,11 @@ class Cell:
         plain["case"] = Case.model_validate(plain["case"])
         plain["hook"] = None if plain["hook"] is None else Path(plain["hook"])
         plain["data"] = Path(plain["data"])
-        return cls(**plain)
+        code_hash = plain.pop("code_hash")
+        cell = cls(**plain)
+        # As it was when the study began: files may change while it runs.
+        vars(cell)["code_hash"] = code_hash
+        return cell
 
     @cached_property
     def recipe(self) -> dict[str, Any]:

@@ -198,11 +198,12 @@ class StudyResult(Strict):
                 groups.setdefault(("defense", beside["defense"]), []).append(case)
             else:
                 groups.setdefault(("benchmark", self.key), []).append(case)
-        return tuple(self._of(kind, key, cases) for (kind, key), cases in groups.items())
+        found = (self._of(kind, key, cases) for (kind, key), cases in groups.items())
+        return tuple(result for result in found if result is not None)
 
     def _of(
         self, kind: Literal["attack", "defense", "benchmark"], key: str, cases: list[StudyCase]
-    ) -> Result:
+    ) -> Result | None:
         measures = []
         for case in cases:
             label = "" if case.case == "main" else case.case
@@ -238,19 +239,23 @@ class StudyResult(Strict):
             for pair in self.compare
             if pair.of in named
         ]
-        return Result(
-            schema_="leakatlas/result/1",
-            kind=kind,
-            key=key,
-            code_version=min((c.version for c in cases if c.version is not None), default=1),
-            recipe={"study": self.key, "chosen": self.chosen},
-            hardware=self.hardware,
-            seeds=self.seeds,
-            measures=tuple(measures),
-            command=self.command,
-            date=self.dates[-1],
-            study=self.key,
-            changed=any(self._changed(case) for case in cases),
+        if not measures:  # every cell of this row died before it could be scored
+            return None
+        return Result.model_validate(
+            {
+                "schema": "leakatlas/result/1",
+                "kind": kind,
+                "key": key,
+                "code_version": min((c.version for c in cases if c.version is not None), default=1),
+                "recipe": {"study": self.key, "chosen": self.chosen},
+                "hardware": self.hardware,
+                "seeds": self.seeds,
+                "measures": measures,
+                "command": self.command,
+                "date": self.dates[-1],
+                "study": self.key,
+                "changed": any(self._changed(case) for case in cases),
+            }
         )
 
     def _changed(self, case: StudyCase) -> bool:

@@ -1,0 +1,248 @@
+"""A whole study: what is run, kept, resumed, counted, whoever does the work and whatever dies."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from leakatlas.bench import lanes, runner, store
+from leakatlas.bench import study as studies
+from leakatlas.bench.cells import Cell, cells_of
+from leakatlas.bench.record import Record
+from leakatlas.bench.runner import Options
+from leakatlas.bench.study import Study
+from leakatlas.catalogue import results
+from leakatlas.errors import InvalidInput
+
+SETUP: dict[str, Any] = {
+    "model": {"builtin": "lenet", "kwargs": {"width": 4, "size": 8, "classes": 10}},
+    "victims": "patches:8:16",
+    "attack": {"key": "inverting_gradients", "parameters": {"steps": 2}},
+    "seeds": [0, 1],
+    "control": True,
+    "measures": ["psnr", "psnr_above_20", "seconds"],
+    "beside": {"attack": "inverting_gradients"},
+}
+FILE = {"schema": "leakatlas/study/1", "title": "Small", "question": "Does it run?",
+        "chosen": "nothing", "setup": SETUP}  # fmt: skip
+
+
+def make(folder: Path, hook: str = "", **changes: Any) -> Study:
+    where = folder / "small"
+    where.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump({**FILE, **changes}, sort_keys=False)
+    (where / "study.yaml").write_text(text, encoding="utf-8")
+    if hook:
+        (where / "study.py").write_text(hook, encoding="utf-8")
+    return studies.load(where)
+
+
+def options(folder: Path, **changes: Any) -> Options:
+    return replace(
+        Options(records=folder / "records", results=folder / "results", trust_code=True), **changes
+    )
+
+
+class Heard:
+    """A sink that remembers."""
+
+    def __init__(self) -> None:
+        self.ended: list[tuple[Cell, Record]] = []
+
+    def begun(self, cell: Cell) -> None:
+        pass
+
+    def moved(self, cell: Cell, fraction: float, note: str) -> None:
+        pass
+
+    def done(self, cell: Cell, record: Record) -> None:
+        self.ended.append((cell, record))
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Study, Path]]:
+    """A small study that one worker has run."""
+    folder = tmp_path_factory.mktemp("ran")
+    study = make(folder)
+    runner.run_study(study, options(folder))
+    yield study, folder
+
+
+def substances(folder: Path) -> dict[str, dict[str, Any]]:
+    records = store.Store(folder / "records" / "small").records()
+    return {cell: record.substance for cell, record in records.items()}
+
+
+def test_a_study_leaves_records_and_a_sound_result(ran: tuple[Study, Path]) -> None:
+    _, folder = ran
+    kept = store.Store(folder / "records" / "small").records()
+    assert [r.status for r in kept.values()] == ["complete"] * 2
+    assert all(r.process == "own" and r.machine["threads"] == 1 for r in kept.values())
+    found, problems = results.read(folder / "results" / "small.json")
+    assert problems == []
+    (result,) = found
+    assert (result.kind, result.key, result.study) == ("attack", "inverting_gradients", "small")
+    assert not result.stale and result.seeds == (0, 1)
+    names = [measure.name for measure in result.measures]
+    assert "psnr" in names and "null baseline other_batch" in names
+    psnr = next(m for m in result.measures if m.name == "psnr")
+    assert psnr.n == 2 and psnr.interval is not None
+
+
+def test_a_finished_study_is_not_run_again(ran: tuple[Study, Path]) -> None:
+    study, folder = ran
+    heard = Heard()
+    assert runner.run_study(study, options(folder), heard).left == ()
+    assert heard.ended == []
+
+
+def test_other_code_makes_every_record_stale(
+    ran: tuple[Study, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, folder = ran
+    monkeypatch.setattr(Cell, "code_hash", "another")
+    now = runner.standing(study, options(folder))
+    assert now.stale == 2 and len(now.left) == 2
+
+
+def test_two_workers_leave_the_same_records_bit_for_bit(
+    ran: tuple[Study, Path], tmp_path: Path
+) -> None:
+    study, folder = ran
+    runner.run_study(study, options(tmp_path, workers=2))
+    assert substances(tmp_path) == substances(folder)
+
+
+def test_ray_leaves_the_same_records_and_outlives_a_killed_worker(
+    ran: tuple[Study, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("ray")
+    study, folder = ran
+    runner.run_study(study, options(tmp_path, ray="local", workers=2))
+    assert substances(tmp_path) == substances(folder)
+    # The process that plays seed 1 is killed in the middle of its cell.
+    mortal = make(tmp_path / "mortal", hook=SUICIDE, **with_own(seeds=[0, 1, 2]))
+    runner.run_study(mortal, options(tmp_path / "mortal", ray="local", workers=2))
+    check_one_error_among_three(tmp_path / "mortal")
+
+
+def with_own(**changes: Any) -> dict[str, Any]:
+    return {"setup": {**SETUP, "measures": ["psnr", {"name": "own"}], "control": False, **changes}}
+
+
+SUICIDE = """
+import os, signal
+
+def examine(trial, stage):
+    if stage.scenario.seed == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"own": 1.0}
+"""
+
+
+def check_one_error_among_three(folder: Path) -> None:
+    records = store.Store(folder / "records" / "small").records().values()
+    by_seed = {record.seed: record for record in records}
+    assert {seed: r.status for seed, r in by_seed.items()} == {
+        0: "complete", 1: "error", 2: "complete",
+    }  # fmt: skip
+    dead = by_seed[1]
+    assert dead.reason and dead.scores is not None
+    assert all(image["candidate"] is None for image in dead.scores["images"])
+    content = json.loads((folder / "results" / "small.json").read_text(encoding="utf-8"))
+    (case,) = content["cases"]
+    assert case["status"] == {"complete": 2, "error": 1}
+    psnr = next(m for m in case["measures"] if m["name"] == "psnr")
+    assert psnr["n"] == 3  # the dead one counts, as the mean image
+
+
+def test_a_lane_that_is_killed_costs_its_cell_and_no_other(tmp_path: Path) -> None:
+    study = make(tmp_path, hook=SUICIDE, **with_own(seeds=[0, 1, 2]))
+    left = runner.run_study(study, options(tmp_path)).left
+    assert [cell.seed for cell in left] == [1]  # an error is tried again next time
+    check_one_error_among_three(tmp_path)
+    record = next(r for r in store.Store(tmp_path / "records" / "small").records().values()
+                  if r.status == "error")  # fmt: skip
+    assert "SIGKILL" in record.reason
+
+
+PATRICIDE = """
+import os, pathlib, signal
+
+def examine(trial, stage):
+    mark = pathlib.Path({mark!r})
+    if stage.scenario.seed == 1 and mark.exists():
+        mark.unlink()
+        os.kill(os.getppid(), signal.SIGKILL)
+        signal.pause()
+    return {{"own": 1.0}}
+"""
+
+DRIVER = """
+import sys
+from pathlib import Path
+from leakatlas.bench import runner, study
+from leakatlas.bench.runner import Options
+folder = Path(sys.argv[1])
+options = Options(records=folder / "records", results=folder / "results", trust_code=True)
+runner.run_study(study.load(folder / "small"), options)
+"""
+
+
+def test_a_driver_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    mark.touch()
+    make(tmp_path, hook=PATRICIDE.format(mark=str(mark)), **with_own(seeds=[0, 1]))
+    run = [sys.executable, "-c", DRIVER, str(tmp_path)]
+    assert subprocess.run(run, check=False).returncode == -signal.SIGKILL
+    kept = store.Store(tmp_path / "records" / "small").records()
+    assert [r.seed for r in kept.values()] == [0]
+    assert subprocess.run(run, check=False).returncode == 0
+    again = store.Store(tmp_path / "records" / "small").records()
+    assert sorted(r.seed for r in again.values()) == [0, 1]
+    assert again.keys() > kept.keys() and all(again[name] == kept[name] for name in kept)
+
+
+def test_a_limit_begins_no_further_cell(tmp_path: Path) -> None:
+    study = make(tmp_path)
+    after = runner.run_study(study, options(tmp_path, seconds=0.0))
+    assert len(after.left) == 2 and not (tmp_path / "results").exists()
+
+
+def test_an_interrupted_run_loses_only_what_was_running(tmp_path: Path) -> None:
+    study = make(tmp_path)
+
+    class Impatient(Heard):
+        def done(self, cell: Cell, record: Record) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_study(study, options(tmp_path), Impatient())
+    assert len(runner.standing(study, options(tmp_path)).left) == 1
+    assert (tmp_path / "results" / "small.json").is_file()
+
+
+def test_code_of_a_study_from_elsewhere_is_not_run(tmp_path: Path) -> None:
+    study = make(tmp_path, hook="raise SystemExit", **with_own())
+    with pytest.raises(InvalidInput, match="--trust-code"):
+        runner.run_study(study, options(tmp_path, trust_code=False))
+
+
+def test_a_pattern_that_matches_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="its cases: main"):
+        runner.standing(make(tmp_path), options(tmp_path, only="x*"))
+
+
+def test_a_cell_without_a_working_process_still_has_a_record(tmp_path: Path) -> None:
+    cell = next(iter(cells_of(make(tmp_path))))
+    record = lanes.blank(cell, "nothing works")
+    assert Record.from_json(record.to_json()) == record and record.scores is None
