@@ -85,7 +85,7 @@ def test_a_round_given_three_ways_is_one_round(tmp_path: Path) -> None:
         check = doctor(_net(), _batch(), captured=capture, protocol=PROTOCOL).replay
         report = leakatlas.audit(
             _net(), _batch(), captured=capture, protocol=PROTOCOL, threat="C",
-            attacks=["inverting_gradients"], budget="30s", rehearsal=False,
+            attacks=["inverting_gradients"], budget="1h", rehearsal=False,
             attack_parameters={"inverting_gradients": {"steps": 5}},
         )  # fmt: skip
         (run,) = report.runs
@@ -126,7 +126,8 @@ def test_without_the_images_nothing_is_scored_and_the_adversarys_own_confidence_
     capture = _three_ways(tmp_path)["file"]
     report = leakatlas.audit(
         _net(), None, captured=capture, input_shape=(3, SIZE, SIZE), protocol=PROTOCOL,
-        threat="C", grants=["labels"], attacks=["inverting_gradients", "seer"], budget="5s",
+        threat="C", grants=["labels"], attacks=["inverting_gradients", "seer"],
+        attack_parameters={"inverting_gradients": {"steps": 5}}, budget="1h", rehearsal=False,
     )  # fmt: skip
     runs = {run.attack: run for run in report.runs}
     tried = runs["inverting_gradients"]
@@ -159,7 +160,8 @@ def test_yaml_attacks_what_was_captured(tmp_path: Path) -> None:
         f"model: {{python: 'net.py:make', weights: w.safetensors}}\n"
         f"data: {{victims: none, shape: [3, {SIZE}, {SIZE}]}}\n"
         "protocol: {algorithm: fedavg, epochs: 2, batch_size: 2, lr: 0.05}\n"
-        "captured: round.safetensors\nthreat: C\nattacks: [inverting_gradients]\nbudget: 3s\n"
+        "captured: round.safetensors\nthreat: C\nattacks: [inverting_gradients]\n"
+        "attack_parameters: {inverting_gradients: {steps: 5}}\nbudget: 1h\nrehearsal: false\n"
     )
     out = tmp_path / "out"
     done = CliRunner().invoke(app, ["audit", str(tmp_path / "audit.yaml"), "--out", str(out)])

@@ -54,6 +54,7 @@ from leakatlas.defenses.formal.dp._mechanism import (
 )
 from leakatlas.errors import InvalidParameter, UnsupportedModel
 from leakatlas.fl import ActsOn, ClientContext, Defense, FedSGD, LocalStep, Memory, Trait, Update
+from leakatlas.fl.state import trained
 from leakatlas.params import NonNegative, Positive, PositiveInt
 
 
@@ -214,7 +215,7 @@ def per_example_gradients(step: LocalStep, reduction: Literal["mean", "sum"]) ->
         from opacus.grad_sample import GradSampleModule
     except ModuleNotFoundError:
         raise _accounting.missing_opacus("client_dp(unit='example')") from None
-    model, named = step.model, dict(step.model.named_parameters())
+    model, named = step.model, dict(trained(step.model))
     held = {name: parameter.grad for name, parameter in named.items()}
     try:
         hooked = GradSampleModule(model, loss_reduction=reduction)
