@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: audit test touched check types lint unit fuzz compat generate study-quality study-analytic study-defenses study-generative study-labels study-measures study-lint study-scale study-descent clean
+.PHONY: audit test touched check types lint unit fuzz compat generate study-quality study-defenses study-generative study-labels study-measures study-lint study-descent clean
 
 audit: $(STAMP) ## Attack bundled photos in four set-ups; writes leak-report/report.html
 	$(BIN)/leakatlas audit --out leak-report
@@ -48,12 +48,6 @@ generate: $(STAMP) ## Rebuild the generated tables and pages from the catalogue
 DATA ?= ../shared/data
 study-quality: $(STAMP)
 	$(BIN)/python benchmarks/quality.py --data $(DATA)/cifar10
-study-analytic: $(STAMP)
-	$(BIN)/python benchmarks/analytic.py --data $(DATA)/cifar10
-	$(BIN)/python benchmarks/analytic_more.py --data $(DATA)/cifar10/test.parquet
-	$(BIN)/python benchmarks/analytic_active.py --data $(DATA)/cifar10
-study-scale: $(STAMP)
-	$(BIN)/python benchmarks/scale.py --data $(DATA)
 study-defenses: $(STAMP)
 	$(BIN)/python benchmarks/defenses.py
 study-generative: $(STAMP)

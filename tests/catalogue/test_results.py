@@ -114,6 +114,16 @@ def test_an_older_code_version_is_stale_and_shown_so(tmp_path: Path) -> None:
     assert "| current |" in page and "| outdated |" in page
 
 
+def test_figures_from_before_study_files_are_marked_everywhere(tmp_path: Path) -> None:
+    """Nobody knows the code behind them, so they are stale however young; the study is named."""
+    path = write(tmp_path, "old.json", carried_over=True, study="dlg", command="python gone.py")
+    (result,), problems = results.read(path)
+    assert problems == [] and result.stale and not result.outdated
+    assert (result.state, result.again) == ("carried over", "leakatlas bench dlg")
+    page = pages.attack_page(catalogue.attack("dlg"), (result,))
+    assert "| carried over" in page and "`leakatlas bench dlg`" in page and "gone.py" not in page
+
+
 def test_studies_are_never_stale(tmp_path: Path) -> None:
     (result,), problems = results.read(write(tmp_path, kind="benchmark", key="cifar-study"))
     assert problems == [] and not result.stale

@@ -46,6 +46,15 @@ def _reaches(threshold: float) -> Callable[[Mapping[str, Any]], list[float]]:
     ]
 
 
+def _ssim_above(scores: Mapping[str, Any]) -> list[float]:
+    """Whether SSIM exceeds one half; nothing below a side of 11 pixels, where it is undefined."""
+    return [
+        float(image["candidate"] is not None and image["ssim"] > 0.5)
+        for image in scores["images"]
+        if image["ssim"] is not None
+    ]
+
+
 def _mse_below(threshold: float) -> Callable[[Mapping[str, Any]], list[float]]:
     return lambda scores: [
         float(image["candidate"] is not None and image["mse"] < threshold)
@@ -75,6 +84,7 @@ MEASURES: dict[str, Measure] = {
         f"psnr_above_{tau}": Measure("image share", "", _reaches(tau))
         for tau in (15, 18, 19, 20, 25, 30)
     },
+    "ssim_above_0.5": Measure("image share", "", _ssim_above),
     "success_rate": Measure("image share", "", _reaches(19.0)),
     "all_labels": Measure("cell share", "", _labels("exact_batch")),
     "label_overlap": Measure("cell", "", _labels("irec")),

@@ -205,19 +205,27 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
         {'attack': {'key': 'dlg', 'preset': 'tuned', 'parameters': {}}}
         >>> merged({"attack": {"key": "dlg", "preset": "tuned"}}, {"attack": "idlg"})
         {'attack': {'key': 'idlg'}}
+        >>> merged({"beside": {"attack": "dlg"}}, {"beside": {"attack": "idlg"}})
+        {'beside': {'attack': 'idlg'}}
     """
+    return _laid(below, above, SHORT)
+
+
+def _laid(
+    below: Mapping[str, Any], above: Mapping[str, Any], short: Mapping[str, str]
+) -> dict[str, Any]:
     values = dict(below)
     for key, new in above.items():
         old = values.get(key)
-        if key in SHORT:
-            name = SHORT[key]
+        if key in short:
+            name = short[key]
             new = {name: new} if isinstance(new, str) else new
             old = {name: old} if isinstance(old, str) else old
             if isinstance(new, dict) and isinstance(old, dict):
                 if new.get(name, old.get(name)) != old.get(name):
                     old = None
         if isinstance(old, dict) and isinstance(new, dict) and key != "protocol":
-            new = merged(old, new)
+            new = _laid(old, new, {})  # deeper down, the same words mean other things
         elif key == "protocol" and isinstance(old, dict) and isinstance(new, dict):
             same = new.get("algorithm", old.get("algorithm")) == old.get("algorithm")
             new = {**old, **new} if same else new

@@ -32,8 +32,9 @@ def render(results: Iterable[Result]) -> str | None:
         return None
     lines = [INTRODUCTION]
     for result in found:
-        lines += [f"## {result.key}", "", f"`{result.command}` ({result.hardware}, {result.date}).",
-                  ""]  # fmt: skip
+        carried = "; carried over from before there were study files" * result.carried_over
+        lines += [f"## {result.key}", "",
+                  f"`{result.again}` ({result.hardware}, {result.date}{carried}).", ""]  # fmt: skip
         curves = result.recipe.get("curves")
         if isinstance(curves, Mapping):
             lines += _curves(curves)

@@ -84,7 +84,11 @@ class Result(Strict):
     ]
     study: Annotated[str, Field(description="The study file behind it.", examples=["dlg"])] = ""
     carried_over: Annotated[
-        bool, Field(description="Whether it was measured before there were study files.")
+        bool,
+        Field(
+            description="Measured before there were study files, by a script that is gone; `study` "
+            "measures it again."
+        ),
     ] = False
     changed: Annotated[
         bool, Field(description="Whether the code behind a study's figures has changed since.")
@@ -102,8 +106,20 @@ class Result(Strict):
 
     @property
     def stale(self) -> bool:
-        """Whether it should be measured again: outdated, or the code behind it has changed."""
-        return self.outdated or self.changed
+        """Whether it should be measured again: outdated, changed code, or code unknown by hash."""
+        return self.outdated or self.changed or self.carried_over
+
+    @property
+    def state(self) -> Literal["carried over", "outdated", "current"]:
+        """In a word, for documents that do not move with every line of code."""
+        if self.carried_over:
+            return "carried over"
+        return "outdated" if self.outdated else "current"
+
+    @property
+    def again(self) -> str:
+        """The command that measures it again; ``command`` is the one that measured it."""
+        return f"leakatlas bench {self.study}" if self.carried_over and self.study else self.command
 
 
 class Differential(Strict):

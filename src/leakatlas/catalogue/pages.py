@@ -365,16 +365,15 @@ def _numbers(reported: tuple[Reported, ...], measured: tuple[results.Result, ...
     lines += ["| Measured | Value | Interval | n | Seeds | Hardware | Date | State |"]
     lines += ["|---|---|---|---|---|---|---|---|"]
     for result in measured:
-        state = "outdated" if result.outdated else "current"
         for measure in result.measures:
             where = f" ({measure.letter}, {measure.vantage or 'wire'})" if measure.letter else ""
             note = f" {measure.note}" if measure.note else ""
             lines.append(
                 f"| {measure.title}{where} | {measure.value:.4g} {measure.unit} | "
                 f"{interval(measure)} | {measure.n} | {len(result.seeds)} | {result.hardware} | "
-                f"{result.date} | {state}{note} |"
+                f"{result.date} | {result.state}{note} |"
             )
-    lines += ["", *(f"`{command}`" for command in dict.fromkeys(r.command for r in measured))]
+    lines += ["", *(f"`{command}`" for command in dict.fromkeys(r.again for r in measured))]
     return lines
 
 

@@ -314,8 +314,8 @@ def _show_numbers(console: Console, row: Any, measured: Any) -> None:
                     f"{measure.value:.4g} {measure.unit}",
                     escape(interval),
                     str(measure.n),
-                    escape(result.command),
-                    "stale" if result.stale else "fresh",
+                    escape(result.again),
+                    "carried over" * result.carried_over or ("stale" if result.stale else "fresh"),
                 )
         console.print(grid)
 
@@ -442,7 +442,7 @@ def validate(
         problems += wrong
         for result in found:
             if result.stale:
-                stale.append(f"{path.name}: {_since(result)}; run again: {result.command}")
+                stale.append(f"{path.name}: {_since(result)}; run again: {result.again}")
     if as_json:
         _emit({"problems": [problem.to_json() for problem in problems], "stale": stale})
     else:
@@ -460,6 +460,8 @@ def validate(
 def _since(result: Any) -> str:
     from leakatlas.catalogue import results
 
+    if result.carried_over:
+        return f"{result.key} was measured on {result.date}, before there were study files"
     if result.study:
         return f"the code behind the figures of {result.key} has changed since"
     now = results.current_version(result.kind, result.key)

@@ -16,5 +16,6 @@ from leakatlas.models.lenet5 import LeNet5 as LeNet5
 from leakatlas.models.registry import build as build
 from leakatlas.models.registry import names as names
 from leakatlas.models.resnet import ResNet as ResNet
+from leakatlas.models.strided import StridedNet as StridedNet
 from leakatlas.models.vgg import VGG as VGG
 from leakatlas.models.vit import ViT as ViT

@@ -19,6 +19,7 @@ from leakatlas.models.generators import Generator
 from leakatlas.models.lenet import LeNet
 from leakatlas.models.lenet5 import LeNet5
 from leakatlas.models.resnet import CIFAR8, CIFAR20, CIFAR32, RESNET18, ResNet
+from leakatlas.models.strided import StridedNet
 from leakatlas.models.vgg import DEPTHS, VGG
 from leakatlas.models.vit import ViT
 
@@ -34,6 +35,7 @@ _CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     "resnet20": partial(ResNet, blocks=CIFAR20),
     "resnet32": partial(ResNet, blocks=CIFAR32),
     "resnet18": partial(ResNet, blocks=RESNET18, width=64),
+    "strided": StridedNet,
     "vgg6": partial(VGG, groups=DEPTHS[6]),
     "vgg11": partial(VGG, groups=DEPTHS[11]),
     "vgg13": partial(VGG, groups=DEPTHS[13]),

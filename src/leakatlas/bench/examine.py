@@ -1,0 +1,76 @@
+"""What the Python files of several studies look at in a trial, beyond its scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leakatlas.bench.harness import Trial
+from leakatlas.blocks import readout
+from leakatlas.metrics.assignment import assign, pairwise_mse
+
+EXACT = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Root mean square error, in pixels of [0, 1], below which an image counts as exact."""
+
+
+def errors(trial: Trial) -> Tensor:
+    """Root mean square error ``(N,)`` of every original, in pixels of [0, 1].
+
+    Candidates are clipped and assigned one to one by squared error; an original without one has an
+    infinite error.
+    """
+    truth = trial.truth.images.double()
+    found = trial.images.double().clamp(0, 1)
+    found = found[torch.isfinite(found.flatten(1)).all(dim=1)] if len(found) else found
+    error = torch.full((len(truth),), torch.inf, dtype=torch.float64)
+    if len(found) == 0:
+        return error
+    cost = pairwise_mse(found, truth)
+    for original, candidate in enumerate(assign(cost).of_original):
+        if candidate is not None:
+            error[original] = cost[candidate, original].sqrt()
+    return error
+
+
+def exact(trial: Trial) -> Tensor:
+    """Which originals ``(N,)`` came back exactly, by the precision of the candidates."""
+    return errors(trial) < EXACT[trial.images.dtype]
+
+
+def alone(h: Tensor, edges: Tensor) -> Tensor:
+    """Which measurements ``(N,)`` have a bin to themselves.
+
+    Args:
+        h: Measurement of each example, ``(N,)``.
+        edges: Rising lower edges of the bins; the last is the upper end of the top bin, which
+            takes what lies beyond it as well.
+    """
+    open_edges = edges.to(h).clone()
+    open_edges[-1] = torch.inf
+    bins = torch.bucketize(h, open_edges)
+    return (bins[:, None] == bins).sum(dim=1) == 1
+
+
+def in_bins(trial: Trial, clients: int) -> dict[str, Any]:
+    """Brightness bins, client by client, as LOKI and MANDRAKE use them.
+
+    Returns:
+        ``alone``: which images have a bin of their client to themselves; ``exact_of_alone``: which
+        of those came back exactly; ``expected_alone``: the share alone of independent brightness.
+    """
+    edges, hits = trial.view.key["edges"].double(), exact(trial)
+    brightness = trial.truth.images.double().flatten(1).mean(dim=1)
+    single = torch.cat([alone(part, edges) for part in brightness.chunk(clients)])
+    batch = len(brightness) // clients
+    return {
+        "alone": share(single),
+        "exact_of_alone": share(hits[single]),
+        "expected_alone": readout.expected_singletons(batch, len(edges) - 1) / batch,
+    }
+
+
+def share(hits: Tensor) -> list[float]:
+    """Yes and no as numbers, one an original."""
+    return [float(hit) for hit in hits]
