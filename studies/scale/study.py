@@ -150,9 +150,7 @@ def lean_round(stage: Stage, attack: ReadOut, total: Plain) -> tuple[View, float
             tensors=trained.tensors, kind=kind, state_hash="", num_examples=len(client.x)
         )
         draws = stream("client", member)
-        total.add(
-            update, ClientContext(member, 0, model, client.x, client.y, protocol, draws, {})
-        )
+        total.add(update, ClientContext(member, 0, model, client.x, client.y, protocol, draws, {}))
         template = replace(update, tensors={})
     assert template is not None
     members = tuple(federation.clients)
@@ -177,7 +175,7 @@ def costs(view: View, attack: ReadOut) -> dict[str, float]:
     def block() -> Tensor:
         if isinstance(attack, LOKI):
             blocks = attack.blocks(view, -1, view.input_shape)
-            read = [attack.read_block(b, edges, view.box, view.input_shape)[0] for b in blocks]
+            read = [attack.read_block(b, edges, view.input_shape)[0] for b in blocks]
             return torch.cat([images.flatten(1) for images in read])
         return readout.cumulative_readout(g_w, g_b, edges[:-1]).x
 

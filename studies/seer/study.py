@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from leakatlas.attacks.analytic.isolation.seer import in_own_batch
