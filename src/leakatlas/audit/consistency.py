@@ -20,6 +20,7 @@ from leakatlas.data import Box
 from leakatlas.data.box import CIFAR10, IMAGENET
 from leakatlas.errors import LeakAtlasError
 from leakatlas.fl import Defense, FedAVG, FedSGD, Protocol, Trait, Update, replay, state_hash
+from leakatlas.fl.augmentation import augmented
 from leakatlas.fl.draws import Draws, draws_of
 from leakatlas.fl.losses import PLAIN, CrossEntropy, as_loss
 from leakatlas.fl.state import buffers, load_into, model_state, parameters, trained
@@ -70,7 +71,7 @@ class ReplayCheck:
     @property
     def expected(self) -> bool:
         """Whether nothing speaks against the description, as far as it can be checked."""
-        return self.consistent or self.culprit in ("defense", "dropout")
+        return self.consistent or self.culprit in ("defense", "dropout", "augmentation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,8 @@ class Described:
         order: Example indices of every local step, if known.
         drawn: What its model drew in every local step, if known.
         defenses: Whose mirrors are applied.
+        seeds: Of its transforms in every local step, if known.
+        box: The pixel space that they act in.
         weight_decay: L2 penalty in a single gradient, which no protocol describes.
     """
 
@@ -97,7 +100,13 @@ class Described:
     order: Sequence[Tensor] | None = None
     drawn: Sequence[Draws] | None = None
     defenses: tuple[Defense, ...] = ()
+    seeds: Sequence[int] | None = None
+    box: Box | None = None
     weight_decay: float = 0.0
+
+    def _augment(self, x: Tensor, step: int) -> Tensor:
+        assert self.seeds is not None
+        return augmented(x, self.protocol.augment, self.seeds[step], self.box)
 
     def send(self, *, new: bool = False) -> dict[str, Tensor]:
         """What this client sends.
@@ -110,6 +119,7 @@ class Described:
             self.model, self.protocol, self.update,
             defenses=self.defenses,
             order=self.order,
+            augment=self._augment if self.seeds else None,
             drawn=self.drawn if self.drawn is not None else ("new" if new else "mean"),
         )  # fmt: skip
         sent = {name: tensor.detach() for name, tensor in run(self.x, self.y).items()}
@@ -179,6 +189,7 @@ def check_replay(
     drawn: Sequence[Draws] | None = None,
     defenses: Sequence[Defense] = (),
     defended: bool = False,
+    seeds: Sequence[int] | None = None,
     box: Box | None = None,
 ) -> ReplayCheck:
     """Compare an update with the described client's computation on the true batch.
@@ -193,6 +204,7 @@ def check_replay(
         drawn: What the model drew in every local step, if known.
         defenses: Declared for a captured update; it is replayed through their mirrors.
         defended: Whether a defense changed a simulated upload on purpose.
+        seeds: Of the client's transforms in every local step, if known.
         box: The normalisation behind ``x``.
     """
     own = {**parameters(model), **buffers(model)}
@@ -205,6 +217,8 @@ def check_replay(
         order=order,
         drawn=drawn,
         defenses=tuple(defenses),
+        seeds=seeds,
+        box=box,
     )
     first = residual_of(described)
     if first.plain <= tolerance_of(described):
@@ -229,6 +243,13 @@ def check_replay(
             "defense",
             f"{noisy[0]} adds noise, which is {first.plain:.1%} of the upload's norm if all else "
             "is as described; nobody can check that any closer",
+        )
+    if protocol.augment and seeds is None:
+        names = ", ".join(one.name for one in protocol.augment)
+        return wrong(
+            "augmentation",
+            f"the client transforms its images ({names}) and nobody recorded what it drew, so the "
+            "update cannot be replayed",
         )
     if drawn is None and (words := _dropout(described)):
         return wrong("dropout", words)

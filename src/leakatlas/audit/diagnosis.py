@@ -116,13 +116,14 @@ def examine(
             federation.protocol,
             order=record.order.get(target),
             drawn=record.draws.get(target),
+            seeds=record.augmentation.get(target),
             defenses=federation.defenses if real else (),
             defended=bool(federation.defenses) and not real,
             box=stage.box,
         )
     facts, findings = facts_of(stage, model, client.x, client.y, update)
     findings = [*(f"Note: {note}." for note in stage.notes), *findings]
-    if replay.culprit == "dropout":
+    if replay.culprit in ("dropout", "augmentation"):
         findings.insert(0, f"The update cannot be checked to the last digit: {replay.explanation}.")
     elif not replay.expected:
         findings.insert(0, f"The update is not consistent with this set-up: {replay.explanation}.")

@@ -48,6 +48,12 @@ def facts_of(
         *_about_the_loss(stage.federation.protocol.loss, model, x),
         *_vanishing(model, update),
     ]
+    recipe = stage.federation.protocol.augment
+    if recipe:
+        findings.append(
+            f"The client transforms its images ({', '.join(one.name for one in recipe)}): what "
+            "comes out are the transformed images, unless the adversary is granted the draws."
+        )
     if y.dim() > 1:
         findings.append(
             "Targets are vectors: reconstructions of images are scored, recovered targets are not."

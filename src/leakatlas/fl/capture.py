@@ -233,6 +233,7 @@ class Replayed(Federation):
             aggregate=one.update,
             order={},
             draws={},
+            augmentation={},
             dropped=frozenset(),
         )
 

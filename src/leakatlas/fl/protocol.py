@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from leakatlas.fl.augmentation import AugmentField
 from leakatlas.fl.losses import PLAIN, LossField
 from leakatlas.params import Configured, NonNegative, Positive, PositiveInt
 
@@ -25,6 +26,7 @@ class FedSGD(Configured):
         mode: Mode of BN and dropout during the client's forward pass.
         loss: What the client minimises; see :mod:`leakatlas.fl.losses`.
         shared: Which parameters and buffers leave the client; see :mod:`leakatlas.fl.sharing`.
+        augment: What it does to its images; see :mod:`leakatlas.fl.augmentation`.
     """
 
     lr: Positive = 0.1
@@ -32,6 +34,7 @@ class FedSGD(Configured):
     mode: Mode = "eval"
     loss: LossField = PLAIN
     shared: tuple[str, ...] = ("*",)
+    augment: AugmentField = ()
 
     def steps(self, examples: int) -> int:
         """Local steps per round: always 1."""
@@ -56,6 +59,7 @@ class FedAVG(Configured):
         mode: Mode of BN and dropout during local training.
         loss: What the client minimises; see :mod:`leakatlas.fl.losses`.
         shared: Which parameters and buffers leave the client; see :mod:`leakatlas.fl.sharing`.
+        augment: What it does to its images; see :mod:`leakatlas.fl.augmentation`.
     """
 
     epochs: PositiveInt = 1
@@ -72,6 +76,7 @@ class FedAVG(Configured):
     mode: Mode = "train"
     loss: LossField = PLAIN
     shared: tuple[str, ...] = ("*",)
+    augment: AugmentField = ()
 
     def steps(self, examples: int) -> int:
         """Local steps per round, T = E * ceil(N / B)."""

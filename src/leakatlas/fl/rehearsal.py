@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leakatlas.data import Box
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import state
 from leakatlas.fl.draws import Draws
@@ -27,7 +28,7 @@ from leakatlas.fl.statistics import batchnorm_statistics
 from leakatlas.fl.training import LocalResult, train_locally
 from leakatlas.fl.update import Update, average
 
-OWN = frozenset({"labels", "batch_bn", "batch_order", "dropout_masks"})
+OWN = frozenset({"labels", "batch_bn", "batch_order", "dropout_masks", "augmentation"})
 """Fields that describe the private batch; in a rehearsal they describe the adversary's images."""
 
 GONE = frozenset({"secrets", "key"})
@@ -42,11 +43,13 @@ class Played:
         update: Their (mean) update.
         order: Example indices of every local step of the first of them.
         drawn: What the model drew in each of these steps.
+        augmentation: The seeds of their transforms.
     """
 
     update: Update
     order: tuple[Tensor, ...]
     drawn: tuple[Draws, ...]
+    augmentation: tuple[int, ...]
 
 
 def play(
@@ -60,6 +63,7 @@ def play(
     defenses: Sequence[Defense],
     clients: int,
     seed: int,
+    box: Box | None = None,
 ) -> Played:
     """The clients' round on the adversary's own images.
 
@@ -76,7 +80,8 @@ def play(
         loss: Of that one gradient; it goes with the architecture.
         defenses: As the adversary knows them.
         clients: How many clients hold the examples, in equal parts.
-        seed: Of orders and of the defenses' noise.
+        seed: Of orders, transforms and the defenses' noise.
+        box: Pixel space, as far as the adversary knows it.
     """
     if protocol is None:
         mode: Mode = "train" if model.training else "eval"
@@ -94,7 +99,7 @@ def play(
         ]  # fmt: skip
         result = train_locally(
             working, x[part], y[part], protocol, defenses=defenses, contexts=contexts,
-            generator=stream(seed, "rehearsed training", client),
+            generator=stream(seed, "rehearsed training", client), box=box,
         )  # fmt: skip
         update = replace(
             observed,
@@ -125,7 +130,7 @@ def play(
         scale=observed.scale,
         clients=observed.clients,
     )
-    return Played(sent, results[0].order, results[0].draws)
+    return Played(sent, results[0].order, results[0].draws, results[0].augmentation)
 
 
 def own_fields(
@@ -158,4 +163,6 @@ def own_fields(
             own["batch_bn"] = batchnorm_statistics(model, state.model_state(model), x)
     if "dropout_masks" in fields:
         own["dropout_masks"] = played.drawn
+    if "augmentation" in fields:
+        own["augmentation"] = played.augmentation
     return own

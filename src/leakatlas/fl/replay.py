@@ -26,6 +26,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 Drawn = Draws | Literal["mean", "new"]
 """What a forward pass draws: these draws, their expectation, or new ones every time."""
 BatchMap = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Augment = Callable[[Tensor, int], Tensor]
+"""``(images of a local step, its index) -> images``."""
 Derivative = Literal["autograd", "functional", "finite"]
 """How a replayed gradient can be differentiated again: by the tape, by ``torch.func`` (the form
 that ``vmap`` and tracing take), or by central differences (biased; a single gradient only)."""
@@ -226,6 +228,7 @@ def unroll(
     batches: Sequence[Tensor] | None = None,
     loss: Loss = task_loss,
     batch_map: BatchMap | None = None,
+    augment: Augment | None = None,
     checkpoint: bool | None = None,
     drawn: Sequence[Drawn] | Literal["mean", "new"] = "mean",
 ) -> dict[str, Tensor]:
@@ -244,6 +247,7 @@ def unroll(
         batches: Example indices of every step; in the given order, epoch by epoch, if None.
         loss: ``(logits, y) -> scalar``.
         batch_map: What the client does to a batch before the step.
+        augment: How it transforms its images before that, by step.
         checkpoint: Keep the weights of every step instead of its graph and compute a step again
             when its derivative is due: the memory of one step for about 1.4 times the work. From
             :data:`CHECKPOINT_FROM` steps on if None.
@@ -276,6 +280,8 @@ def unroll(
         n = len(names)
         weights, *memory = [list(flat[i : i + n]) for i in range(0, len(flat), n)]
         x_step, y_step = x[batch], y[batch]
+        if augment is not None:
+            x_step = augment(x_step, t - 1)
         if batch_map is not None:
             x_step, y_step = batch_map(x_step, y_step)
         found = gradient(
@@ -379,6 +385,7 @@ def simulate_client(
     batches: Sequence[Tensor] | None = None,
     loss: Loss | None = None,
     batch_map: BatchMap | None = None,
+    augment: Augment | None = None,
     own: bool = False,
     drawn: Sequence[Drawn] | Literal["mean", "new"] = "mean",
 ) -> dict[str, Tensor]:
@@ -389,8 +396,11 @@ def simulate_client(
     if isinstance(protocol, FedAVG):
         return unroll(
             model, parameters, buffers, x, y, protocol,
-            batches=batches, loss=loss or protocol.loss, batch_map=batch_map, drawn=drawn,
+            batches=batches, loss=loss or protocol.loss, batch_map=batch_map, augment=augment,
+            drawn=drawn,
         )  # fmt: skip
+    if augment is not None:
+        x = augment(x, 0)
     if batch_map is not None:
         x, y = batch_map(x, y)
 
@@ -412,6 +422,7 @@ def client(
     defenses: Sequence[Defense] = (),
     order: Sequence[Tensor] | None = None,
     drawn: Sequence[Drawn] | Literal["mean", "new"] = "mean",
+    augment: Augment | None = None,
     own: bool = False,
 ) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
     """The whole of a client's work as a pure function ``(x, y) -> update``, in ``update``'s units.
@@ -425,6 +436,7 @@ def client(
         defenses: Whose mirrors are applied, in the client's order.
         order: Example indices of every local step; in the candidates' order if None.
         drawn: What forward passes draw.
+        augment: How the client transforms its images, by step; not at all if None.
         own: See :func:`gradient`.
 
     Raises:
@@ -443,7 +455,7 @@ def client(
         quantity = simulate_client(
             model, trained, held, x, y, protocol,
             batches=order if isinstance(protocol, FedAVG) else None,
-            loss=loss, batch_map=batch_map, own=own, drawn=drawn,
+            loss=loss, batch_map=batch_map, augment=augment, own=own, drawn=drawn,
         )  # fmt: skip
         if update.kind != "gradient" and isinstance(protocol, FedSGD):
             quantity = {name: -protocol.lr * quantity[name] for name in update.tensors}

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from leakatlas.data import Box
 from leakatlas.errors import InvalidInput, InvalidParameter, ProtocolError
 from leakatlas.fl import state
 from leakatlas.fl.composition import check_composition, ordered
@@ -57,6 +58,7 @@ class RoundRecord:
         aggregate: The server's result.
         order: Example indices of every local step, by client.
         draws: What the model drew in every local step (dropout masks), by client.
+        augmentation: The seed of every local step's transforms, by client.
         dropped: Clients that vanished before unmasking.
     """
 
@@ -70,6 +72,7 @@ class RoundRecord:
     aggregate: Update
     order: Mapping[int, tuple[Tensor, ...]]
     draws: Mapping[int, tuple[Draws, ...]]
+    augmentation: Mapping[int, tuple[int, ...]]
     dropped: frozenset[int]
 
 
@@ -82,6 +85,7 @@ class Federation:
         protocol: The learning algorithm.
         defenses: In any order; they act in the order of their stages.
         seed: Of everything random on the clients and the honest server.
+        box: Between the pixels that clients transform and model space; none if None.
 
     Raises:
         IncompatibleDefenses: If the defenses cannot be composed.
@@ -96,6 +100,7 @@ class Federation:
         defenses: Sequence[Defense] = (),
         *,
         seed: int = 0,
+        box: Box | None = None,
     ) -> None:
         if not clients:
             raise InvalidParameter("A federation needs at least one client.")
@@ -104,6 +109,7 @@ class Federation:
         self.defenses = ordered(defenses)
         self.clients = dict(clients)
         self.seed = seed
+        self.box = box
         self.server_memories: dict[str, Memory] = {d.key: {} for d in self.defenses}
         self.rounds_played = 0
         # Modules that a defense adds are initialised here, out of the caller's random state.
@@ -184,6 +190,7 @@ class Federation:
         contexts: dict[int, list[ClientContext]] = {}
         order: dict[int, tuple[Tensor, ...]] = {}
         drawn: dict[int, tuple[Draws, ...]] = {}
+        seeds: dict[int, tuple[int, ...]] = {}
         for member in honest:
             model = self._sent_to(member, sent)
             received[member] = model
@@ -191,6 +198,7 @@ class Federation:
                 member, model, index, memory
             )
             order[member], drawn[member] = result.order, result.draws
+            seeds[member] = result.augmentation
         template = updates[honest[0]]
         for member in sorted(sybils):
             updates[member] = replace(
@@ -210,7 +218,7 @@ class Federation:
             self.apply(aggregate)
         return RoundRecord(
             index, members, sybils, received, states, updates, messages, aggregate, order,
-            drawn, frozenset(dropouts),
+            drawn, seeds, frozenset(dropouts),
         )  # fmt: skip
 
     def apply(self, aggregate: Update) -> None:
@@ -330,6 +338,7 @@ class Federation:
             defenses=self.defenses,
             contexts=contexts,
             generator=stream(self.seed, "training", member, index),
+            box=self.box,
         )
         moved = state.trained(working)
         for held, name in private.items():

@@ -213,7 +213,7 @@ class Stage:
             model, next(iter(clients.values())).x[:1], first, scenario.protocol.loss
         )
         self.federation = Federation(
-            model, clients, scenario.protocol, scenario.defenses, seed=scenario.seed
+            model, clients, scenario.protocol, scenario.defenses, seed=scenario.seed, box=box
         )
 
     def play_back(self, capture: Capture, *, target: int = 0, known: bool = True) -> None:
@@ -316,6 +316,8 @@ class Stage:
             offered["batch_order"] = tuple(i.clone() for i in records[-1].order[target])
         if records and "dropout_masks" in wanted and target in records[-1].draws:
             offered["dropout_masks"] = records[-1].draws[target]
+        if records and "augmentation" in wanted and target in records[-1].augmentation:
+            offered["augmentation"] = records[-1].augmentation[target]
         if "secrets" in wanted:
             offered["secrets"] = {
                 f"{defense.key}/{name}": tensor

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from leakatlas.data import Box
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import draws, state
+from leakatlas.fl.augmentation import augmented
 from leakatlas.fl.hooks import ClientContext, Defense, LocalStep
 from leakatlas.fl.losses import Loss
 from leakatlas.fl.protocol import FedAVG, FedSGD
@@ -28,6 +30,7 @@ class LocalResult:
         buffers_after: All buffers after training.
         order: Example indices of every local step.
         draws: What the model drew in every local step (dropout masks); empty tuples if nothing.
+        augmentation: The seed of every local step's transforms; empty if there are none.
         loss: Task loss of the first local step.
     """
 
@@ -35,6 +38,7 @@ class LocalResult:
     buffers_after: dict[str, Tensor]
     order: tuple[Tensor, ...]
     draws: tuple[draws.Draws, ...]
+    augmentation: tuple[int, ...]
     loss: float
 
 
@@ -143,6 +147,7 @@ def train_locally(
     defenses: Sequence[Defense] = (),
     contexts: Sequence[ClientContext] = (),
     generator: torch.Generator,
+    box: Box | None = None,
 ) -> LocalResult:
     """Run one client's round on ``model``, which is changed in place.
 
@@ -153,7 +158,9 @@ def train_locally(
         protocol: The learning algorithm.
         defenses: In client order; each acts at its ``batch`` and ``local_step`` hooks.
         contexts: One for each defense.
-        generator: Order of the examples and the model's own randomness (dropout, sampling).
+        generator: Order of the examples, their transforms, and the model's own randomness
+            (dropout, sampling).
+        box: Between pixels, on which transforms act, and model space; none if None.
     """
     model.train(protocol.mode == "train")
     reduction = protocol.reduction if isinstance(protocol, FedSGD) else "mean"
@@ -165,12 +172,16 @@ def train_locally(
     optimizer = _optimizer(model, protocol)
     tensors: dict[str, Tensor] = {}
     drawn: list[draws.Draws] = []
+    seeds: list[int] = []
     first_loss = float("nan")
     with torch.random.fork_rng(devices=[]):
         # Modules with their own randomness draw from the global generator.
         torch.manual_seed(stream_seed(int(torch.randint(2**62, (1,), generator=generator))))
         for index, batch in enumerate(order):
             x_step, y_step = x[batch], y[batch]
+            if protocol.augment:
+                seeds.append(int(torch.randint(2**62, (1,), generator=generator)))
+                x_step = augmented(x_step, protocol.augment, seeds[-1], box)
             for defense, context in zip(defenses, contexts, strict=True):
                 context.model = model
                 x_step, y_step = defense.batch(x_step, y_step, context)
@@ -202,6 +213,7 @@ def train_locally(
         state.buffers(model),
         order,
         tuple(drawn),
+        tuple(seeds),
         first_loss,
     )
 

@@ -16,6 +16,7 @@ field                given by
 ``batch_bn``         ``Grant.BATCH_BN``
 ``batch_order``      ``Grant.BATCH_ORDER``
 ``dropout_masks``    ``Grant.DROPOUT_MASKS``
+``augmentation``     ``Grant.AUGMENTATION``
 ``secrets``          ``Grant.DEFENSE_SECRETS``
 ===================  ==========================================================
 
@@ -49,6 +50,7 @@ from leakatlas.errors import (
     shown,
 )
 from leakatlas.fl import draws, rehearsal, replay, state
+from leakatlas.fl.augmentation import augmented
 from leakatlas.fl.hooks import Defense
 from leakatlas.fl.losses import PLAIN, Loss, as_loss, loss_json, with_code
 from leakatlas.fl.protocol import PROTOCOLS, FedSGD, Protocol
@@ -73,6 +75,7 @@ SOURCES: dict[str, tuple[Knowledge, Grant | None]] = {
     "batch_bn": (Knowledge(0), Grant.BATCH_BN),
     "batch_order": (Knowledge(0), Grant.BATCH_ORDER),
     "dropout_masks": (Knowledge(0), Grant.DROPOUT_MASKS),
+    "augmentation": (Knowledge(0), Grant.AUGMENTATION),
     "secrets": (Knowledge(0), Grant.DEFENSE_SECRETS),
 }
 """Which knowledge, or which grant instead, puts a field into a view."""
@@ -301,6 +304,11 @@ class View:
         return self._get("dropout_masks")  # type: ignore[no-any-return]
 
     @property
+    def augmentation(self) -> tuple[int, ...]:
+        """Seeds of every local step's transforms; an oracle."""
+        return self._get("augmentation")  # type: ignore[no-any-return]
+
+    @property
     def secrets(self) -> Mapping[str, Tensor]:
         """Secret state of the defenses, ``key/name -> tensor``; an oracle."""
         return self._get("secrets")  # type: ignore[no-any-return]
@@ -432,8 +440,19 @@ class View:
             defenses=defenses,
             order=self.batch_order if self.has("batch_order") else None,
             drawn=drawn,
+            augment=self._augment(),
             own=True,
         )
+
+    def _augment(self) -> Callable[[Tensor, int], Tensor] | None:
+        """The client's transforms as it drew them, where recipe and draws are both known."""
+        if not self.has("augmentation") or not self.has("protocol"):
+            return None
+        seeds, recipe = self.augmentation, self.protocol.augment
+        box = self.box if self.has("box") else None
+        if not seeds:
+            return None
+        return lambda x, step: augmented(x, recipe, seeds[step], box)
 
     def _drawn(self, model: nn.Module) -> tuple[draws.Draws, ...] | Literal["mean", "new"]:
         """What replays draw: the granted masks, or the mean network's; nothing costs nothing."""
@@ -493,6 +512,7 @@ class View:
             loss=self._loss,
             defenses=self._fields.get("defenses", ()),
             clients=seen.cohort if aggregated else 1,
+            box=self._fields.get("box"),
             seed=seed,
         )
         return self._copy(rehearsal.own_fields(self._fields, model, x, y, played))
@@ -765,6 +785,8 @@ def _pack(fields: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
             case "batch_order":
                 put(name, {str(step): indices for step, indices in enumerate(value)})
                 facts[name] = len(value)
+            case "augmentation":
+                facts[name] = list(value)
             case "dropout_masks":
                 put(name, {f"{s}/{i}": t for s, step in enumerate(value)
                            for i, t in enumerate(step)})  # fmt: skip
@@ -831,6 +853,8 @@ def _unpack(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
             case "batch_order":
                 content = take(name)
                 fields[name] = tuple(content[str(step)] for step in range(value))
+            case "augmentation":
+                fields[name] = tuple(map(int, value))
             case "dropout_masks":
                 content = take(name)
                 fields[name] = tuple(

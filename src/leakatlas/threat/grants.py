@@ -22,6 +22,8 @@ class Grant(enum.StrEnum):
     """Which examples met in which local step."""
     DROPOUT_MASKS = "dropout_masks"
     """What the model drew in every local step: masks of dropout and stochastic depth."""
+    AUGMENTATION = "augmentation"
+    """What the client drew to transform its images in every local step."""
     PIXEL_RANGE = "pixel_range"
     """The pixel space, for letters without basic knowledge."""
     DEFENSE_SECRETS = "defense_secrets"
