@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from leakatlas.audit.effort import REHEARSED, SLACK, Readied, iterates, readied
+from leakatlas.audit.effort import REHEARSED, SLACK, Readied, iterates, labelled, readied
 from leakatlas.audit.jobs import Job, finished, run_job
 from leakatlas.audit.listener import Listener
 from leakatlas.audit.plan import Plan, Setting, presets
@@ -122,7 +122,7 @@ def _duel(
         for name, at in ready.items():
             jobs[name] = replace(
                 jobs[name],
-                attack=at.attack.lasting(min(lengths)),
+                attack=labelled(at.attack.lasting(min(lengths)), at, jobs[name], plan),
                 preset=attack,
                 rehearsal=at.told(),
             )

@@ -16,6 +16,7 @@ from typing import Any
 from leakatlas.attacks.api import ActiveAttack, Attack, Outlook
 from leakatlas.audit import strangers
 from leakatlas.audit.jobs import Job, finished, not_run, run_job
+from leakatlas.audit.labels import Reader, needed
 from leakatlas.audit.listener import Listener
 from leakatlas.audit.plan import Plan, Setting
 from leakatlas.audit.rehearsal import LEAST, Rehearsal, rehearse, stages
@@ -55,6 +56,7 @@ class Readied:
         rehearsal: How it was chosen, or None.
         reason: Why there was no rehearsal.
         fixed: Length that the user set, or None.
+        reader: Reads the labels of an update, where they must be read and the attack takes them.
     """
 
     attack: Attack
@@ -62,11 +64,13 @@ class Readied:
     rehearsal: Rehearsal | None
     reason: str = ""
     fixed: int | None = None
+    reader: Reader | None = None
 
     def told(self) -> dict[str, Any]:
         """The rehearsal for recipe and report."""
         if self.rehearsal is not None:
-            return self.rehearsal.to_json()
+            rule = {} if self.reader is None else {"labels": self.reader.to_json()}
+            return {**self.rehearsal.to_json(), **rule}
         return {"refused": self.reason} if self.reason else {}
 
     def lasting(self, seconds: float) -> Attack:
@@ -203,7 +207,8 @@ def _spend_on_schedules(
         at = ready[job.setting.name, job.attack.key]
         share = shares([known[i] for i in order[position:]])[0]
         allowance = max(main.remaining() or 0.0, 0.0) * share
-        made = replace(job, attack=at.lasting(allowance), preset=job.attack, rehearsal=at.told())
+        attack = labelled(at.lasting(allowance), at, job, plan)
+        made = replace(job, attack=attack, preset=job.attack, rehearsal=at.told())
         yield run_job(made, plan, SLACK * allowance, out, listener, stop)
     for job in jobs:
         if job not in reached:
@@ -240,6 +245,13 @@ def readied(job: Job, plan: Plan, *, seconds: float, allowance: float, stop: Wat
         return Readied(job.attack, None, None, _first_words(problem), fixed)
     if at is None or not plan.rehearsal:
         return Readied(job.attack, at, None, "", fixed)
+    public = public_images(job.setting, view)
+    reader: Reader | None = None
+    if hasattr(job.attack, "labels") and "labels" not in changes and needed(view):
+        try:
+            reader = Reader(view, public, seed=plan.seed)
+        except LeakAtlasError as problem:
+            return Readied(job.attack, at, None, str(problem), fixed)
     length = fits(allowance, at, fixed or LONGEST)
     if seconds < at * min(LEAST, length):
         return Readied(job.attack, at, None, "the budget leaves no time for a rehearsal", fixed)
@@ -247,7 +259,7 @@ def readied(job: Job, plan: Plan, *, seconds: float, allowance: float, stop: Wat
         found = rehearse(
             view,
             distinct_variants(job.attack, changes),
-            public_images(job.setting, view),
+            public,
             planned=length,
             images=IMAGES,
             seconds=seconds,
@@ -258,13 +270,22 @@ def readied(job: Job, plan: Plan, *, seconds: float, allowance: float, stop: Wat
     except (Exception, SystemExit) as problem:  # as above
         return Readied(job.attack, at, None, _first_words(problem), fixed)
     chosen = type(job.attack).from_json(dict(found.parameters))
-    return Readied(chosen, found.per_iteration, found, "", fixed)
+    return Readied(chosen, found.per_iteration, found, "", fixed, reader)
 
 
 def _first_words(problem: BaseException) -> str:
     if isinstance(problem, LeakAtlasError):
         return str(problem)
     return f"{type(problem).__name__}: {problem}"
+
+
+def labelled(attack: Attack, at: Readied, job: Job, plan: Plan) -> Attack:
+    """The attack with the labels that the rehearsed rule reads from this target's update."""
+    if at.reader is None:
+        return attack
+    live = job.setting.stage(letter=job.letter, seed=plan.seed)
+    view, _ = harness.observe(live, attack, target=job.target, seed=plan.seed)
+    return type(attack).from_json({**attack.to_json(), "labels": at.reader(view)})
 
 
 def distinct_variants(attack: Attack, changes: Any) -> dict[str, Attack]:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from leakatlas import sealed
 from leakatlas.attacks.api import Attack, Reconstruction, cache_folder
+from leakatlas.audit.labels import Reader
 from leakatlas.blocks import observed
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import ImageSet
@@ -47,12 +48,12 @@ CEILING = 60.0
 LEAST = 20
 """Iterations below which a trial says nothing."""
 
-LENGTHS = (1 / 8, 1 / 4, 1.0)
-"""Lengths of the trials of each stage, in units of the planned length: short trials favour fast
-variants, so the last ones are as long as the run that they stand for."""
+LENGTHS = (1 / 4, 1.0)
+"""Lengths of the trials of each stage, in units of the planned length. Short trials favour fast
+variants and strong priors, so the last ones are as long as the run that they stand for."""
 
-FIELD = (4, 2)
-"""Variants that reach the second and the third stage."""
+FIELD = (3,)
+"""Variants that reach the second stage."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,11 @@ def stages(
         affordable: Iterations that all trials may take together.
 
     >>> [(s.variants, s.iterations, s.images) for s in stages(8, 400, 2)]
-    [(8, 50, 2), (4, 100, 2), (2, 400, 2)]
+    [(8, 100, 2), (3, 400, 2)]
     >>> [(s.variants, s.iterations, s.images) for s in stages(8, 400, 2, affordable=2_000)]
-    [(8, 50, 1), (4, 100, 1), (2, 400, 1)]
+    [(8, 100, 1), (3, 400, 1)]
     >>> [(s.variants, s.iterations, s.images) for s in stages(8, 400, 2, affordable=500)]
-    [(8, 20, 1), (4, 31, 1), (2, 125, 1)]
+    [(8, 25, 1), (3, 100, 1)]
     """
 
     def rounds(share: float, images: int) -> tuple[Stage, ...]:
@@ -212,6 +213,7 @@ def rehearse(
     per_iteration: float | None = None,
     watch: Watch | None = None,
     seed: int = 0,
+    reader: Reader | None = None,
     cache: Path | None = None,
 ) -> Rehearsal:
     """Choose among variants of one attack.
@@ -228,6 +230,7 @@ def rehearse(
         watch: Its stop switch ends the rehearsal; the best of the longest trials is taken. So does
             its deadline, between two trials.
         seed: Of images, labels and starts.
+        reader: Reads the labels of an update; the attack's own rule if None.
         cache: Folder for results; that of learned artefacts if None.
 
     Raises:
@@ -241,7 +244,7 @@ def rehearse(
             distinct[name] = attack
     planned = planned or next(iter(distinct.values())).length
     file = (cache or cache_folder()) / "rehearsals" / (
-        _identity(view, distinct, public, planned, images, seed) + ".sealed"
+        _identity(view, distinct, public, planned, images, seed, reader) + ".sealed"
     )  # fmt: skip
     if (kept := _kept(file)) is not None:
         return replace(kept, cached=True)
@@ -261,7 +264,7 @@ def rehearse(
                 whole = False
                 break
             attack = distinct[name].lasting(stage.iterations)
-            tried.append(_try(name, attack, games[: stage.images], watch, seed))
+            tried.append(_try(name, attack, games[: stage.images], watch, seed, reader))
         trials += tried
         if len(tried) < min(len(left), stage.variants):
             break
@@ -302,12 +305,22 @@ def _over(watch: Watch) -> bool:
     return left is not None and left <= 0
 
 
-def _try(name: str, attack: Attack, games: Sequence[Game], watch: Watch, seed: int) -> Trial:
+def _try(
+    name: str,
+    attack: Attack,
+    games: Sequence[Game],
+    watch: Watch,
+    seed: int,
+    reader: Reader | None,
+) -> Trial:
     begun = time.perf_counter()
     quality = 0.0
     for number, game in enumerate(games):
         inner = Watch(parent=watch)
-        found = attack(game.view, seed=seed + number, watch=inner)
+        told = attack
+        if reader is not None:
+            told = type(attack).from_json({**attack.to_json(), "labels": reader(game.view)})
+        found = told(game.view, seed=seed + number, watch=inner)
         quality += own_psnr(found, game)
     seconds = time.perf_counter() - begun
     return Trial(name, attack.length, quality / len(games), len(games), seconds)
@@ -417,6 +430,7 @@ def _identity(
     planned: int | None,
     images: int,
     seed: int,
+    reader: Reader | None,
 ) -> str:
     """State, protocol, defenses, shapes, multiplicity of labels, variants: what a choice rests on.
 
@@ -439,6 +453,7 @@ def _identity(
         "public": public.fingerprint(),
         "length": None if planned is None else round(math.log2(planned)),
         "images": images,
+        "rule": None if reader is None else reader.rule,
         "seed": seed,
     }
     view.forget_reads()

@@ -237,6 +237,11 @@ def _rehearsal(run: Run) -> str:
     )
     if short:
         words += f", in trials of {length} iterations where {told['planned']} were planned"
+    if rule := told.get("labels"):
+        words += (
+            f"; labels by {rule['rule']!r}, which read {100 * rule['overlap']:.0f} % of the "
+            f"rehearsal's labels and {100 * rule['right']:.0f} % of its batches"
+        )
     if told["psnr"] <= told["null"]:
         words += "; no better than the mean image, hence tried last"
     return words

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +11,8 @@ import torch
 from leakatlas.attacks.api import Reconstruction
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.bench import harness
-from leakatlas.blocks.watch import Watch
+from leakatlas.blocks import descent
+from leakatlas.blocks.watch import Step, Watch
 from leakatlas.errors import InvalidParameter, NotGranted
 from leakatlas.fl import FedAVG, FedSGD, Stage, View
 from leakatlas.metrics import images as image_metrics
@@ -66,6 +70,28 @@ def test_the_default_is_the_published_setting() -> None:
     assert (published.distance, published.optimizer, published.schedule) == (
         "cosine", "adam", "steps",
     )  # fmt: skip
+
+
+def test_the_published_step_falls_tenfold_at_three_five_and_seven_eighths() -> None:
+    rates: list[float] = []
+
+    def seen(variables: Any, lr: Any, step: Step) -> None:
+        rates.append(lr["x"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(descent, "inside", lambda box, name: seen)
+        InvertingGradients(steps=80)(harness.observe(small(), InvertingGradients())[0])
+    falls = [i for i in range(1, 80) if rates[i] < 0.5 * rates[i - 1]]
+    assert falls == [30, 50, 70]
+    assert rates[0] == pytest.approx(0.1) and rates[-1] == pytest.approx(1e-4)
+
+
+def test_tuned_is_the_preset_whose_figures_are_stored() -> None:
+    """No one prior is best everywhere, so a change is known by its figures, not by one photo."""
+    file = Path(__file__).parents[4] / "results" / "inverting_gradients.json"
+    measured = json.loads(file.read_text(encoding="utf-8"))["recipe"]["tuned"]
+    own = InvertingGradients.tuned().to_json()
+    assert {name: own[name] for name in measured} == measured
 
 
 def test_tuned_keeps_within_400_iterations() -> None:

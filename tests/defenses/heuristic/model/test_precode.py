@@ -113,6 +113,23 @@ def test_the_log_of_sigma_does_not_underflow() -> None:
     assert torch.isfinite(slope).all()
 
 
+def test_the_loss_grows_by_beta_for_each_bit_of_divergence() -> None:
+    """The prior is compared in bits (the paper's log2), torch's divergence counts nats."""
+    defense = PRECODE(latent=8, beta=0.5)
+    model = defense.model(models.build("lenet", size=8).double())
+    bottleneck = bottleneck_of(model)
+    seen: list[torch.Tensor] = []
+    bottleneck.encoder.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model(torch.rand(3, 3, 8, 8).double())
+    grown = defense.simulate_loss(torch.zeros((), dtype=torch.float64), model)
+    mu, a = seen[0].chunk(2, dim=-1)
+    posterior = torch.distributions.Normal(mu, torch.nn.functional.softplus(a))
+    prior = torch.distributions.Normal(torch.zeros_like(mu), torch.ones_like(mu))
+    nats = torch.distributions.kl_divergence(posterior, prior).sum(1)
+    bits = nats / math.log(2)
+    assert float(grown.detach()) == pytest.approx(0.5 * float(bits.mean().detach()), rel=1e-9)
+
+
 @pytest.mark.parametrize("protocol", [FedSGD(), FedAVG(epochs=2, batch_size=2, lr=0.1)])
 def test_the_adversarys_loss_holds_the_divergence(protocol: Protocol) -> None:
     view, x = observed(

@@ -90,6 +90,8 @@ class GIAS(Attack):
         prior: The shipped generator, or one learned on the surrogate images.
         prior_epochs: Passes over the surrogate images when the generator is learned.
         prior_latent: Length of its latent.
+        labels: Labels that were read from this update beforehand, where none are granted; the
+            attack's own rule if empty.
     """
 
     counts = ("latent_steps", "generator_steps")
@@ -105,6 +107,7 @@ class GIAS(Attack):
     prior: Literal["shipped", "surrogate"] = "shipped"
     prior_epochs: PositiveInt = 6
     prior_latent: PositiveInt = 128
+    labels: tuple[NonNegativeInt, ...] = ()
 
     def prepare(
         self, surrogate: ImageSet, model: nn.Module, *, generator: torch.Generator, watch: Watch
@@ -121,7 +124,7 @@ class GIAS(Attack):
         if not any(bool(tensor.any()) for tensor in g.values()):
             return nothing_found(view.input_shape, "the update is zero; it has no direction")
         like = next(iter(g.values()))
-        y = observed.known_labels(view)
+        y = observed.known_labels(view, self.labels)
         G = self.generator(view, watch).to(like)
         images = to_model_space(view.input_shape, view.box)
         replay = view.replayer()

@@ -48,7 +48,7 @@ from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothi
 from leakatlas.blocks import descent, init, matching, observed, priors
 from leakatlas.blocks.watch import Watch
 from leakatlas.fl import View
-from leakatlas.params import NonNegative, Positive, PositiveInt
+from leakatlas.params import NonNegative, NonNegativeInt, Positive, PositiveInt
 from leakatlas.threat import Knowledge
 
 DISTANCES: dict[str, matching.Distance] = {
@@ -77,6 +77,8 @@ class InvertingGradients(Attack):
         schedule: "steps" (the paper's tenfold falls) or "cosine".
         top: Match only so many tensors of largest norm, as for untrained ImageNet networks (10);
             all if None.
+        labels: Labels that were read from this update beforehand, where none are granted; the
+            attack's own rule if empty.
     """
 
     version: ClassVar[int] = 2
@@ -90,6 +92,7 @@ class InvertingGradients(Attack):
     optimizer: Literal["adam", "unsigned", "sign"] = "adam"
     schedule: Literal["steps", "cosine"] = "steps"
     top: PositiveInt | None = None
+    labels: tuple[NonNegativeInt, ...] = ()
 
     @classmethod
     def cifar(cls, *, steps: int = 4_000, restarts: int = 1) -> Self:
@@ -144,7 +147,7 @@ class InvertingGradients(Attack):
         if not any(bool(tensor.any()) for tensor in g.values()):
             return nothing_found(view.input_shape, "the update is zero; it has no direction")
         like = next(iter(g.values()))
-        y = observed.known_labels(view)
+        y = observed.known_labels(view, self.labels)
         replay = view.replayer()
         distance = DISTANCES[self.distance]
         if self.top is not None:

@@ -1,0 +1,145 @@
+"""Label rules, rehearsed: which one reads such an update best, and how far it can be trusted.
+
+Where labels are not granted and an update holds several examples, an attack needs their labels
+first, and the rule that fits a fresh network fails on a trained one. The adversary tries every rule
+of :data:`~leakatlas.blocks.labels.METHODS` that its knowledge and public images allow on updates of
+its own, whose labels it knows, takes the best, and reads the victim's update with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leakatlas.blocks import labels, observed
+from leakatlas.blocks.labels.requirements import Requirement
+from leakatlas.data import ImageSet
+from leakatlas.errors import LeakAtlasError
+from leakatlas.fl import View, stream
+
+BATCHES = 16
+"""Updates of the adversary's own from which a rule is judged."""
+
+HELD = frozenset(
+    {Requirement.BIAS, Requirement.NONNEG_FEATURES, Requirement.BATCH_SIZE, Requirement.WEIGHTS,
+     Requirement.ARCHITECTURE, Requirement.AUX_DATA}
+)  # fmt: skip
+"""What an adversary with the received model and public images brings; whether features are
+non-negative shows in how the rule does."""
+
+
+def candidates() -> list[str]:
+    """Rules that answer with a multiset of labels from what such an adversary holds."""
+    return [
+        key
+        for key, method in labels.METHODS.items()
+        if method.output in ("counts", "multiset") and method.requires <= HELD
+    ]
+
+
+class Reader:
+    """The rule that rehearsed best, ready to read any update of the same clients.
+
+    Args:
+        view: The adversary's side of the real game; its labels are neither granted nor single.
+        public: Images in the victims' shape; half of them are attacked, half are evidence.
+        seed: Of batches and labels.
+
+    Raises:
+        UnsupportedModel: If the client's loss or the model's head lets no rule read labels.
+        NotGranted: If the view holds too little to imitate the client.
+    """
+
+    def __init__(self, view: View, public: ImageSet, *, seed: int = 0) -> None:
+        labels.require_plain(view.loss, "Counting labels")
+        self.evidence = Evidence(view, public)
+        N, draws = view.num_examples, stream(seed, "rehearsal", "labels")
+        right = dict.fromkeys(candidates(), 0.0)
+        overlap = dict.fromkeys(right, 0.0)
+        for number in range(BATCHES):
+            x, y = self.evidence.draw(N, draws)
+            own = view.rehearse(x, y, seed=seed + number)
+            wanted = torch.bincount(y, minlength=view.classes)
+            for key, counts in self.evidence.answers(own, list(right)).items():
+                shared = int(torch.minimum(counts, wanted).sum())
+                right[key] += (shared == N) / BATCHES
+                overlap[key] += shared / N / BATCHES
+        self.rule = max(right, key=lambda key: (overlap[key], right[key]))
+        self.right, self.overlap = right[self.rule], overlap[self.rule]
+        view.forget_reads()
+
+    def __call__(self, view: View) -> tuple[int, ...]:
+        """The labels behind a view's update, ascending; empty if the rule refuses it."""
+        found = self.evidence.answers(view, [self.rule]).get(self.rule)
+        whole = found is not None and int(found.sum()) == view.num_examples
+        view.forget_reads()
+        if found is None or not whole:
+            return ()
+        return tuple(labels.labels_from_counts(found).tolist())
+
+    def to_json(self) -> dict[str, Any]:
+        """Which rule, and how far it can be trusted here, as plain JSON values."""
+        return {"rule": self.rule, "right": self.right, "overlap": self.overlap,
+                "batches": BATCHES}  # fmt: skip
+
+
+def needed(view: View) -> bool:
+    """Whether labels must be read by a rule that may err: several examples, none granted."""
+    return view.num_examples > 1 and not view.has("labels")
+
+
+class Evidence:
+    """What the adversary brings to label recovery, besides an update.
+
+    Args:
+        view: The adversary's side.
+        public: Images in the victims' shape.
+    """
+
+    def __init__(self, view: View, public: ImageSet) -> None:
+        model = view.model
+        like = next(model.parameters())
+        images = public.images.to(like)
+        inputs = view.box.normalize(images) if view.has("box") else images
+        self.head = labels.find_head(model, like.new_zeros(1, *view.input_shape))
+        held = dict(model.named_parameters())
+        self.weight = held[self.head.weight_name].detach()
+        bias = self.head.bias_name
+        self.bias = None if bias is None else held[bias].detach()
+        with torch.no_grad():
+            self.attacked, evidence = inputs[::2], inputs[1::2]
+            self.beliefs = model.eval()(self.attacked).softmax(1).double().cpu()
+            guessed = model(evidence).argmax(1)
+        self.public = labels.head_pass(model, self.head, evidence, guessed)
+        noise = torch.randn(evidence.shape, generator=stream("rehearsal", "dummies")).to(like)
+        self.dummy = labels.head_pass(model, self.head, noise)
+
+    def draw(self, count: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Images for one batch of the adversary's own, labelled as the model believes."""
+        chosen = torch.randint(len(self.attacked), (count,), generator=draws)
+        y = torch.multinomial(self.beliefs[chosen], 1, generator=draws).flatten()
+        return self.attacked[chosen], y.to(self.attacked.device)
+
+    def answers(self, view: View, rules: Sequence[str]) -> Mapping[str, Tensor]:
+        """Class counts ``(K,)`` by rule; without those that refuse this model."""
+        gathered = labels.Evidence(
+            gradients=observed.mean_gradient(view),
+            head=self.head,
+            batch_size=view.num_examples,
+            weight=self.weight,
+            bias=self.bias,
+            public=self.public,
+            dummy=self.dummy,
+            generator=stream("rehearsal", "rule"),
+        )
+        found: dict[str, Tensor] = {}
+        for rule in rules:
+            try:
+                answer = labels.recover(rule, gathered)
+            except LeakAtlasError:  # no bias, features that change sign: not a rule for this model
+                continue
+            found[rule] = labels.as_counts(answer)
+        return found
