@@ -134,7 +134,7 @@ class AttackCrashed(LeakAtlasError, RuntimeError):
 
 
 class Unavailable(LeakAtlasError, RuntimeError):
-    """An optional package, weight file or data set is not on this machine."""
+    """What a run needs is not at hand: an optional package, a weight file, a data set, or time."""
 
 
 class CatalogueError(LeakAtlasError, ValueError):

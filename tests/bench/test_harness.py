@@ -18,7 +18,7 @@ from leakatlas.attacks.api import (
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.bench import harness
 from leakatlas.blocks.watch import Watch
-from leakatlas.errors import InvalidInput, NotGranted, ProtocolError
+from leakatlas.errors import InvalidInput, NotGranted, ProtocolError, Unavailable
 from leakatlas.fl import FedAVG, View, load_into, model_state, state_hash
 from leakatlas.metrics import Scores, score
 from leakatlas.params import NonNegativeInt, PositiveInt
@@ -251,3 +251,17 @@ def test_a_control_must_be_another_batch_of_the_same_kind() -> None:
         control([2, 3], [1, 0])
     with pytest.raises(InvalidInput, match="decoy batch of shape"):
         control([2], [0])
+
+
+def test_a_round_that_would_outlast_the_budget_is_not_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = build_stage(letter="G", public=surrogate())
+    monkeypatch.setattr(harness, "_COSTS", {((), 1): 1.0})  # a second for every parameter
+    with pytest.raises(Unavailable, match="are left; give it more time"):
+        harness.observe(stage, Meddler(), watch=Watch(5.0))
+    _, records = harness.observe(stage, Meddler(), watch=Watch())  # without a budget it is
+    assert len(records) == 2
+    learnt = harness._COSTS[(), 1]
+    assert 0 < learnt < 1.0
+    assert len(harness.observe(stage, Meddler(), watch=Watch(1e6))[1]) == 2

@@ -35,7 +35,7 @@ REHEARSED = 0.4
 CLOSED = 0.4
 """Share of the attacks' time after which closed forms give way to attacks that iterate."""
 
-LATE = 0.15
+LATE = 0.25
 """Share of what is left that waits for closed forms which had to give way."""
 
 SLACK = 1.5
@@ -127,14 +127,13 @@ def spend(
         yield run_job(job, plan, _allowance(main, job.weight / weight), out, listener, stop)
         weight -= job.weight
     yield from _spend_on_schedules(long, plan, _leaving(main, late), out, listener, stop)
-    for position, job in enumerate(late):
+    for job in late:  # closed forms: each may take what is left
         if stop.stopped:
             return
         if _over(main):
             yield unreached(job)
             continue
-        part = _allowance(main, 1 / (len(late) - position))
-        yield run_job(job, plan, part, out, listener, stop)
+        yield run_job(job, plan, _allowance(main, 1.0), out, listener, stop)
 
 
 def _allowance(main: Watch, share: float) -> float | None:

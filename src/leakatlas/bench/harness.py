@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction
+from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction, Tampering
 from leakatlas.bench.adversary import Adversary, Here
 from leakatlas.bench.task import code_of
 from leakatlas.blocks.watch import Watch
-from leakatlas.errors import InvalidInput, NotGranted, ProtocolError
-from leakatlas.fl import RoundRecord, Stage, Truth, View
+from leakatlas.errors import InvalidInput, NotGranted, ProtocolError, Unavailable
+from leakatlas.fl import Federation, RoundRecord, Stage, Truth, View
 from leakatlas.metrics.score import Scores, score
 from leakatlas.threat import Knowledge, Vantage
 
@@ -65,6 +67,7 @@ def observe(
         NotGranted: If the scenario does not let this adversary tamper or select.
         ProtocolError: If a client refuses, or the attack never stops asking for rounds.
         AttackCrashed: If the adversary's process ended.
+        Unavailable: If a tampered round would outlast the budget, as far as is known.
     """
     adversary = adversary or Here()
     watch = watch or Watch()
@@ -73,7 +76,9 @@ def observe(
     if not isinstance(attack, ActiveAttack):
         for number in range(stage.scenario.rounds):
             last = number == stage.scenario.rounds - 1
+            begun = time.perf_counter()
             records.append(federation.play_round(apply=not last))
+            _learn(federation, records[-1], begun)
         return stage.view(records, target=target), tuple(records)
     view = stage.view(target=target)
     attack.check(view)
@@ -98,6 +103,8 @@ def observe(
             raise NotGranted(
                 f"{attack.key} chooses the cohort, which {view.describe()} may not; it takes H."
             )
+        _afford(stage, tampering, watch)
+        begun = time.perf_counter()
         records.append(
             federation.play_round(
                 cohort=tampering.cohort,
@@ -105,8 +112,52 @@ def observe(
                 sybils=range(SYBIL_IDS, SYBIL_IDS + tampering.sybils),
             )
         )
+        _learn(federation, records[-1], begun)
         keys.append(dict(tampering.key))
         view = stage.view(records, target=target, keys=keys)
+
+
+_COSTS: dict[tuple[object, ...], float] = {}
+"""Seconds that a round took for each parameter of a client, by defenses and number of clients."""
+
+
+def _case(federation: Federation, clients: int) -> tuple[object, ...]:
+    return tuple(defense.key for defense in federation.defenses), clients
+
+
+def _learn(federation: Federation, record: RoundRecord, begun: float) -> None:
+    """Note what a round cost."""
+    update = record.updates[record.cohort[0]]
+    size = sum(tensor.numel() for tensor in update.tensors.values())
+    spent = time.perf_counter() - begun
+    _COSTS[_case(federation, len(record.cohort))] = spent / max(size, 1)
+
+
+def _afford(stage: Stage, tampering: Tampering, watch: Watch) -> None:
+    """Refuse a round that would outlast the budget: nobody can end it half-way.
+
+    Simulated clients mask every parameter for every other client, so that a model which was blown
+    up a hundredfold takes minutes where the agreed one takes a second.
+
+    Raises:
+        Unavailable: With the time that it would take.
+    """
+    left = watch.remaining()
+    federation = stage.federation
+    clients = len(tampering.cohort or federation.clients) + tampering.sybils
+    cost = _COSTS.get(_case(federation, clients))
+    if left is None or cost is None:
+        return
+    sent = tampering.sent
+    one = next(iter(sent.values())) if isinstance(sent, Mapping) else sent
+    built = one.build(federation.model, pixels=math.prod(stage.input_shape))
+    size = sum(parameter.numel() for parameter in built.parameters())
+    if cost * size > left:
+        raise Unavailable(
+            f"A round of {clients} clients with {size:,} parameters each takes about "
+            f"{cost * size:.0f} s here, and {max(left, 0.0):.0f} s are left; give it more time, as "
+            "with --budget."
+        )
 
 
 def run_trial(
