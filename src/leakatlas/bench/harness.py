@@ -118,7 +118,12 @@ def observe(
 
 
 _COSTS: dict[tuple[object, ...], float] = {}
-"""Seconds that a round took for each parameter of a client, by defenses and number of clients."""
+"""Least seconds that a round took for each parameter of a client, by defenses and number of
+clients."""
+
+LONG_ROUND = 10.0
+"""Seconds from which a round is too long to be begun beyond the budget; shorter ones are the
+overhead of any run."""
 
 
 def _case(federation: Federation, clients: int) -> tuple[object, ...]:
@@ -130,7 +135,8 @@ def _learn(federation: Federation, record: RoundRecord, begun: float) -> None:
     update = record.updates[record.cohort[0]]
     size = sum(tensor.numel() for tensor in update.tensors.values())
     spent = time.perf_counter() - begun
-    _COSTS[_case(federation, len(record.cohort))] = spent / max(size, 1)
+    case = _case(federation, len(record.cohort))
+    _COSTS[case] = min(spent / max(size, 1), _COSTS.get(case, math.inf))
 
 
 def _afford(stage: Stage, tampering: Tampering, watch: Watch) -> None:
@@ -152,7 +158,7 @@ def _afford(stage: Stage, tampering: Tampering, watch: Watch) -> None:
     one = next(iter(sent.values())) if isinstance(sent, Mapping) else sent
     built = one.build(federation.model, pixels=math.prod(stage.input_shape))
     size = sum(parameter.numel() for parameter in built.parameters())
-    if cost * size > left:
+    if cost * size > max(left, LONG_ROUND):
         raise Unavailable(
             f"A round of {clients} clients with {size:,} parameters each takes about "
             f"{cost * size:.0f} s here, and {max(left, 0.0):.0f} s are left; give it more time, as "
