@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from leakatlas.audit import process
+from leakatlas.bench.adversary import Here
 from leakatlas.data import Box, ImageSet, bundled
 from leakatlas.fl import Defense, FedSGD, ModelRef, Protocol, Scenario, Stage, stage
 from leakatlas.threat import Grant, Vantage
@@ -26,6 +28,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def attacks_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Audits attack in this process, where a test can patch an attack, unless it says otherwise.
+
+    The boundary has tests of its own; starting a process for every audit here would take minutes.
+    """
+    if request.node.get_closest_marker("own_process") is None:
+        monkeypatch.setattr(process, "adversary", lambda plan: Here())
 
 
 @pytest.fixture

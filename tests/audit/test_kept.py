@@ -182,23 +182,27 @@ def descending(plan: Plan, budget: float | None, allowance: float | None, out: P
     return run_job(job, replace(plan, seconds=budget), allowance, out, Silent(), Watch())
 
 
-def test_a_cut_short_run_goes_on_with_more_time(small_plan: Plan, tmp_path: Path) -> None:
+def test_a_cut_short_run_goes_on_with_more_time(
+    small_plan: Plan, tmp_path: Path, cache: Path
+) -> None:
     whole = descending(small_plan, 60.0, None, None)
     assert whole.status == "complete"
     short = descending(small_plan, 1.0, 1e-9, tmp_path)
     assert short.status == "cut short" and short.scores != whole.scores
     same = descending(small_plan, 1.0, None, tmp_path)
     assert same == replace(short, pictures=same.pictures)  # the same budget: not made again
-    assert list((tmp_path / "runs").glob("*.progress/*/*.pt"))
+    assert list((cache / "progress").glob("*/*/*.pt"))
     longer = descending(small_plan, 60.0, None, tmp_path)
     assert longer.status == "complete" and longer.scores != short.scores
-    assert not list((tmp_path / "runs").glob("*.progress"))
+    assert not list((cache / "progress").glob("*"))
 
 
-def test_a_truncated_checkpoint_gives_no_all_clear(small_plan: Plan, tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_gives_no_all_clear(
+    small_plan: Plan, tmp_path: Path, cache: Path
+) -> None:
     whole = descending(small_plan, 60.0, None, None)
     descending(small_plan, 1.0, 1e-9, tmp_path)
-    (file,) = (tmp_path / "runs").glob("*.progress/*/0001.pt")
+    (file,) = (cache / "progress").glob("*/*/0001.pt")
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.warns(DamagedFile, match=r"0001\.pt"):
         again = descending(small_plan, 60.0, None, tmp_path)

@@ -202,15 +202,15 @@ class StopsWithin(Silent):
 
 
 def test_a_run_stopped_in_the_middle_goes_on_from_its_checkpoint(
-    small_plan: Plan, tmp_path: Path
+    small_plan: Plan, tmp_path: Path, cache: Path
 ) -> None:
     plan = replace(small_plan, seconds=None)  # by steps, not by time: the end is the same
     plan = replace(plan, attack_parameters={"inverting_gradients": {"steps": 60}})
     whole = {r.attack: r for r in carry_out(plan).runs}["inverting_gradients"]
     stop = Watch()
     carry_out(plan, out=tmp_path, listener=StopsWithin(stop, "inverting_gradients"), stop=stop)
-    assert len(list((tmp_path / "runs").glob("*.progress/*/*.pt"))) == 1
+    assert len(list((cache / "progress").glob("*/*/*.pt"))) == 1
     resumed = {r.attack: r for r in carry_out(plan, out=tmp_path).runs}["inverting_gradients"]
     assert resumed.scores == whole.scores
     assert resumed.execution == "eager"
-    assert not list((tmp_path / "runs").glob("*.progress"))
+    assert not list((cache / "progress").glob("*"))

@@ -82,6 +82,7 @@ def audit(
     seed: int = 0,
     execution: Execution = "auto",
     rehearsal: bool = True,
+    in_process: bool = False,
     out: Path | str | None = None,
     listener: Listener | None = None,
     stop: Watch | None = None,
@@ -118,6 +119,8 @@ def audit(
         rehearsal: Whether the adversary first tries its attacks on public images, within the
             budget, and so chooses variants and order; a published preset has no budget and no
             rehearsal.
+        in_process: Whether attacks run in this process, where they could read the images, instead
+            of one of their own; a debugging aid, which the recipe names.
         out: Folder that keeps finished runs and checkpoints of the present one, so that a killed
             audit resumes.
         listener: Shown progress.
@@ -143,6 +146,7 @@ def audit(
         seed=seed,
         execution=execution,
         rehearsal=rehearsal,
+        in_process=in_process,
         command="leakatlas.audit(model, batch, ...)",
     )
     return carry_out(plan, out=None if out is None else Path(out), listener=listener, stop=stop)

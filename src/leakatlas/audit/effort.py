@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from leakatlas.attacks.api import ActiveAttack, Attack, Outlook
-from leakatlas.audit import strangers
+from leakatlas.audit import process, strangers
 from leakatlas.audit.jobs import Job, finished, not_run, run_job
 from leakatlas.audit.labels import Reader, needed
 from leakatlas.audit.listener import Listener
@@ -235,9 +235,16 @@ def readied(job: Job, plan: Plan, *, seconds: float, allowance: float, stop: Wat
     fixed = job.attack.length if set(changes) & set(job.attack.counts) else None
     try:
         live = job.setting.stage(letter=job.letter, seed=plan.seed)
-        view, _ = harness.observe(live, job.attack, target=job.target, seed=plan.seed)
+        view, _ = harness.observe(
+            live,
+            job.attack,
+            target=job.target,
+            seed=plan.seed,
+            adversary=process.adversary(plan),
+        )
         job.attack.check(view)
-        at = pace(job.attack, view, watch=stop, seed=plan.seed)
+        run = process.attacker(plan, live)
+        at = pace(job.attack, view, watch=stop, seed=plan.seed, run=run)
     # Whatever an attack raises when it is tried out, its run will raise too, and that is the run's
     # own error; here it only means that nothing can be planned.
     except (Exception, SystemExit) as problem:
@@ -265,6 +272,7 @@ def readied(job: Job, plan: Plan, *, seconds: float, allowance: float, stop: Wat
             per_iteration=at,
             watch=Watch(1.5 * seconds, parent=stop),
             seed=plan.seed,
+            run=run,
         )
     except (Exception, SystemExit) as problem:  # as above
         return Readied(job.attack, at, None, _first_words(problem), fixed)

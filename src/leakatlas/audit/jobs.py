@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from leakatlas.attacks.api import Attack
-from leakatlas.audit import kept
+from leakatlas.attacks.api import Attack, cache_folder
+from leakatlas.audit import kept, process
 from leakatlas.audit.listener import Listener
 from leakatlas.audit.plan import Plan, Setting
 from leakatlas.audit.start import Start
@@ -95,7 +95,8 @@ def run_job(
     if cache is not None and (before := kept.load(cache, plan.seconds)) is not None:
         return before
     name = f"{job.setting.name}: {job.attack.key}"
-    progress = None if cache is None else cache.with_name(f"{cache.name}.progress")
+    # Not beside the finished runs: they hold the originals, and the attack knows this path.
+    progress = None if cache is None else cache_folder() / "progress" / cache.name
     watch = Watch(
         allowance,
         lambda fraction, note: listener.run(name, fraction, note),
@@ -116,7 +117,7 @@ def run_job(
         recipe=recipe.to_json(),
     )
     try:
-        run = _scored(job, blank, live, plan.seed, watch)
+        run = _scored(job, blank, live, plan, watch)
     except (NotGranted, InvalidInput, InvalidParameter, Unavailable) as refusal:
         run = replace(blank, status="refused", reason=str(refusal), wants=str(refusal))
     except UnsupportedModel as refusal:
@@ -136,9 +137,16 @@ def run_job(
     return run
 
 
-def _scored(job: Job, blank: Run, live: Stage, seed: int, watch: Watch) -> Run:
+def _scored(job: Job, blank: Run, live: Stage, plan: Plan, watch: Watch) -> Run:
     """Play, attack, and hold what came out against the truth."""
-    trial = harness.run_trial(live, job.attack, target=job.target, seed=seed, watch=watch)
+    trial = harness.run_trial(
+        live,
+        job.attack,
+        target=job.target,
+        seed=plan.seed,
+        watch=watch,
+        adversary=process.adversary(plan),
+    )
     labels = trial.found.labels
     if labels is None and trial.found.label_counts is not None:
         labels = torch.repeat_interleave(

@@ -20,6 +20,7 @@ from torch import nn
 
 from leakatlas import sealed
 from leakatlas.attacks.api import Attack, Recipe
+from leakatlas.audit import process
 from leakatlas.audit.plan import Plan, Setting
 from leakatlas.catalogue.code import ALWAYS, code_hash
 from leakatlas.errors import InvalidInput
@@ -61,6 +62,7 @@ def recipe_of(setting: Setting, attack: Attack, scenario: dict[str, Any], plan: 
         "device": device,
         "execution": plan.execution,
         "rehearsal": plan.rehearsal,
+        "process": process.adversary(plan).process,
         "model source": source_hash(setting.model, setting.model_ref.name),
         "loss source": loss_hash(setting.protocol.loss),
         "code": code_hash([*ALWAYS, type(attack).__module__], _own_files(type(attack))),

@@ -183,6 +183,7 @@ class Plan:
         execution: How optimisation attacks compute slopes; see
             :mod:`leakatlas.blocks.descent.execution`.
         rehearsal: Whether attacks that iterate are tried on public images first, within a budget.
+        in_process: Whether attacks run in this process, within reach of the truth; for debugging.
         source: The configuration as JSON, for the report.
         command: The command that repeats this audit.
     """
@@ -195,6 +196,7 @@ class Plan:
     seed: int = 0
     execution: Execution = "auto"
     rehearsal: bool = True
+    in_process: bool = False
     source: Mapping[str, Any] = field(default_factory=dict)
     command: str = "leakatlas audit"
 

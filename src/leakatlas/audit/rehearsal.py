@@ -31,6 +31,7 @@ from torch import Tensor
 from leakatlas import sealed
 from leakatlas.attacks.api import Attack, Reconstruction, cache_folder
 from leakatlas.audit.labels import Reader
+from leakatlas.audit.process import Attacker, here
 from leakatlas.blocks import observed
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import ImageSet
@@ -215,6 +216,7 @@ def rehearse(
     seed: int = 0,
     reader: Reader | None = None,
     cache: Path | None = None,
+    run: Attacker = here,
 ) -> Rehearsal:
     """Choose among variants of one attack.
 
@@ -232,6 +234,7 @@ def rehearse(
         seed: Of images, labels and starts.
         reader: Reads the labels of an update; the attack's own rule if None.
         cache: Folder for results; that of learned artefacts if None.
+        run: Runs an attack on a view; in this process if not given.
 
     Raises:
         NotGranted: If the view holds too little to imitate the client.
@@ -264,7 +267,7 @@ def rehearse(
                 whole = False
                 break
             attack = distinct[name].lasting(stage.iterations)
-            tried.append(_try(name, attack, games[: stage.images], watch, seed, reader))
+            tried.append(_try(name, attack, games[: stage.images], watch, seed, reader, run))
         trials += tried
         if len(tried) < min(len(left), stage.variants):
             break
@@ -312,6 +315,7 @@ def _try(
     watch: Watch,
     seed: int,
     reader: Reader | None,
+    run: Attacker,
 ) -> Trial:
     begun = time.perf_counter()
     quality = 0.0
@@ -320,7 +324,7 @@ def _try(
         told = attack
         if reader is not None:
             told = type(attack).from_json({**attack.to_json(), "labels": reader(game.view)})
-        found = told(game.view, seed=seed + number, watch=inner)
+        found = run(told, game.view, seed + number, inner)
         quality += own_psnr(found, game)
     seconds = time.perf_counter() - begun
     return Trial(name, attack.length, quality / len(games), len(games), seconds)

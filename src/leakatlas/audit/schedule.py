@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 
 from leakatlas.attacks.api import Attack
+from leakatlas.audit.process import Attacker, here
 from leakatlas.blocks.watch import Conduct, Watch
 from leakatlas.fl import View
 
@@ -25,7 +26,9 @@ LONGEST = 4_800
 """Iterations beyond which more time does not lengthen a schedule: the published length of most."""
 
 
-def pace(attack: Attack, view: View, *, watch: Watch, seed: int = 0) -> float | None:
+def pace(
+    attack: Attack, view: View, *, watch: Watch, seed: int = 0, run: Attacker = here
+) -> float | None:
     """Seconds of an iteration, set-up included; None for an attack without a schedule.
 
     What the attack learns offline is learned before the clock starts, since it is kept.
@@ -39,7 +42,7 @@ def pace(attack: Attack, view: View, *, watch: Watch, seed: int = 0) -> float | 
     for probe in (attack.lasting(1), attack.lasting(PROBE)):
         quiet = Watch(parent=watch, conduct=Conduct(execution="eager"))
         begun = time.perf_counter()
-        probe(view, seed=seed, watch=quiet)
+        run(probe, view, seed, quiet)
         seconds, iterations = time.perf_counter() - begun, probe.length or 1
     view.forget_reads()
     return max(seconds / iterations, 1e-6)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction, cache_folder
+from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction
 from leakatlas.bench import task
 from leakatlas.bench.adversary import Turn
 from leakatlas.bench.child import Child, Message
@@ -97,6 +97,10 @@ class Spawned:
         back = [child.folder / name for name in (task.FOUND, task.SENT)]
         return answer, {path.name: path.read_bytes() for path in back if path.is_file()}
 
+    def start(self) -> None:
+        """Start the process now, instead of with the first attack."""
+        self._alive()
+
     def costs(self) -> Mapping[str, float]:
         """What the last attack took: ``cpu_seconds``, ``peak_memory`` in MiB."""
         return self._costs
@@ -116,7 +120,6 @@ class Spawned:
     def _alive(self) -> Child:
         if self._child is None:
             env = {name: value for name, value in os.environ.items() if name not in HIDDEN}
-            env["LEAKATLAS_CACHE"] = str(cache_folder().resolve())
             kind, _, number = self.device.partition(":")
             if kind == "cpu":
                 env["CUDA_VISIBLE_DEVICES"] = ""

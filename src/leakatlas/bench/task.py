@@ -21,7 +21,7 @@ from torch import Tensor
 
 import leakatlas.errors
 from leakatlas import tensorfiles
-from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction
+from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction, cache_folder
 from leakatlas.bench.adversary import Turn, take_turn
 from leakatlas.bench.child import Message
 from leakatlas.blocks.watch import Conduct, Execution, Watch
@@ -103,6 +103,7 @@ def asked(
         "execution": watch.conduct.execution,
         "checkpoints": None if checkpoints is None else str(checkpoints.resolve()),
         "memory": memory,
+        "cache": str(cache_folder().resolve()),
         "threads": torch.get_num_threads(),
     }
 

@@ -6,6 +6,7 @@ its own. It imports the attacks and what they stand on, not the rooms where the 
 
 from __future__ import annotations
 
+import os
 import resource
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ def main() -> None:
 
     def answer(message: Message, send: Callable[[Message], None]) -> Message:
         torch.set_num_threads(message["threads"])
+        os.environ["LEAKATLAS_CACHE"] = message["cache"]
         limit_memory(message["memory"])
         machine.forget_peak()
         begun = time.process_time()
