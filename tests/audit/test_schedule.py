@@ -160,6 +160,29 @@ def test_whose_turn_does_not_come_is_said_and_leaves_the_audit_undecided(
     assert all("more time" in run.wants and not run.tried for run in runs)
 
 
+def test_rehearsals_leave_time_for_the_runs(
+    three_targets: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However slow they are: what they would overrun is not begun, and every attack is tried."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    asked: list[str] = []
+
+    def slow(job: Job, plan: Plan, **rest: Any) -> Readied:
+        asked.append(job.attack.key)
+        now[0] += 50.0
+        return Readied(job.attack, 1e-3, _rehearsal(18.0))
+
+    made: list[Job] = []
+    monkeypatch.setattr(effort, "readied", slow)
+    monkeypatch.setattr(effort, "run_job", lambda job, *rest: made.append(job))
+    list(spend(_jobs(three_targets), three_targets, Watch(100.0), None, Silent(), Watch()))
+    assert asked == ["inverting_gradients"]  # 40 s were for rehearsals; it has most to choose from
+    assert {job.attack.key for job in made} == {"inverting_gradients", "dlg"} and len(made) == 6
+    untried = next(job for job in made if job.attack.key == "dlg")
+    assert "no time" in untried.rehearsal["refused"]
+
+
 def test_an_attack_that_cannot_be_rehearsed_runs_and_says_why(three_targets: Plan) -> None:
     (job, *_) = [job for job in _jobs(three_targets) if job.attack.key == "inverting_gradients"]
     at = readied(job, three_targets, seconds=0.0, allowance=5.0, stop=Watch())

@@ -8,7 +8,7 @@ rebuilt of the adversary's own images, as schedules planned to fit.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ from leakatlas.threat import LETTERS, Knowledge
 
 REHEARSED = 0.4
 """Share of the iterating attacks' time that their rehearsals may take, where nothing is kept."""
+
+PACED = 0.2
+"""Share of that time that may go into timing attacks, where none is rehearsed."""
 
 CLOSED = 0.4
 """Share of the attacks' time after which closed forms give way to attacks that iterate."""
@@ -182,24 +185,31 @@ def _spend_on_schedules(
     each = total * (1 - share) / len(jobs)
     costs = {key: rehearsal_cost(group[0].attack) for key, group in groups.items()}
     ready: dict[tuple[str, str], Readied] = {}
-    for key, group in groups.items():
+    closing = time.perf_counter() + max(share, PACED) * total
+    # Where there is most to choose, first: what comes too late runs without a rehearsal.
+    left = sum(costs.values())
+    for key in sorted(groups, key=lambda key: -costs[key]):
         if stop.stopped:
             return
-        first = group[0]
-        if _over(main):
-            break
-        part = total * share * costs[key] / sum(costs.values())
+        first = groups[key][0]
+        part = (closing - time.perf_counter()) * costs[key] / left
+        left -= costs[key]
+        if part <= 0:
+            ready[key] = _carried_over(first, ready.values(), "the budget leaves no time for it")
+            continue
         listener.run(f"{first.setting.name}: {first.attack.key}, rehearsal", 0.0)
-        ready[key] = readied(first, plan, seconds=part, allowance=each, stop=stop)
-    reached = [job for job in jobs if (job.setting.name, job.attack.key) in ready]
-    gains = [_gain(ready[job.setting.name, job.attack.key]) for job in reached]
+        at = readied(first, plan, seconds=part * bool(share), allowance=each, stop=stop)
+        if at.rehearsal is None and plan.rehearsal:
+            at = _carried_over(first, ready.values(), at.reason, at)
+        ready[key] = at
+    gains = [_gain(ready[job.setting.name, job.attack.key]) for job in jobs]
     best = max((gain for gain in gains if gain is not None), default=0.0)
-    known = [best if gain is None else gain for gain in gains]
-    order = sorted(range(len(reached)), key=lambda index: -known[index])
+    known = [best / 2 if gain is None else gain for gain in gains]
+    order = sorted(range(len(jobs)), key=lambda index: -known[index])
     for position, index in enumerate(order):
         if stop.stopped:
             return
-        job = reached[index]
+        job = jobs[index]
         if _over(main):
             yield unreached(job)
             continue
@@ -209,9 +219,26 @@ def _spend_on_schedules(
         attack = labelled(at.lasting(allowance), at, job, plan)
         made = replace(job, attack=attack, preset=job.attack, rehearsal=at.told())
         yield run_job(made, plan, SLACK * allowance, out, listener, stop)
-    for job in jobs:
-        if job not in reached:
-            yield unreached(job)
+
+
+def _carried_over(
+    job: Job, others: Iterable[Readied], reason: str, at: Readied | None = None
+) -> Readied:
+    """An attack that was not rehearsed on a setting, as the same one was chosen on another.
+
+    Args:
+        job: What is to be run.
+        others: Those that are ready.
+        reason: Why it was not rehearsed.
+        at: What is known of it, or None.
+    """
+    at = at or Readied(job.attack, None, None, reason)
+    for other in others:
+        found = other.rehearsal
+        if found is not None and found.attack == job.attack.key:
+            words = f"{reason}; {found.variant!r}, chosen on another set-up, was taken"
+            return replace(at, attack=other.attack, reason=words)
+    return at
 
 
 def rehearsal_cost(attack: Attack) -> float:
