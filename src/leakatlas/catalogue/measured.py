@@ -122,6 +122,15 @@ class Result(Strict):
         return f"leakatlas bench {self.study}" if self.carried_over and self.study else self.command
 
 
+class OfficialFigure(Strict):
+    """One figure that the official code gave on inputs made from seeds."""
+
+    value: Annotated[float, Field(strict=True, allow_inf_nan=False)]
+    tolerance: Annotated[
+        float, Field(gt=0, allow_inf_nan=False, description="Largest relative difference of ours.")
+    ]
+
+
 class Differential(Strict):
     """One ``results/differential/*.json`` file: ours beside the official code, on equal inputs."""
 
@@ -135,6 +144,13 @@ class Differential(Strict):
     inputs: Annotated[Text, Field(description="What both were given.")]
     tolerance: Annotated[dict[str, Any], Field(min_length=1, description="What counts as equal.")]
     note: str = ""
+    official: Annotated[
+        dict[Text, OfficialFigure],
+        Field(
+            description="Figures that `leakatlas bench --differential` compares again; without "
+            "any, the measures are a record of one comparison."
+        ),
+    ] = Field(default_factory=dict)
     hardware: Text
     measures: Annotated[tuple[Measure, ...], Field(min_length=1)]
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]

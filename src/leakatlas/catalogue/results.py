@@ -36,6 +36,7 @@ __all__ = [
     "Result",
     "current_version",
     "default_folder",
+    "differential",
     "files",
     "load",
     "measured_stances",
@@ -91,6 +92,20 @@ def read(path: Path) -> tuple[tuple[Result, ...], list[Problem]]:
     for result in sound:
         problems += [*_check_common(result, path.name), *_check(result, path.name)]
     return sound, problems
+
+
+def differential(path: Path) -> Differential:
+    """The differential in a file.
+
+    Raises:
+        InvalidInput: If it is malformed; every problem is named.
+    """
+    data = reading.read_json(path, what="result")
+    try:
+        return Differential.model_validate(data)
+    except ValidationError as failure:
+        found = from_validation(failure, Differential, file=path.name, row="")
+        raise InvalidInput("\n".join(map(str, found))) from None
 
 
 def _check_common(result: Result | Differential, file: str) -> Iterator[Problem]:

@@ -54,16 +54,28 @@ def bench(
     stale: Annotated[
         bool, typer.Option("--stale", help="List studies that have something to run, and why.")
     ] = False,
+    differential: Annotated[
+        bool,
+        typer.Option(
+            "--differential",
+            help="Compare with figures of official code: every row, or the one that is named.",
+        ),
+    ] = False,
     every: Annotated[bool, typer.Option("--all", help="Run everything that is left.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run a study, from where it stopped: one set-up, its axes, every combination scored alike.
 
-    Exit code 0: every cell has a record; 2: bad input; 3: cells are left, or some crashed. Ctrl-C
-    loses the cells that are being run and nothing else; the same command continues.
+    Exit code 0: every cell has a record; 1: a figure differs from official code; 2: bad input; 3:
+    cells are left, some crashed, or a comparison cannot be made again. Ctrl-C loses the cells that
+    are being run and nothing else; the same command continues.
     """
-    if sum((study is not None, show, stale, every)) != 1:
-        raise InvalidParameter("Give one study, or one of --list, --stale and --all.")
+    if differential and not (show or stale or every):
+        raise typer.Exit(_differential(study, results, as_json))
+    if sum((study is not None, show, stale, every)) != 1 or differential:
+        raise InvalidParameter(
+            "Give one study, or one of --list, --stale, --all and --differential."
+        )
     from leakatlas.bench.runner import Options
     from leakatlas.bench.study import find, load
     from leakatlas.blocks.watch import parse_budget
@@ -87,6 +99,38 @@ def bench(
         else:
             ended = _table(studies, options, only_stale=stale, as_json=as_json)
     raise typer.Exit(0 if ended else 3)
+
+
+def _differential(row: str | None, folder: Path | None, as_json: bool) -> int:
+    """Compare with official code, and say what cannot be compared again; the exit code."""
+    from leakatlas.bench.differential import compare, ours, stored
+
+    known = stored(folder)
+    mine = ours()
+    chosen = list(known) if row is None else [row]
+    found = {name: compare(name, known, mine) for name in chosen}
+    recorded = [name for name, comparisons in found.items() if not comparisons]
+    flat = [comparison for comparisons in found.values() for comparison in comparisons]
+    apart = [comparison for comparison in flat if not comparison.equal]
+    if as_json:
+        facts = [{**vars(c), "difference": c.difference, "equal": c.equal} for c in flat]
+        typer.echo(json.dumps({"compared": facts, "recorded_only": recorded}))
+    else:
+        table = Table()
+        for column in ("row", "figure", "official", "ours", "difference", "allowed", "equal"):
+            table.add_column(column, overflow="fold")
+        for c in flat:
+            numbers = (f"{c.official:.6g}", f"{c.ours:.6g}", f"{c.difference:.1e}")
+            table.add_row(c.row, c.name, *numbers, f"{c.tolerance:.0e}", "yes" if c.equal else "NO")
+        console = Console()
+        console.print(table)
+        console.print(f"{len(flat)} figures compared, {len(apart)} apart.", highlight=False)
+        for name in recorded:
+            console.print(
+                f"{name}: recorded on {known[name].date}, cannot be compared again "
+                "(its official figures need released files, or were not kept).", highlight=False,
+            )  # fmt: skip
+    return 1 if apart else 3 if recorded else 0
 
 
 def _run(studies: list[Study], options: Options, as_json: bool) -> bool:

@@ -1,0 +1,201 @@
+"""Our side of the comparisons with official code, on inputs made from seeds.
+
+Every function gives the figures whose official values are kept in ``results/differential``, with
+repository, commit and tolerance. Its ``*_inputs`` are what the official code was given as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leakatlas import models
+from leakatlas.attacks.analytic.closed_form.april import APRIL
+from leakatlas.attacks.analytic.closed_form.rgap import solve_convolution
+from leakatlas.attacks.analytic.sparsification.fishing import CLASS, CUT, Move, set_head
+from leakatlas.bench.examine import errors
+from leakatlas.bench.harness import run_trial
+from leakatlas.blocks import labels, matching, priors, readout, surgery
+from leakatlas.data import CIFAR10, patches
+from leakatlas.fl import ModelRef, Scenario, edits, replay, stage
+
+
+def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normal numbers of a seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def along(tensor: Tensor, seed: int = 99) -> float:
+    """A tensor in one number that moves with every entry: its product with a random direction."""
+    flat = tensor.detach().flatten()
+    return float(flat.double() @ draw(seed, len(flat)))
+
+
+def april() -> dict[str, float]:
+    """The image of least norm of a transformer too narrow for its patches."""
+    settings = {"first_block": "april", "dim": 32, "size": 16, "classes": 8, "seed": 0}
+    reference = ModelRef("builtin", "vit", settings)
+    scenario = Scenario(model=reference, letter="B", examples=1)
+    victims = patches(16, 1)
+    scene = stage(scenario, model=reference.build().double(), victims=victims, box=CIFAR10)
+    return {"error of the image": float(errors(run_trial(scene, APRIL()))[0])}
+
+
+def dlg_inputs() -> dict[str, Any]:
+    """A LeNet with weights in [-0.5, 0.5], an image, and a random start."""
+    model = models.build("lenet", classes=100, size=32).double()
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            generator = torch.Generator().manual_seed(number)
+            parameter.uniform_(-0.5, 0.5, generator=generator)
+    x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(50)).double()
+    return {
+        "model": model,
+        "x": x,
+        "y": 7,
+        "start": draw(51, 1, 3, 32, 32),
+        "logits": draw(52, 1, 100),
+    }
+
+
+def dlg() -> dict[str, float]:
+    """The squared distance at a random start, and its slopes."""
+    given = dlg_inputs()
+    model = given["model"]
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    target = torch.tensor([given["y"]])
+    g = replay.gradient(model, parameters, {}, given["x"], target, create_graph=False)
+    x, logits = given["start"].requires_grad_(), given["logits"].requires_grad_()
+    mine = replay.gradient(model, parameters, {}, x, logits.softmax(dim=1))
+    distance = matching.squared_l2(mine, g)
+    of_x, of_logits = torch.autograd.grad(distance, (x, logits))
+    return {
+        "distance": float(distance.detach()),
+        "slope of the image": along(of_x),
+        "slope of the label logits": along(of_logits),
+    }
+
+
+def inverting_gradients_inputs() -> dict[str, Any]:
+    """A ConvNet in eval mode, an image, and a random start."""
+    model = models.build("convnet", width=4, size=16).double().eval()
+    x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(60)).double()
+    return {"model": model, "x": x, "y": 3, "start": draw(61, 1, 3, 16, 16)}
+
+
+def inverting_gradients() -> dict[str, float]:
+    """Cosine distance and total variation at a random start, and their slope."""
+    given = inverting_gradients_inputs()
+    model, target = given["model"], torch.tensor([given["y"]])
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    g = replay.gradient(model, parameters, {}, given["x"], target, create_graph=False)
+    x = given["start"].requires_grad_()
+    distance = matching.cosine(replay.gradient(model, parameters, {}, x, target), g)
+    variation = priors.tv_mean(x)
+    (slope,) = torch.autograd.grad(distance + 0.1 * variation, x)
+    return {
+        "cosine distance": float(distance.detach()),
+        "total variation": float(variation.detach()),
+        "slope of the objective": along(slope),
+    }
+
+
+def fishing_inputs() -> nn.Module:
+    """A ConvNet whose head is changed."""
+    return models.build("convnet", width=4, size=16)
+
+
+def fishing() -> dict[str, float]:
+    """The head after one round of class fishing, and after one cut of a feature."""
+    figures = {}
+    for name, move in (
+        ("class", Move(CLASS, 4, gain=0.5, beta=1_000.0)),
+        ("feature", Move(CUT, 4, feature=17, theta=0.37, gain=300.0)),
+    ):
+        model = fishing_inputs()
+        set_head(model, labels.find_head(model), move)
+        *_, weight, bias = model.parameters()
+        figures |= {f"weights, {name} head": along(weight), f"biases, {name} head": along(bias)}
+    return figures
+
+
+CONVOLUTIONS = ((1, 8, 3, 1, 1, 5), (2, 12, 3, 1, 1, 6), (3, 12, 4, 2, 2, 8))
+"""Channels in and out, kernel, stride, padding and side of the input."""
+
+
+def rgap_inputs(number: int) -> dict[str, Any]:
+    """A convolution in float32, its input, its output and the gradients of both sides."""
+    inside, outside, kernel, stride, padding, side = CONVOLUTIONS[number]
+    conv = nn.Conv2d(inside, outside, kernel, stride, padding, bias=False)
+    seed, single = 10 * number, torch.float32
+    with torch.no_grad():
+        conv.weight.copy_(draw(70 + seed, *conv.weight.shape, dtype=single) / 4)
+    x = draw(71 + seed, 1, inside, side, side, dtype=single)
+    z = conv(x)
+    k = draw(72 + seed, *z.shape, dtype=single)
+    (g,) = torch.autograd.grad(z, conv.weight, grad_outputs=k)
+    return {"conv": conv, "x": x, "z": z.detach(), "k": k, "g": g}
+
+
+def rgap() -> dict[str, float]:
+    """Inputs of convolutions from weight gradient and output."""
+    figures = {}
+    for number, (inside, *_, side) in enumerate(CONVOLUTIONS):
+        given = rgap_inputs(number)
+        found = solve_convolution(
+            given["conv"], (inside, side, side), given["k"].flatten().double(), given["g"],
+            given["z"].flatten().double(),
+        )  # fmt: skip
+        figures[f"input of convolution {number}"] = along(found.x)
+    return figures
+
+
+def robbing_the_fed_inputs() -> dict[str, Tensor]:
+    """Twelve images, a measurement, and the slope of the loss at the block's output."""
+    x = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(80)).double()
+    x = (x - x.mean()) / x.std()
+    return {"x": x, "w": draw(81, 192) / 192**0.5, "slope": draw(82, 12, 192)}
+
+
+def robbing_the_fed() -> dict[str, float]:
+    """Thresholds, gradients of the block, and the images read below the top bin."""
+    given = robbing_the_fed_inputs()
+    edges = readout.bin_edges("normal", 32)
+    block = edits.Imprint(given["w"], edges, spread=None).layers().double()
+    out = block(given["x"]) * given["slope"].view(12, 3, 8, 8)
+    g_w, g_b = torch.autograd.grad(out.sum(), (block.first.weight, block.first.bias))
+    read = readout.cumulative_readout(g_w, g_b, edges[:-1])
+    return {
+        "thresholds": along(edges[:-1]),
+        "gradient of the weights": along(g_w),
+        "gradient of the biases": along(g_b),
+        "images below the top bin": sum(along(x) for x in read.x[read.rows < 31]),
+        "their number": float((read.rows < 31).sum()),
+    }
+
+
+def trap_weights() -> dict[str, float]:
+    """The rows on average; no two programs draw the same ones."""
+    like, generator = torch.zeros(1), torch.Generator().manual_seed(0)
+    rows = surgery.trap_rows(1_000, 3_072, scaling=0.95, sigma=0.5, generator=generator, like=like)
+    ordered = rows.double()
+    positive, negative = ordered.clamp(min=0).sum(dim=1), -ordered.clamp(max=0).sum(dim=1)
+    return {
+        "mean sum of a row": float(ordered.sum(dim=1).mean()),
+        "positive over negative weights": float((positive / negative).mean()),
+    }
+
+
+OURS: dict[str, Callable[[], dict[str, float]]] = {
+    "april": april,
+    "dlg": dlg,
+    "fishing": fishing,
+    "inverting_gradients": inverting_gradients,
+    "rgap": rgap,
+    "robbing_the_fed": robbing_the_fed,
+    "trap_weights": trap_weights,
+}
+"""Rows whose comparison is made again."""
