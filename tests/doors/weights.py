@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
-from leakatlas import models
+from leakatlas import data, models
+from leakatlas.fl import load_into
 from leakatlas.lint import lint
 from tests.doors import hostile
 from tests.doors.hostile import damaged
@@ -127,3 +128,11 @@ def _live(draw: st.DrawFn) -> bytes:
 def lint_weights(folder: Path) -> object:
     """``leakatlas lint w.pt``, by its function."""
     return lint(models.load_state(folder / "w.pt"))
+
+
+@door(one("w.pt", st.one_of(_live(), _live(), _any_weights())), share=1.0, examples=60)
+def received_model(folder: Path) -> object:
+    """Weights that are put into the agreed architecture, and its check on one's own batch."""
+    weights = models.load_state(folder / "w.pt")
+    model = load_into(models.build("fc", size=8, widths=[3]), weights)
+    return lint(model, batch=data.load("photos:8", limit=2))

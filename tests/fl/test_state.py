@@ -120,3 +120,12 @@ def test_a_python_file_is_a_reference(tmp_path: Path) -> None:
 def test_references_that_build_nothing(kind: str, name: str, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         ModelRef(kind, name).build(trust_code=True)  # type: ignore[arg-type]  # parametrised Literal
+
+
+def test_whole_numbers_are_no_weights_but_floats_may_count() -> None:
+    model = nn.BatchNorm1d(2)
+    state = {n: t.float() for n, t in model.state_dict().items()}  # as arrays come from a server
+    assert load_into(model, state).get_buffer("num_batches_tracked").dtype == torch.int64
+    state["weight"] = torch.ones(2, dtype=torch.int8)
+    with pytest.raises(InvalidInput, match=r"'weight' the model expects torch.float32.*torch.int8"):
+        load_into(model, state)

@@ -123,7 +123,7 @@ def read_model(
         if name in models.shipped() and held is None:
             return models.pretrained(name)
         settings = {} if classes is None else {"classes": classes}
-        if held is not None and "fc.weight" in held:
+        if held is not None and "fc.weight" in held and held["fc.weight"].ndim == 2:
             settings["classes"] = len(held["fc.weight"])
         module = ModelRef("builtin", name, settings).build()
     elif name and not reading.is_file(text):

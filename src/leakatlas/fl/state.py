@@ -65,6 +65,11 @@ def load_into(model: nn.Module, state: Tensors) -> nn.Module:
                 f"The state does not fit {type(model).__name__}: at {name!r} the model expects "
                 f"{expected}, the state holds {got}."
             )
+        if own[name].is_floating_point() and not state[name].is_floating_point():
+            raise InvalidInput(
+                f"The state does not fit {type(model).__name__}: at {name!r} the model expects "
+                f"{own[name].dtype}, the state holds {state[name].dtype}."
+            )
     with torch.no_grad():
         for name, tensor in [*clone.named_parameters(), *clone.named_buffers()]:
             if tensor.dtype != state[name].dtype and tensor.is_floating_point():

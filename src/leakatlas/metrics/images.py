@@ -143,6 +143,8 @@ def ms_ssim(x_hat: Tensor, x: Tensor) -> Tensor:
 
 def log_spectrum(x: Tensor) -> Tensor:
     """``log(1 + |F x|)`` of the orthonormal 2-D Fourier transform, ``(N, C, H, W)``."""
+    if not len(x):  # MKL under torch 2.6 refuses an empty batch
+        return x.double()
     spectrum: Tensor = torch.fft.fft2(x.double(), norm="ortho")
     return spectrum.abs().log1p()
 
