@@ -168,3 +168,9 @@ def test_match_asks_for_the_length_and_match_directions_does_not() -> None:
     assert inversion.match_directions(-2 * x[:1], x).tolist() == [True, False, False]
     assert inversion.match(torch.full((1, 3), torch.nan), x).tolist() == [False] * 3
     assert inversion.match(x[:0], x).tolist() == [False] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_matched_too(dtype: torch.dtype) -> None:
+    x = torch.rand(3, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert inversion.match(x[:2], x).tolist() == [True, True, False]

@@ -217,7 +217,7 @@ def pair_differences(g_w: Tensor, g_b: Tensor) -> Tensor:
 def match(candidates: Tensor, x: Tensor) -> Tensor:
     """Which inputs ``(N, n)`` some candidate ``(M, n)`` equals, ``(N,)``."""
     size = power_of_two(x)
-    x = x / size
+    x = (x / size).to(torch.promote_types(x.dtype, torch.float32))  # halves have no cdist
     centred = x - x.mean(dim=0)
     spread = centred.norm(dim=1)
     found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
