@@ -82,11 +82,13 @@ def stages(
 ) -> tuple[Stage, ...]:
     """The rounds of a rehearsal that costs no more than it may.
 
-    First the number of batches gives way, then the length of all trials, then the number of
-    variants; a single variant is only measured, at the planned length if that is affordable.
+    First the number of batches gives way, then the number of variants: trials much shorter than
+    the run that they stand for mislead, so a few variants are tried at the planned length rather
+    than all of them briefly. Where not even two are affordable so, two are compared in what time
+    there is.
 
     Args:
-        variants: V.
+        variants: V, in order of promise.
         planned: Iterations of the victim's run.
         images: Batches of public images, at most.
         affordable: Iterations that all trials may take together.
@@ -95,28 +97,24 @@ def stages(
     [(8, 100, 2), (3, 400, 2)]
     >>> [(s.variants, s.iterations, s.images) for s in stages(8, 400, 2, affordable=2_000)]
     [(8, 100, 1), (3, 400, 1)]
+    >>> [(s.variants, s.iterations, s.images) for s in stages(8, 400, 2, affordable=1_700)]
+    [(4, 400, 1)]
     >>> [(s.variants, s.iterations, s.images) for s in stages(8, 400, 2, affordable=500)]
-    [(8, 25, 1), (3, 100, 1)]
+    [(2, 250, 1)]
     """
 
-    def rounds(share: float, images: int) -> tuple[Stage, ...]:
+    def rounds(images: int) -> tuple[Stage, ...]:
         field = [min(variants, n) for n in (variants, *FIELD)]
-        lengths = [min(planned, max(LEAST, int(share * part * planned))) for part in LENGTHS]
+        lengths = [min(planned, max(LEAST, int(part * planned))) for part in LENGTHS]
         made = [Stage(n, length, images) for n, length in zip(field, lengths, strict=True)]
-        return tuple(made) if variants > 1 else tuple(made[-1:])
-
-    def cost(made: Sequence[Stage]) -> int:
-        return sum(stage.cost for stage in made)
+        return tuple(made) if variants > FIELD[0] else tuple(made[-1:])
 
     for fewer in range(images, 0, -1):
-        if cost(rounds(1.0, fewer)) <= affordable:
-            return rounds(1.0, fewer)
-    share = affordable / cost(rounds(1.0, 1))
-    shrunk = rounds(share, 1)
-    if cost(shrunk) <= 1.2 * affordable or variants == 1:
-        return shrunk
-    several = max(2, min(variants, int(affordable / LEAST)))
-    return (Stage(several, min(planned, LEAST), 1),)
+        if sum(stage.cost for stage in rounds(fewer)) <= affordable:
+            return rounds(fewer)
+    several = min(variants, max(2, int(affordable / planned)))
+    length = min(planned, max(LEAST, int(affordable / several)))
+    return (Stage(several, length, 1),)
 
 
 @dataclass(frozen=True)
