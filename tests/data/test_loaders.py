@@ -179,12 +179,16 @@ def test_an_enormous_image_is_refused_before_it_is_decoded(tmp_path: Path) -> No
         parquet(path)
 
 
-def test_sixteen_bit_pixels_are_refused_not_clipped(tmp_path: Path) -> None:
+def test_sixteen_bit_pixels_are_scaled_not_clipped(tmp_path: Path) -> None:
     buffer = io.BytesIO()
-    Image.fromarray(np.full((4, 4), 30_000, dtype=np.uint16)).save(buffer, "PNG")
+    deep = np.array([[0, 257], [30_000, 65_535]], dtype=np.uint16)
+    Image.fromarray(deep).save(buffer, "PNG")
     path = write_parquet(tmp_path / "d.parquet", [{"bytes": buffer.getvalue(), "path": ""}], [0])
-    with pytest.raises(InvalidInput, match="8 bits"):
-        parquet(path)
+    read = parquet(path)
+    torch.testing.assert_close(
+        read.images[0, 0].double(), torch.tensor(deep / 65535), atol=1e-7, rtol=0
+    )
+    assert "16 bits" in read.notes[0] and "65535" in read.notes[0]
 
 
 def test_folder_classes_are_subfolders(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from leakatlas.audit.bounds import require_feasible
 from leakatlas.audit.config import AuditConfig, make_plan, read_config
@@ -20,8 +20,7 @@ from leakatlas.audit.plan import Plan, Setting, parse_execution, presets, stand_
 from leakatlas.audit.run import carry_out
 from leakatlas.bench.harness import Trial, run_trial
 from leakatlas.blocks.watch import Execution, Watch, parse_budget
-from leakatlas.data import Box, ImageSet
-from leakatlas.errors import InvalidInput
+from leakatlas.data import Batch, Box, as_images
 from leakatlas.fl import Defense, FedSGD, ModelRef, Protocol, Update
 from leakatlas.fl.capture import Capture
 from leakatlas.fl.intake import Selector
@@ -62,7 +61,7 @@ __all__ = [
 
 def audit(
     model: nn.Module,
-    batch: ImageSet | tuple[Tensor, Tensor] | None = None,
+    batch: Batch | None = None,
     *,
     captured: Capture | Update | None = None,
     input_shape: tuple[int, int, int] | None = None,
@@ -75,7 +74,7 @@ def audit(
     clients: int = 1,
     box: Box | None = None,
     output: Selector | None = None,
-    surrogate: ImageSet | None = None,
+    surrogate: Batch | None = None,
     attacks: Sequence[str] | None = None,
     attack_parameters: Mapping[str, Mapping[str, Any]] | None = None,
     budget: str | float | None = "5m",
@@ -93,8 +92,10 @@ def audit(
         model: Image classifier ``(N, C, H, W) -> (N, K)`` with the weights that a client would
             receive; it is not changed.
         batch: Private images in [0, 1] and labels ``(N,)``, or targets ``(N, K)`` of the
-            protocol's loss; dealt evenly to the clients. With ``captured``, the images behind it,
-            or None where they are not at hand: then nothing is scored.
+            protocol's loss, in any form that :func:`leakatlas.data.as_images` reads (tensors,
+            arrays, pictures, a Dataset, a DataLoader); dealt evenly to the clients. With
+            ``captured``, the images behind it, or None where they are not at hand: then nothing is
+            scored.
         captured: What a real client sent, attacked instead of a simulated round; the model holds
             the state that it received, unless the capture does.
         input_shape: ``(C, H, W)``, needed where there is no batch.
@@ -108,7 +109,8 @@ def audit(
         box: Normalisation between [0, 1] and the model's inputs; none if None.
         output: Which part of the model's output holds the logits (place, key or attribute), if it
             returns more than one tensor.
-        surrogate: Public images of the same kind, for D, E, G and H.
+        surrogate: Public images of the same kind, for D, E, G and H; in any form that a batch
+            may have.
         attacks: Keys; every implemented one if None.
         attack_parameters: Changes to the presets, by key.
         budget: ``"30s"``, ``"10m"``, seconds, or ``"paper"`` for the published presets without a
@@ -154,7 +156,7 @@ def audit(
 
 def doctor(
     model: nn.Module,
-    batch: ImageSet | tuple[Tensor, Tensor] | None = None,
+    batch: Batch | None = None,
     *,
     captured: Capture | Update | None = None,
     input_shape: tuple[int, int, int] | None = None,
@@ -166,7 +168,7 @@ def doctor(
     clients: int = 1,
     box: Box | None = None,
     output: Selector | None = None,
-    surrogate: ImageSet | None = None,
+    surrogate: Batch | None = None,
     seed: int = 0,
 ) -> Diagnosis:
     """Check a set-up in seconds: is it consistent, and which attacks can work at all?
@@ -200,13 +202,13 @@ def doctor(
 
 def _setting(
     model: nn.Module,
-    batch: ImageSet | tuple[Tensor, Tensor] | None,
+    batch: Batch | None,
     protocol: Protocol | None,
     defenses: Sequence[Defense],
     clients: int,
     box: Box | None,
     output: Selector | None,
-    surrogate: ImageSet | None,
+    surrogate: Batch | None,
     vantage: Vantage | str,
     grants: Iterable[Grant | str],
     captured: Capture | Update | None,
@@ -216,27 +218,24 @@ def _setting(
     known = batch is not None
     if batch is None:
         batch = stand_in(capture, input_shape)
-    if not isinstance(batch, ImageSet):
-        images, labels = batch
-        if images.dim() != 4:
-            raise InvalidInput(
-                f"The batch's images have shape {tuple(images.shape)}, expected (N, C, H, W)."
-            )
-        if labels.dim() == 2:
-            labels, highest = labels.float(), labels.shape[1]
-        else:
-            highest = int(labels.max()) + 1 if labels.numel() else 1
-        batch = ImageSet(images, labels, tuple(str(k) for k in range(highest)), "batch")
+    protocol = protocol or FedSGD()
+    vectors = protocol.loss.multilabel or protocol.loss.key == "python"
+    victims = as_images(batch, name="batch", box=box, vectors=vectors)
+    public = (
+        None
+        if surrogate is None
+        else as_images(surrogate, name="surrogate", box=box, vectors=vectors)
+    )
     return Setting(
-        name=f"{type(model).__name__}, {type(protocol or FedSGD()).__name__}",
+        name=f"{type(model).__name__}, {type(protocol).__name__}",
         model=model,
         model_ref=ModelRef("object", type(model).__name__, output=output),
-        victims=batch,
-        protocol=protocol or FedSGD(),
+        victims=victims,
+        protocol=protocol,
         clients=clients,
         defenses=tuple(defenses),
-        box=box or Box.unit(batch.images.shape[1]),
-        surrogate=surrogate,
+        box=box or Box.unit(victims.channels),
+        surrogate=public,
         vantage=Vantage(vantage),
         captured=capture,
         known=known,

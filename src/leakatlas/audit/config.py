@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 
 from leakatlas import data, models, yamlfiles
 from leakatlas.audit.plan import Plan, Setting, stand_in
@@ -55,6 +55,13 @@ class DataConfig(_Strict):
     """Public images of the same population, for letters D, E, G, H; no victim among them."""
     shape: tuple[int, int, int] | None = None
     """``[channels, height, width]``, with ``victims: none``."""
+    channels: Literal[1, 3] | None = None
+    """3 gives grey images three equal channels, 1 makes colour ones grey; the files' own if left
+    out."""
+    classes: tuple[StrictStr | StrictInt, ...] | dict[str, StrictInt] | None = None
+    """Names of the classes in the order of their labels, or ``{name: label}``; of a folder, the
+    names of its subfolders, which otherwise are the labels themselves where all are whole numbers,
+    and are numbered in sorted order where they are not."""
     mean: tuple[float, ...] | None = None
     """Normalisation of the model's inputs, per channel; none if left out."""
     std: tuple[float, ...] | None = None
@@ -179,7 +186,7 @@ def make_setting(config: AuditConfig, *, base: Path) -> Setting:
     if known and config.data.shape is not None:
         raise InvalidInput("data.shape belongs to victims: none; images bring their own shape.")
     victims = (
-        data.load(_rebased(config.data.victims, base), limit=config.data.limit)
+        _images(config, config.data.victims, base, limit=config.data.limit)
         if known
         else stand_in(capture, config.data.shape)
     )
@@ -190,14 +197,11 @@ def make_setting(config: AuditConfig, *, base: Path) -> Setting:
         std = config.data.std or (1.0,) * channels
         box = Box(mean=mean, std=std)
     model = reference.build(trust_code=True)  # the person who starts an audit names this file
+    notes: tuple[str, ...] = ()
     if config.model.weights is not None:
         name = config.model.weights
-        held = (
-            models.load_weights(name)
-            if name in models.shipped()
-            else models.load_state(_rebased(name, base))
-        )
-        model = load_into(model, held)
+        held = models.load_for(model, name if name in models.shipped() else _rebased(name, base))
+        model, notes = load_into(model, held.state), held.notes
     surrogate = config.data.surrogate
     return Setting(
         name=f"{config.model.builtin or config.model.python}, "
@@ -210,12 +214,22 @@ def make_setting(config: AuditConfig, *, base: Path) -> Setting:
         targets=config.targets,
         defenses=tuple(_defense(d) for d in config.defenses),
         box=box,
-        surrogate=None if surrogate is None else data.load(_rebased(surrogate, base)),
+        surrogate=None if surrogate is None else _images(config, surrogate, base),
         grants=frozenset(_grant(name) for name in config.grants),
         vantage=Vantage(config.vantage),
         attacks=config.attacks,
         captured=capture,
         known=known,
+        weights_notes=notes,
+    )
+
+
+def _images(config: AuditConfig, spec: str, base: Path, limit: int | None = None) -> data.ImageSet:
+    return data.load(
+        _rebased(spec, base),
+        limit=limit,
+        channels=config.data.channels,
+        classes=config.data.classes,
     )
 
 

@@ -42,6 +42,7 @@ class Setting:
         vantage: Where it looks; ``aggregate`` is used where a defense hides single updates.
         attacks: Keys of the attacks to try here; every implemented one if None.
         notes: What was done to the model to make it a client's.
+        weights_notes: How its checkpoint was understood.
         captured: Rounds of a real client, attacked instead of simulated ones.
         known: Whether the victims are the images behind them; otherwise they stand for a shape.
     """
@@ -60,6 +61,7 @@ class Setting:
     vantage: Vantage = Vantage.SERVER
     attacks: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    weights_notes: tuple[str, ...] = ()
     captured: Capture | None = None
     known: bool = True
 
@@ -73,7 +75,14 @@ class Setting:
         if len(self.victims) < self.clients:
             raise InvalidInput(
                 f"{self.name}: {len(self.victims)} images cannot be dealt to {self.clients} "
-                "clients; every client needs at least one."
+                "clients; every client needs at least one. Give a larger batch, or fewer clients "
+                "(in YAML data.limit says how many images are used, 4 if left out)."
+            )
+        if self.box.channels != self.victims.channels:
+            raise InvalidInput(
+                f"{self.name}: mean and std are given for {self.box.channels} channels, the images "
+                f"have {self.victims.channels}. data.channels in YAML, or "
+                "ImageSet.with_channels, makes grey images of colour ones and back."
             )
         if not self.targets:
             raise InvalidInput(f"{self.name}: targets: expected at least one client, got none.")
@@ -91,7 +100,8 @@ class Setting:
             raise InvalidInput(
                 f"{self.name}: the surrogate images have shape {self.surrogate.shape}, the victims "
                 f"{self.victims.shape}; give public images of the victims' shape (a folder or file "
-                "can be resized: 'folder:PATH@SIZE')."
+                "can be resized: 'folder:PATH@SIZE'; ImageSet.with_channels and data.channels in "
+                "YAML make grey images of colour ones and back)."
             )
 
     @functools.cached_property
@@ -143,7 +153,10 @@ class Setting:
             surrogate=self.public,
             box=self.box,
         )
-        live.notes = self.notes
+        public = () if self.surrogate is None else self.surrogate.notes
+        live.notes = tuple(
+            dict.fromkeys((*self.victims.notes, *public, *self.weights_notes, *self.notes))
+        )
         if self.captured is not None:
             live.play_back(self.captured, target=self.targets[0], known=self.known)
         return live

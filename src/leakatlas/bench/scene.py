@@ -226,12 +226,9 @@ def network(cell: Cell) -> tuple[ModelRef, nn.Module]:
     reference = ModelRef("builtin", spec.builtin, kwargs)
     model = reference.build()
     if spec.weights is not None:
-        held = (
-            models.load_weights(spec.weights)
-            if spec.weights in models.shipped()
-            else models.load_state(cell.data / spec.weights)
-        )
-        model = load_into(model, held)
+        shipped = spec.weights in models.shipped()
+        held = models.load_for(model, spec.weights if shipped else cell.data / spec.weights)
+        model = load_into(model, held.state)
     if spec.train is not None:
         model = load_into(model, _trained(cell, spec.train, model))
     return reference, model.to(getattr(torch, spec.dtype))

@@ -53,7 +53,7 @@ def capture(
     from leakatlas.fl import ModelRef
     from leakatlas.fl.capture import facts_of
     from leakatlas.fl.state import load_into
-    from leakatlas.models import load_state
+    from leakatlas.models import load_for
 
     choices: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("--kind", kind, (None, "gradient", "delta", "weights")),
@@ -67,7 +67,10 @@ def capture(
     reference = ModelRef("python" if ":" in model else "builtin", model)
     net = reference.build(trust_code=True)  # named as code on the command line
     if weights is not None:
-        net = load_into(net, load_state(weights))
+        held = load_for(net, weights)
+        net = load_into(net, held.state)
+        for note in held.notes:
+            typer.echo(f"Note: {note}.", err=True)
     arguments: dict[str, Any] = {"kind": kind, "reduction": reduction, "sign": sign}
     found = read_capture(
         files, net, num_examples=examples, scale=scale, clients=clients, **arguments

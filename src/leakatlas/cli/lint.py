@@ -135,7 +135,12 @@ def read_model(
         )
     else:
         return models.load_state(text)
-    return module if held is None else load_into(module, held)
+    if held is None:
+        return module
+    fitted = models.fit_state(held, module, source=str(weights))
+    for note in fitted.notes:
+        typer.echo(f"Note: {note}.", err=True)
+    return load_into(module, fitted.state)
 
 
 def _received(text: str) -> str | ModelOrState:

@@ -8,8 +8,10 @@ from leakatlas.data.bundled import faces as faces
 from leakatlas.data.bundled import patches as patches
 from leakatlas.data.bundled import photos as photos
 from leakatlas.data.bundled import strangers as strangers
+from leakatlas.data.folders import image_folder as image_folder
 from leakatlas.data.images import ImageSet as ImageSet
-from leakatlas.data.loaders import image_folder as image_folder
+from leakatlas.data.intake import Batch as Batch
+from leakatlas.data.intake import as_images as as_images
 from leakatlas.data.loaders import load as load
 from leakatlas.data.loaders import parquet as parquet
 from leakatlas.data.loaders import torchvision_set as torchvision_set

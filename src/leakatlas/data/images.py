@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 from leakatlas.errors import InvalidInput, InvalidParameter
 
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in ITU-R BT.601, which Pillow's grey follows too."""
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
@@ -25,6 +28,7 @@ class ImageSet:
             one entry for each class (several labels at once, probabilities, values).
         classes: The name of each class.
         name: What the set is called in reports and recipes.
+        notes: How what was given was understood, for people; no part of the fingerprint.
 
     Raises:
         InvalidInput: If shapes, types or values do not fit; the message names the first misfit.
@@ -34,11 +38,13 @@ class ImageSet:
     labels: Tensor
     classes: tuple[str, ...]
     name: str
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_images(self.images, self.name)
         _check_labels(self.labels, len(self.images), self.classes, self.name)
         object.__setattr__(self, "classes", tuple(self.classes))
+        object.__setattr__(self, "notes", tuple(self.notes))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -116,8 +122,32 @@ class ImageSet:
         )
         return replace(self, images=resized.clamp(0.0, 1.0))
 
+    def with_channels(self, channels: int) -> Self:
+        """Grey images as three equal channels, or the luma (ITU-R BT.601) of colour ones.
+
+        Raises:
+            InvalidParameter: If ``channels`` is neither 1 nor 3.
+            InvalidInput: If the images have neither 1 nor 3 channels.
+        """
+        if channels not in (1, 3):
+            raise InvalidParameter(f"channels: expected 1 (grey) or 3 (colour); got {channels}.")
+        if self.channels == channels:
+            return self
+        if self.channels not in (1, 3):
+            raise InvalidInput(
+                f"{self.name}: images of {self.channels} channels are neither grey nor RGB, so "
+                f"they cannot be given {channels}."
+            )
+        if channels == 3:
+            images, note = self.images.repeat(1, 3, 1, 1), "grey images became 3 equal channels"
+        else:
+            luma = self.images.new_tensor(LUMA).view(1, 3, 1, 1)
+            images = (self.images * luma).sum(1, keepdim=True).clamp(0.0, 1.0)
+            note = "colour images became grey by their luma"
+        return replace(self, images=images, notes=(*self.notes, f"{self.name}: {note}"))
+
     def fingerprint(self) -> str:
-        """SHA-256 over shapes, pixels, labels and class names (the name of the set is not part)."""
+        """SHA-256 over shapes, pixels, labels and class names, not over name and notes."""
         digest = hashlib.sha256()
         header = {"shape": list(self.images.shape), "classes": list(self.classes)}
         digest.update(json.dumps(header, sort_keys=True).encode())

@@ -10,25 +10,24 @@ import json
 import re
 import shlex
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from numpy.typing import NDArray
 
-from leakatlas import limits, reading
+from leakatlas import reading
 from leakatlas.data import bundled, pictures
+from leakatlas.data.folders import image_folder
 from leakatlas.data.images import ImageSet
+from leakatlas.data.stacks import Arrays, Classes, assemble, named, numbered
 from leakatlas.errors import InvalidInput, InvalidParameter, Unavailable, UnknownName, shown
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 MAX_LABEL = 2**31
-MAX_CLASSES = 100_000  # ImageNet-21k has 21,843; one stray label must not allocate a name each
 
 # What pyarrow raises besides what reading can always meet.
 _ARROW = (pa.ArrowException, LookupError, TypeError, NotImplementedError, RuntimeError)
@@ -58,7 +57,7 @@ def parquet(
         InvalidInput: If the file or one of its images cannot be read; the message names the row.
     """
     path = Path(path)
-    _require_side(size, str(path))
+    pictures.require_side(size, str(path))
     file = _open_parquet(path)
     columns = file.schema_arrow.names
     image_column = next((column for column in IMAGE_COLUMNS if column in columns), None)
@@ -73,7 +72,7 @@ def parquet(
             f"{path}: {label_column} must hold integers; it holds "
             f"{file.schema_arrow.field(label_column).type}."
         )
-    arrays = _Arrays(str(path))
+    arrays = Arrays(str(path))
     labels: list[int] = []
     for image, label in _rows(file, path, image_column, label_column, limit):
         where = f"{path}, row {len(labels)}"
@@ -82,51 +81,8 @@ def parquet(
             raise InvalidInput(f"{where}: the label is {shown(label)}, expected 0, 1, 2, ...")
         labels.append(label)
     names = _class_names(file.schema_arrow.metadata, label_column)
-    classes = names or _numbers(labels, str(path))
-    return _assemble(arrays, labels, classes, name or path.stem, str(path))
-
-
-def image_folder(
-    path: str | Path, size: int | None = None, *, limit: int | None = None, name: str | None = None
-) -> ImageSet:
-    """A folder with one subfolder per class, or with images only (then one class).
-
-    Files are taken in sorted order; files that are no images by suffix are ignored.
-
-    Raises:
-        InvalidInput: If there is no such folder, no image in it, or an image is unreadable.
-    """
-    path = Path(path)
-    _require_side(size, str(path))
-    with reading.boundary(f"The folder {shown(str(path))}"):
-        files, classes = _walk(path, limit)
-    if not files:
-        raise InvalidInput(
-            f"{path}: no images; expected {path}/CLASS/IMAGE or {path}/IMAGE with one of "
-            f"{', '.join(pictures.SUFFIXES)}."
-        )
-    arrays = _Arrays(str(path))
-    for file, _ in files:
-        content = reading.read_bytes(file, what="image", limit=limits.PICTURE)
-        arrays.append(pictures.decode(content, str(file), size))
-    return _assemble(
-        arrays, [label for _, label in files], classes, name or path.resolve().name, str(path)
-    )
-
-
-def _walk(path: Path, limit: int | None) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
-    """Images with the index of their class, and the names of the classes."""
-    if not path.is_dir():
-        raise InvalidInput(f"{path}: there is no such folder.")
-    folders = sorted(f for f in path.iterdir() if f.is_dir() and not f.name.startswith("."))
-    classes = tuple(folder.name for folder in folders) or (path.resolve().name,)
-    files = [
-        (file, label)
-        for label, folder in enumerate(folders or [path])
-        for file in sorted(folder.iterdir())
-        if file.is_file() and file.suffix.lower() in pictures.SUFFIXES
-    ][:limit]
-    return files, classes
+    classes = names or numbered(labels, str(path))
+    return assemble(arrays, labels, classes, name or path.stem)
 
 
 def torchvision_set(
@@ -155,7 +111,7 @@ def torchvision_set(
     """
     if name not in TORCHVISION:
         raise UnknownName("torchvision data set", name, TORCHVISION)
-    _require_side(size, name)
+    pictures.require_side(size, name)
     arguments: dict[str, Any] = {"root": str(root), "download": download}
     if name in _BY_FLAG:
         if split not in ("train", "test"):
@@ -169,7 +125,7 @@ def torchvision_set(
     with reading.boundary(f"{name} under {root}", *_FOREIGN), pictures.only_known_formats():
         dataset = _torchvision(getattr(torchvision.datasets, name), arguments)
     count = len(dataset) if limit is None else min(limit, len(dataset))
-    arrays, labels = _Arrays(name), []
+    arrays, labels = Arrays(name), []
     for index in range(count):
         where = f"{name} {split}, image {index}"
         with reading.boundary(where, *_FOREIGN), pictures.only_known_formats():
@@ -177,8 +133,8 @@ def torchvision_set(
         arrays.append(pictures.pixels(image, where, size))
         labels.append(int(label))
     named = getattr(dataset, "classes", None)
-    classes = tuple(map(str, named)) if named else _numbers(labels, name)
-    return _assemble(arrays, labels, classes, f"{name} {split}", f"{name} under {root}")
+    classes = tuple(map(str, named)) if named else numbered(labels, name)
+    return assemble(arrays, labels, classes, f"{name} {split}")
 
 
 def _torchvision(make: Any, arguments: Mapping[str, Any]) -> Any:
@@ -198,7 +154,13 @@ def _torchvision(make: Any, arguments: Mapping[str, Any]) -> Any:
         ) from None
 
 
-def load(spec: str, *, limit: int | None = None) -> ImageSet:
+def load(
+    spec: str,
+    *,
+    limit: int | None = None,
+    channels: int | None = None,
+    classes: Classes | None = None,
+) -> ImageSet:
     """The data set that a configuration file names.
 
     ================================== ======================================================
@@ -213,6 +175,9 @@ def load(spec: str, *, limit: int | None = None) -> ImageSet:
     Args:
         spec: One of the forms above.
         limit: At most so many images, the first ones.
+        channels: 1 makes colour images grey, 3 gives grey ones three equal channels.
+        classes: Names of the classes in the order of their labels, or label by name; of a folder,
+            the names of its subfolders.
 
     Raises:
         UnknownName: If the first word is none of these.
@@ -222,6 +187,23 @@ def load(spec: str, *, limit: int | None = None) -> ImageSet:
     """
     if limit is not None and limit < 1:
         raise InvalidParameter(f"load({shown(spec)}): limit must be positive; got {limit}.")
+    names = None if classes is None else named(classes)
+    images = _load(spec, limit, names)
+    if names is not None and images.classes != names:
+        images = _renamed(images, names)
+    return images if channels is None else images.with_channels(channels)
+
+
+def _renamed(images: ImageSet, names: tuple[str, ...]) -> ImageSet:
+    highest = int(images.labels.max())
+    if highest >= len(names):
+        raise InvalidInput(
+            f"{images.name}: classes names {len(names)}; the labels go up to {highest}."
+        )
+    return replace(images, classes=names)
+
+
+def _load(spec: str, limit: int | None, names: tuple[str, ...] | None) -> ImageSet:
     kind, _, rest = spec.partition(":")
     if kind in ("photos", "patches", "digits", "faces"):
         images = _load_bundled(kind, rest, spec)
@@ -237,7 +219,7 @@ def load(spec: str, *, limit: int | None = None) -> ImageSet:
     if kind == "parquet":
         return parquet(target, size, limit=limit)
     if kind == "folder":
-        return image_folder(target, size, limit=limit)
+        return image_folder(target, size, limit=limit, classes=names)
     name, _, root = target.partition(":")
     name, _, split = name.partition("/")
     if not root:
@@ -315,59 +297,3 @@ def _class_names(metadata: Mapping[bytes, bytes] | None, column: str) -> tuple[s
     except (ValueError, LookupError, TypeError, RecursionError):
         return ()  # other writers put other things there; numbers then serve as names
     return tuple(map(str, names)) if isinstance(names, list) else ()
-
-
-def _numbers(labels: Sequence[int], where: str) -> tuple[str, ...]:
-    """Class names for labels that came without: their numbers."""
-    highest = max(labels, default=0)
-    if highest >= MAX_CLASSES:
-        raise InvalidInput(
-            f"{where}: label {highest} without class names; at most {MAX_CLASSES:,} are numbered."
-        )
-    return tuple(map(str, range(max(highest, 0) + 1)))
-
-
-def _require_side(size: int | None, who: str) -> None:
-    if size is not None:
-        pictures.require_side(size, who)
-
-
-class _Arrays(list[NDArray[np.uint8]]):
-    """Decoded images; refuses the one with which they no longer fit into memory as floats."""
-
-    def __init__(self, who: str) -> None:
-        super().__init__()
-        self.who = who
-        self.values = 0
-
-    def append(self, array: NDArray[np.uint8]) -> None:
-        super().append(array)
-        self.values += array.size
-        arithmetic = f"{len(self)} images, the last {array.shape}, in float32 and in bytes"
-        limits.require_memory(self.who, 5 * self.values, arithmetic)
-
-
-def _assemble(
-    arrays: Sequence[NDArray[np.uint8]],
-    labels: Iterable[int],
-    classes: tuple[str, ...],
-    name: str,
-    where: str,
-) -> ImageSet:
-    if not arrays:
-        raise InvalidInput(f"{where}: there are no images in it.")
-    sizes = {array.shape[:2] for array in arrays}
-    if len(sizes) > 1:
-        some = ", ".join(f"{width}x{height}" for height, width in sorted(sizes)[:3])
-        raise InvalidInput(f"{where}: images of several sizes ({some}); say which with size=.")
-    if any(array.ndim == 3 for array in arrays):
-        stack = np.stack([a if a.ndim == 3 else np.stack([a] * 3, axis=-1) for a in arrays])
-        pixels = torch.from_numpy(stack).permute(0, 3, 1, 2)
-    else:
-        pixels = torch.from_numpy(np.stack(arrays))[:, None]
-    return ImageSet(
-        pixels.to(torch.float32).div_(255.0).contiguous(),
-        torch.tensor(list(labels), dtype=torch.int64),
-        classes,
-        name,
-    )

@@ -41,8 +41,12 @@ _DAMAGED = (
 )
 
 
-def decode(content: bytes, where: str, size: int | None) -> NDArray[np.uint8]:
-    """The first frame of an encoded image, ``(H, W)`` if grey and ``(H, W, 3)`` if not.
+Pixels = NDArray[np.uint8] | NDArray[np.uint16]
+"""``(H, W)`` if grey and ``(H, W, 3)`` if not; grey pixels may have 16 bits."""
+
+
+def decode(content: bytes, where: str, size: int | None) -> Pixels:
+    """The first frame of an encoded image.
 
     Args:
         content: The file.
@@ -62,7 +66,7 @@ def decode(content: bytes, where: str, size: int | None) -> NDArray[np.uint8]:
             return pixels(image, where, size)
 
 
-def pixels(image: Image.Image, where: str, size: int | None) -> NDArray[np.uint8]:
+def pixels(image: Image.Image, where: str, size: int | None) -> Pixels:
     """As :func:`decode`, of an image that is open already."""
     if not isinstance(image, Image.Image):
         raise InvalidInput(f"{where}: expected an image; got {type(image).__name__}.")
@@ -73,27 +77,47 @@ def pixels(image: Image.Image, where: str, size: int | None) -> NDArray[np.uint8
             )
         image.load()
         image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":
+        if image.mode[0] == "F":
             raise InvalidInput(
-                f"{where}: {image.mode} pixels have no fixed range; save the image with 8 bits."
+                f"{where}: pixels of floats have no fixed range; save the image with 8 or 16 bits."
             )
+        if image.mode[0] == "I":
+            return _sixteen_bits(image, where, size)
         image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-        if size is not None:
-            # Cropped before it is resized (ImageOps.fit is not): nothing outside bleeds in.
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            image = image.crop((left, top, left + side, top + side))
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
-        return np.asarray(image, dtype=np.uint8)
+        return np.asarray(_fitted(image, size), dtype=np.uint8)
 
 
-def require_side(size: int, who: str) -> None:
-    """Refuse a side that no image has.
+def _sixteen_bits(image: Image.Image, where: str, size: int | None) -> NDArray[np.uint16]:
+    """Grey pixels of more than 8 bits; Pillow holds them as whole numbers of 16 or 32."""
+    image = image.convert("I")
+    low, high = image.getextrema()
+    assert isinstance(low, int | float) and isinstance(high, int | float)  # one band
+    if low < 0 or high > 65535:
+        raise InvalidInput(
+            f"{where}: pixels from {low:g} to {high:g} have no fixed range; save the image with "
+            "8 or 16 bits."
+        )
+    # Averages of pixels stay within their range.
+    return np.asarray(_fitted(image.convert("F"), size)).round().astype(np.uint16)
+
+
+def _fitted(image: Image.Image, size: int | None) -> Image.Image:
+    if size is None:
+        return image
+    # Cropped before it is resized (ImageOps.fit is not): nothing outside bleeds in.
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    return image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def require_side(size: int | None, who: str) -> None:
+    """Refuse a side that no image has; None leaves every image its own.
 
     Raises:
         InvalidParameter: If ``size`` squared is beyond the limit on pixels.
     """
-    if size < 1 or size * size > limits.PIXELS:
+    if size is not None and (size < 1 or size * size > limits.PIXELS):
         raise InvalidParameter(
             f"{who}: expected a side from 1 to {int(limits.PIXELS**0.5):,} pixels; got {size}."
         )

@@ -2,8 +2,9 @@
 
 A list comes in the order of ``state_dict`` (Flower's custom: parameters and buffers, counters
 among them), or of ``parameters()`` (a list of gradients), in full or without what takes no
-gradient. A mapping may carry the prefix of a wrapper (``module.``, ``_orig_mod.``). What is what
-follows from the number of arrays and their shapes; where these do not decide, the message says so.
+gradient. A mapping may carry the prefix of a wrapper (``module.``, ``_orig_mod.``, ``model.``).
+What is what follows from the number of arrays and their shapes; where these do not decide, the
+message says so.
 """
 
 from __future__ import annotations
@@ -20,9 +21,6 @@ from leakatlas.errors import InvalidInput, shown
 
 Arrays = Mapping[str, Any] | Sequence[Any]
 """Tensors, arrays or numbers, by name or in an order; None where there is none."""
-
-PREFIXES = ("module.", "_orig_mod.", "_module.")
-"""What wrappers put before every name."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,9 @@ def _from_mapping(
     named = {str(name): value for name, value in content.items()}
     stripped = ""
     while named and not set(named) & set(shapes):
-        prefix = next((p for p in PREFIXES if all(n.startswith(p) for n in named)), None)
-        if prefix is None:
+        first, dot, _ = next(iter(named)).partition(".")
+        prefix = first + dot
+        if not dot or not all(n.startswith(prefix) for n in named):
             break
         named = {n.removeprefix(prefix): v for n, v in named.items()}
         stripped += prefix

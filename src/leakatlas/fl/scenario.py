@@ -414,12 +414,7 @@ def stage(
     if model is None:
         model = scenario.model.build(trust_code=trust_code)
     if scenario.weights is not None:
-        held = (
-            models.load_weights(scenario.weights)
-            if scenario.weights in models.shipped()
-            else models.load_state(scenario.weights)
-        )
-        model = state.load_into(model, held)
+        model = state.load_into(model, models.load_for(model, scenario.weights).state)
     others = None
     if victims is None:
         loaded = data.load(scenario.data)
@@ -508,7 +503,8 @@ def _check_model(model: nn.Module, x: Tensor, images: ImageSet, loss: Loss) -> i
     except (RuntimeError, TypeError, ValueError) as problem:
         raise InvalidInput(
             f"{type(model).__name__} cannot read inputs of shape {tuple(x.shape)}: "
-            f"{str(problem).splitlines()[0]}. It must take one tensor of images."
+            f"{str(problem).splitlines()[0]}. It must take one tensor of images. Grey images "
+            "become colour ones, and back, by data.channels in YAML or ImageSet.with_channels."
         ) from None
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         way = (

@@ -21,11 +21,15 @@ from torch import Tensor, nn
 
 from leakatlas import reading, tensorfiles
 from leakatlas.errors import InvalidInput, UnknownName, shown
+from leakatlas.models.fitting import Held, fit_state, some
 from leakatlas.models.registry import build
 
 WEIGHTS = Path(str(resources.files("leakatlas.models") / "weights"))
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which trainers nest weights
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+"""Keys under which trainers nest weights, taken first where several mappings hold tensors."""
+_LEVELS = 4
+"""How deep weights are looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,14 +145,32 @@ def save_weights(model: nn.Module, about: Card, folder: Path, *, half: bool = Fa
 
 
 def load_state(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file, by the names that it gives them; as :func:`read_state`."""
+    return read_state(path).state
+
+
+def load_for(model: nn.Module, weights: str | Path) -> Held:
+    """Shipped weights, or those of a file, by the names of a model; see :func:`fit_state`.
+
+    Raises:
+        InvalidInput: If the file is unusable, or does not fit the model.
+    """
+    if str(weights) in shipped():
+        return Held(load_weights(str(weights)))
+    read = read_state(weights)
+    fitted = fit_state(read.state, model, source=str(weights))
+    return Held(fitted.state, (*read.notes, *fitted.notes))
+
+
+def read_state(path: str | Path) -> Held:
     """The tensors of a safetensors or ``torch.save`` file, by name, on the CPU.
 
-    A file saved with ``torch.save`` is read with ``weights_only=True``; a state dict nested under
-    "state_dict", "model_state_dict" or "model" is found.
+    A file saved with ``torch.save`` is read with ``weights_only=True``; the mapping of tensors may
+    be nested in others: under "state_dict", "model_state_dict" or "model", or as the only one.
 
     Raises:
         InvalidInput: If the file is missing, truncated, holds anything but plain tensors (such as
-            code), or a value that is not finite.
+            code), a value that is not finite, or several mappings of tensors.
     """
     path = Path(path)
     tensorfiles.require_room(path, what="weights")
@@ -159,7 +181,9 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
         loaded: object = tensorfiles.read_safetensors(path, what="weights")[0]
     else:
         loaded = tensorfiles.read_torch(path, what="weights")
-    return _plain_tensors(loaded, path)
+    inner, keys = _innermost(loaded, path)
+    notes = (f"{path}: the weights are those under {'/'.join(keys)}",) if keys else ()
+    return Held(_plain_tensors(inner, path), notes)
 
 
 def apply_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
@@ -178,7 +202,7 @@ def apply_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -
     if missing or foreign:
         raise InvalidInput(
             f"{source}: not the weights of this {type(model).__name__}: "
-            f"missing {_some(missing)}; not in the model: {_some(foreign)}."
+            f"missing {some(missing)}; not in the model: {some(foreign)}."
         )
     for key, value in state.items():
         if value.shape != own[key].shape:
@@ -191,12 +215,40 @@ def apply_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -
     model.load_state_dict(dict(state))
 
 
+def _innermost(loaded: object, path: Path) -> tuple[object, list[str]]:
+    """The mapping that holds the tensors, and the keys that lead to it."""
+    keys: list[str] = []
+    while isinstance(loaded, Mapping) and len(keys) < _LEVELS:
+        holders = [
+            key
+            for key, value in loaded.items()
+            if isinstance(key, str) and isinstance(value, Mapping) and _holds_tensors(value)
+        ]
+        known = [key for key in _WRAPPERS if key in holders]
+        if not known and any(isinstance(value, Tensor) for value in loaded.values()):
+            break
+        if len(holders) > 1 and not known:
+            raise InvalidInput(
+                f"{path}: several mappings hold tensors: {some(holders)}; save the one that is "
+                "meant as a file of its own."
+            )
+        if not holders:
+            break
+        keys.append((known or holders)[0])
+        loaded = loaded[keys[-1]]
+    return loaded, keys
+
+
+def _holds_tensors(content: Mapping[object, object], levels: int = _LEVELS) -> bool:
+    """Whether names lead to a tensor; an optimiser's state is numbered."""
+    return all(isinstance(key, str) for key in content) and any(
+        isinstance(value, Tensor)
+        or (isinstance(value, Mapping) and levels > 0 and _holds_tensors(value, levels - 1))
+        for value in content.values()
+    )
+
+
 def _plain_tensors(loaded: object, path: Path) -> dict[str, Tensor]:
-    if isinstance(loaded, Mapping):
-        for key in _WRAPPERS:
-            if isinstance(loaded.get(key), Mapping):
-                loaded = loaded[key]
-                break
     if not isinstance(loaded, Mapping) or not loaded:
         kind = "no tensor" if isinstance(loaded, Mapping) else f"a {type(loaded).__name__}"
         raise InvalidInput(f"{path}: expected tensors by name (a state dict); found {kind}.")
@@ -215,8 +267,3 @@ def _require_finite(key: str, value: Tensor, source: str) -> None:
         raise InvalidInput(
             f"{source}: {key} holds {bad} values that are not finite (of {value.numel()})."
         )
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3]) or "nothing"
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
