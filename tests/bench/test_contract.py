@@ -1,14 +1,34 @@
-"""What every study in ``studies/`` promises."""
+"""What every study in ``studies/`` promises: it is sound, and its smallest case can be played."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from leakatlas.attacks.api import Attack, Reconstruction, attack
+from leakatlas.bench import run, runner, scene
 from leakatlas.bench import study as studies
+from leakatlas.bench.adversary import Here
+from leakatlas.bench.cells import Cell, cells_of
+from leakatlas.bench.schema import Images, OwnMeasure
+from leakatlas.bench.study import Study
+from leakatlas.blocks.watch import Watch
+from leakatlas.fl import View
+from leakatlas.threat import Knowledge
 
 FOUND = studies.find()
+
+
+@attack("dummy", needs=Knowledge.UPDATES)
+@dataclass(frozen=True, kw_only=True)
+class Dummy(Attack):
+    """Finds a black image for every example, whatever it was shown."""
+
+    def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
+        return Reconstruction(images=torch.zeros(view.batch_shape))
 
 
 @pytest.mark.parametrize("path", FOUND.values(), ids=FOUND.keys())
@@ -16,3 +36,56 @@ def test_it_is_sound(path: Path) -> None:
     study, problems = studies.check(path)
     assert study is not None, "\n".join(map(str, problems))
     assert study.cases
+
+
+def smallest(study: Study) -> Cell | None:
+    """The cell whose client computes least; None where no attack is run at all."""
+    cells = [cell for cell in cells_of(study) if cell.case.attack is not None]
+    return min(
+        cells, key=lambda cell: cell.case.batch * cell.case.clients * cell.case.rounds, default=None
+    )
+
+
+def at_hand(cell: Cell) -> Cell:
+    """The cell on bundled crops in place of files that may not be here, without own measures.
+
+    At most two clients with two images each: the whole gate plays every study.
+    """
+
+    def stand_in(images: Images | None, part: str) -> Images | None:
+        if images is None or images.set.partition(":")[0] not in ("parquet", "folder"):
+            return images
+        size = images.size or int(cell.case.model.kwargs.get("size", 32))
+        return Images(set=f"patches:{size}:64:{part}")
+
+    plain = tuple(m for m in cell.case.measures if not isinstance(m, OwnMeasure)) or ("psnr",)
+    case = cell.case.model_copy(
+        update={
+            "victims": stand_in(cell.case.victims, "victim"),
+            "surrogate": stand_in(cell.case.surrogate, "surrogate"),
+            "measures": plain,
+            "choose": "in order",
+            "label": None,
+            "control": False,
+            "batch": min(cell.case.batch, 2),
+            "clients": min(cell.case.clients, 2),
+            "target": 0,
+            "model": cell.case.model.model_copy(update={"train": None}),
+        }
+    )
+    return replace(cell, case=case, batch=0, hook=None, data=runner.data_folder())
+
+
+@pytest.mark.parametrize("path", FOUND.values(), ids=FOUND.keys())
+def test_its_smallest_case_is_played_and_scored(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = smallest(studies.load(path))
+    if cell is None:
+        assert studies.load(path).hook is not None  # it measures by itself
+        return
+    scene.attack_of(cell.case)  # its own attack, preset and parameters exist
+    monkeypatch.setattr(scene, "attack_of", lambda case: Dummy())
+    record = run.run_cell(at_hand(cell), Here())
+    assert record.status == "complete", record.reason
+    assert record.scores is not None and record.process == "shared"

@@ -318,7 +318,9 @@ def labelled(attack: Attack, at: Readied, job: Job, plan: Plan) -> Attack:
     if at.reader is None:
         return attack
     live = job.setting.stage(letter=job.letter, seed=plan.seed)
-    view, _ = harness.observe(live, attack, target=job.target, seed=plan.seed)
+    view, _ = harness.observe(
+        live, attack, target=job.target, seed=plan.seed, adversary=process.adversary(plan)
+    )
     return type(attack).from_json({**attack.to_json(), "labels": at.reader(view)})
 
 
