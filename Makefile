@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: audit test touched check types lint unit fuzz compat generate study-quality study-defenses study-generative study-labels study-measures study-lint study-descent clean
+.PHONY: audit test touched check types lint unit fuzz compat generate study-defenses study-lint study-descent clean
 
 audit: $(STAMP) ## Attack bundled photos in four set-ups; writes leak-report/report.html
 	$(BIN)/leakatlas audit --out leak-report
@@ -46,22 +46,13 @@ generate: $(STAMP) ## Rebuild the generated tables and pages from the catalogue
 
 # Reproductions: slow, not in the gate; they write results/*.json. DATA is a folder of Parquet files.
 DATA ?= ../shared/data
-study-quality: $(STAMP)
-	$(BIN)/python benchmarks/quality.py --data $(DATA)/cifar10
 study-defenses: $(STAMP)
 	$(BIN)/python benchmarks/defenses.py
-study-generative: $(STAMP)
-	$(BIN)/python benchmarks/generative.py --data $(DATA)/cifar10
-study-measures: $(STAMP)
-	$(BIN)/python benchmarks/measures.py --data $(DATA)/cifar10/test.parquet --tuning $(DATA)/cifar10/train.parquet
 study-lint: $(STAMP)
 	$(BIN)/python benchmarks/lint.py --data $(DATA)/cifar10/train.parquet
 	$(BIN)/python benchmarks/lint.py --fresh 20261124 --data $(DATA)/cifar10/test.parquet --init-seeds 20 --run-seeds 3 --attack-seeds 8
 study-descent: $(STAMP) # RIVAL names a Python that has the extra `bench`
 	$(BIN)/python benchmarks/descent.py --data $(DATA)/cifar10 $(if $(RIVAL),--rival $(RIVAL))
-study-labels: $(STAMP)
-	$(BIN)/python benchmarks/labels.py
-	$(BIN)/python benchmarks/labels_withheld.py --data $(DATA)/cifar10/test.parquet
 
 clean:
 	rm -rf $(VENV) leak-report .mypy_cache .ruff_cache .pytest_cache

@@ -7,15 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 
 import leakatlas
-from leakatlas.bench import machine
+from leakatlas.bench import machine, own
 from leakatlas.bench.cells import Cell
 from leakatlas.bench.measures import COSTS, MEASURES, NOTES
 from leakatlas.bench.record import Record
 from leakatlas.bench.schema import Case, Comparison, OwnMeasure
 from leakatlas.bench.study import Study
 from leakatlas.catalogue import results
+from leakatlas.errors import InvalidInput
 from leakatlas.fl import stream
 from leakatlas.metrics.intervals import binomial, bootstrap
 
@@ -72,7 +74,36 @@ def document(
             for pair in study.file.compare
             if (comparison := _compared(pair, study, by_case, done)) is not None
         ],
+        "summary": _summary(study, by_case, done),
     }
+
+
+def _summary(
+    study: Study, cells: Mapping[str, Sequence[Cell]], records: Mapping[str, Record]
+) -> list[dict[str, Any]]:
+    """The figures over all cases that the study computes itself."""
+    if not study.file.summary:
+        return []
+    assert study.hook is not None
+    summarise = own.function(
+        study.hook, study.name, "summarise", "(study, records) -> figures",
+        f"the summary of study {study.name!r}",
+    )  # fmt: skip
+    done = {
+        label: [records[cell.name] for cell in mine if cell.name in records]
+        for label, mine in cells.items()
+    }
+    try:
+        return [
+            results.StudyFigure.model_validate(figure).model_dump(mode="json")
+            for figure in summarise(study, done)
+        ]
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        raise InvalidInput(
+            f"{study.hook}: a figure of summarise(study, records) is malformed at "
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}."
+        ) from None
 
 
 def _case(
@@ -211,8 +242,8 @@ def _compared(
     for label in (pair.of, pair.minus):
         mine = [records[cell.name] for cell in cells.get(label, ()) if cell.name in records]
         sides.append({(record.seed, record.batch): record for record in mine})
-    own = [m for m in study.cases[pair.of].measures if isinstance(m, OwnMeasure)]
-    measure = next((m for m in own if m.name == pair.measure), pair.measure)
+    described = [m for m in study.cases[pair.of].measures if isinstance(m, OwnMeasure)]
+    measure = next((m for m in described if m.name == pair.measure), pair.measure)
     differences: Values = {}
     for key in sides[0].keys() & sides[1].keys():
         of, minus = (values_of(measure, [side[key]]) for side in sides)

@@ -73,6 +73,7 @@ MEASURES: dict[str, Measure] = {
     "mse": Measure("image", "", _of_images("mse")),
     "log10_mse": Measure("image", "", _log_mse),
     "best_psnr": Measure("cell", "dB", lambda s: [max(_of_images("psnr")(s))]),
+    "gain": Measure("cell", "dB", lambda s: [float(s["gain"])]),
     "exact": Measure("image share", "", _of_images("exact")),
     "pixel_exact": Measure("image share", "", _of_images("pixel_exact")),
     "exact_images": Measure("cell", "images", lambda s: [sum(_of_images("exact")(s))]),

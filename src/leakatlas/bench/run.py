@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.util
-import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from leakatlas.bench import harness, machine, picture, scene
+from leakatlas.bench import own as own_code
 from leakatlas.bench.adversary import Adversary
 from leakatlas.bench.cells import Cell
 from leakatlas.bench.record import Record, Status
@@ -153,26 +150,14 @@ def _digest(*tensors: Tensor | None) -> str:
 
 # -- the study's own Python file -----------------------------------------------------------------
 
-_HOOKS: dict[Path, ModuleType] = {}
-
 
 def _own(cell: Cell, name: str) -> Any:
     assert cell.hook is not None
-    if cell.hook not in _HOOKS:
-        spec = importlib.util.spec_from_file_location(f"leakatlas_study_{cell.study}", cell.hook)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        _HOOKS[cell.hook] = module
-    function = getattr(_HOOKS[cell.hook], name, None)
-    if not callable(function):
-        arguments = "cell" if name == "measure" else "trial, stage"
-        raise InvalidInput(
-            f"{cell.hook} must define {name}({arguments}) -> dict for the measures of study "
-            f"{cell.study!r} that describe themselves."
-        )
-    return function
+    arguments = "cell" if name == "measure" else "trial, stage"
+    return own_code.function(
+        cell.hook, cell.study, name, f"({arguments}) -> dict",
+        f"the measures of study {cell.study!r} that describe themselves",
+    )  # fmt: skip
 
 
 def _checked(cell: Cell, values: Any) -> dict[str, Any]:

@@ -356,6 +356,14 @@ class StudyFile(Strict):
             examples=[[{"measure": "psnr", "of": "full", "minus": "no_bn"}]],
         ),
     ] = ()
+    summary: Annotated[
+        bool,
+        Field(
+            description="Whether `summarise(study, records)` of `study.py` adds figures over all "
+            "cases, such as a correlation.",
+            examples=[True],
+        ),
+    ] = False
 
     @field_validator("axes")
     @classmethod

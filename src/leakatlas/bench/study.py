@@ -114,6 +114,11 @@ def check(path: Path) -> tuple[Study | None, list[Problem]]:
     study = Study(name, path.resolve().parent, file, cases)
     if not problems:
         problems += names.check(study, shown)
+    if file.summary and study.hook is None:
+        fix = f"add a {HOOK} with summarise(study, records), or leave `summary` out."
+        problems.append(
+            Problem(file=shown, field="summary", message="is computed by nobody.", fix=fix)
+        )
     return (None if problems else study), problems
 
 

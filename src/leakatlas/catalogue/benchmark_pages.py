@@ -18,6 +18,9 @@ the stroke. Cases and executions can be measured again one by one: the rows of a
 more than one run.
 """
 
+ELSEWHERE = {"labels", "labels_withheld", "measures"}
+"""Studies with a page of their own."""
+
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 1.0)
 """Points of the published run's time at which curves are read."""
 
@@ -27,7 +30,10 @@ def render(results: Iterable[Result]) -> str | None:
 
     Measures are named ``case: what``; a case is a section of its result.
     """
-    found = sorted((r for r in results if r.kind == "benchmark"), key=lambda r: r.key)
+    found = sorted(
+        (r for r in results if r.kind == "benchmark" and r.key not in ELSEWHERE),
+        key=lambda r: r.key,
+    )
     if not found:
         return None
     lines = [INTRODUCTION]

@@ -218,6 +218,9 @@ class StudyResult(Strict):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     cases: Annotated[tuple[StudyCase, ...], Field(min_length=1)]
     compare: tuple[StudyComparison, ...]
+    summary: Annotated[
+        tuple[StudyFigure, ...], Field(description="Figures over all cases, by the study itself.")
+    ] = ()
 
     def by_row(self) -> tuple[Result, ...]:
         """The figures by the row that they stand beside; one benchmark for those beside none."""
@@ -230,6 +233,8 @@ class StudyResult(Strict):
                 groups.setdefault(("defense", beside["defense"]), []).append(case)
             else:
                 groups.setdefault(("benchmark", self.key), []).append(case)
+        if self.summary:
+            groups.setdefault(("benchmark", self.key), [])
         found = (self._of(kind, key, cases) for (kind, key), cases in groups.items())
         return tuple(result for result in found if result is not None)
 
@@ -257,6 +262,14 @@ class StudyResult(Strict):
                         vantage=case.vantage,
                     )
                 )
+        if kind == "benchmark":
+            measures += [
+                Measure(
+                    name=figure.name, value=figure.value, unit=figure.unit,
+                    interval=figure.interval, n=figure.n, note=figure.note,
+                )
+                for figure in self.summary
+            ]  # fmt: skip
         named = {case.case for case in cases}
         measures += [
             Measure(

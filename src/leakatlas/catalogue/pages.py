@@ -17,6 +17,7 @@ from leakatlas.catalogue import (
     citations,
     label_pages,
     loader,
+    measure_pages,
     registry,
     results,
     schema,
@@ -62,6 +63,10 @@ def generated(root: Path) -> dict[str, str]:
         files[f"docs/defenses/{defense.key}.md"] = defense_page(defense, measured)
     if (labels := label_pages.render(measured)) is not None:
         files["docs/labels.md"] = labels
+    if (withheld := label_pages.render_withheld(measured)) is not None:
+        files["docs/labels-withheld.md"] = withheld
+    if (validated := measure_pages.render(measured)) is not None:
+        files["docs/measures.md"] = validated
     if (timed := benchmark_pages.render(measured)) is not None:
         files["docs/benchmarks.md"] = timed
     readme = root / "README.md"

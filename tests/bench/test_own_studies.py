@@ -1,0 +1,77 @@
+"""What studies with a Python file of their own compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from leakatlas.bench import own
+from leakatlas.bench import study as studies
+from leakatlas.bench.record import Record
+from leakatlas.bench.schema import OwnMeasure
+from leakatlas.blocks.labels import METHODS
+
+
+def test_every_label_rule_is_studied_beside_the_null() -> None:
+    study = studies.load("labels")
+    for case in study.cases.values():
+        names = {m.name for m in case.measures if isinstance(m, OwnMeasure)}
+        assert {"even-spread", "refusals"} <= names
+    named = {
+        m.name for case in study.cases.values() for m in case.measures if isinstance(m, OwnMeasure)
+    }
+    # R-GAP's rule belongs to its attack: it needs a network with one output.
+    assert named - {"even-spread", "refusals"} == METHODS.keys() - {"rgap"}
+
+
+def test_the_weight_is_chosen_on_images_that_no_network_has_seen() -> None:
+    starts = {c.victims.first for c in studies.load("measures_tuning").cases.values()}
+    assert starts == {45_000 + 2 * network for network in range(6)}
+    sets = {c.victims.set for c in studies.load("measures").cases.values()}
+    assert sets == {"parquet:cifar10/test.parquet"}
+
+
+def test_both_attacks_and_all_protocols_meet_the_same_batches() -> None:
+    cases = studies.load("measures").cases
+    for label, case in cases.items():
+        twin = cases[label.replace("cosine", "l2")]
+        assert (case.victims, case.seeds, case.batches) == (twin.victims, twin.seeds, twin.batches)
+        if "FedAVG" in label:
+            alone = cases[label.replace("FedAVG 1x4, ", "").replace("FedAVG 2x1, ", "")]
+            assert (case.victims, case.batch) == (alone.victims, alone.batch)
+
+
+def _records(values: Sequence[float], psnr: Sequence[float]) -> list[Record]:
+    return [
+        Record(
+            cell=f"{number}", code="", study="measures", label="", seed=number, batch=number,
+            recipe={}, status="complete", own={"bayes_psnr": [v], "rank_index": [v]},
+            scores={"images": [{"psnr": q}]},
+        )
+        for number, (v, q) in enumerate(zip(values, psnr, strict=True))
+    ]  # fmt: skip
+
+
+def test_a_correlation_is_oriented_and_within_is_not_between() -> None:
+    study = studies.load("measures")
+    assert study.hook is not None
+    summarise = own.function(study.hook, "measures", "summarise", "", "this test")
+    n = 60
+    # Two set-ups: the one with larger values is 100 dB worse; inside, larger is better.
+    records = {
+        f"net/{setup}/{attack}": _records(
+            [shift + i for i in range(n)], [(sign * shift) + i / 10 for i in range(n)]
+        )
+        for setup, shift in (("a", 0), ("b", 100))
+        for attack, sign in (("l2", -1), ("cosine", 1))
+    }
+    found: dict[str, dict[str, Any]] = {f["name"]: f for f in summarise(study, records)}
+    assert found["spearman pooled/cosine/bayes_psnr"]["value"] == pytest.approx(1)
+    assert found["spearman pooled/cosine/rank_index"]["value"] == pytest.approx(-1)
+    assert found["spearman pooled/l2/bayes_psnr"]["value"] < 0
+    assert found["spearman within/l2/bayes_psnr"]["value"] == pytest.approx(1)
+    assert found["spearman within/l2/bayes_psnr"]["n"] == 2 * n
+    # Nothing took several local steps, and no batch had several images.
+    assert not [name for name in found if "fedavg" in name or "image" in name]
