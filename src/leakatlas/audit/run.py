@@ -126,6 +126,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
                 "clients": setting.clients,
                 "protocol": type(setting.protocol).__name__,
                 "parameters": setting.protocol.to_json(),
+                "loss": setting.protocol.loss.describe(),
                 "defenses": [defense_json(d) for d in setting.defenses],
                 "vantage": setting.effective_vantage.value,
                 "population": setting.public.name,

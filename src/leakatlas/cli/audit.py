@@ -195,6 +195,7 @@ def doctor(
         else:
             size = f"residual {replay.residual:.1e}"
             console.print(f"Replay of the true batch: {mark}, {size}.{words}")
+        console.print(f"Loss: {escape(setting.protocol.loss.describe())}", highlight=False)
         for name, value in diagnosis.facts.items():
             console.print(f"  {escape(name)}: {value:,.4g}", highlight=False)
         for finding in diagnosis.findings:

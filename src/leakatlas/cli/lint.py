@@ -45,7 +45,7 @@ def lint(
         typer.Option(help="Own examples: folder:PATH@SIZE, parquet:PATH, photos:32."),
     ] = None,
     update: Annotated[
-        Path | None, typer.Option(help="The update about to be sent; needs --batch.")
+        Path | None, typer.Option(help="The update about to be sent, or a capture; needs --batch.")
     ] = None,
     weights: Annotated[
         Path | None,
@@ -68,7 +68,8 @@ def lint(
     # torch takes a second to load; --help should not wait for it.
     from leakatlas import data
     from leakatlas.errors import InvalidParameter
-    from leakatlas.fl import Update, state_hash
+    from leakatlas.fl import state_hash
+    from leakatlas.fl.capture import Capture
     from leakatlas.lint import lint as examine
     from leakatlas.lint.layers import anatomy
 
@@ -86,7 +87,7 @@ def lint(
         if previous is None
         else read_model(previous, None, classes=_classes(own), option="--previous"),
         batch=own,
-        update=None if update is None else Update.load(update),
+        update=None if update is None else Capture.load(update).update,
         others=[_received(text) for text in other or []] or None,
         box=box,
     )

@@ -253,9 +253,7 @@ def _on_batch(
 def _sent(update: Update, module: nn.Module) -> dict[str, Tensor]:
     own = parameters(module)
     update.check().check_fits(own)
-    if update.kind == "weights":
-        return {name: tensor - own[name] for name, tensor in update.tensors.items()}
-    return dict(update.tensors)
+    return dict(update.as_delta(own).tensors)
 
 
 def _module(model: ModelOrState, state: State, reference: ModelOrState | None) -> nn.Module | None:
