@@ -16,7 +16,9 @@ from leakatlas.metrics.assignment import pairwise_mse
 def examine(trial: Trial, stage: Stage) -> dict[str, Any]:
     """Recall and precision of both networks, and whether agreement of rows tells exact images."""
     x = trial.truth.images
-    recall, precision = _rates(trial.view.model, x)
+    # Behind an inserted block the view has no model to build: its rows are in no first layer.
+    inserted = int(trial.view.key["layer"]) < 0
+    recall, precision = ([], []) if inserted else _rates(trial.view.model, x)
     before = _rates(stage.federation.model, x)
     agreed: list[float] = []
     confidence = trial.found.confidence
