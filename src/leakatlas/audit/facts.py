@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from leakatlas.audit.inputs import about_the_inputs
 from leakatlas.fl import Stage, Update
 from leakatlas.fl.losses import BCE, NLL, CrossEntropy, Focal, Loss
 from leakatlas.fl.state import trained
@@ -42,8 +43,6 @@ def facts_of(
         "equations per unknown": shared / unknowns,
         "local steps": steps,
     }
-    if stage.known:
-        facts["duplicate labels"] = duplicates
     findings = [
         *_about_the_loss(stage.federation.protocol.loss, model, x),
         *_vanishing(model, update),
@@ -54,6 +53,11 @@ def facts_of(
             f"The client transforms its images ({', '.join(one.name for one in recipe)}): what "
             "comes out are the transformed images, unless the adversary is granted the draws."
         )
+    if stage.known:
+        facts["duplicate labels"] = duplicates
+        figures, warnings = about_the_inputs(model, x, y, stage.box)
+        facts |= figures
+        findings += warnings
     if y.dim() > 1:
         findings.append(
             "Targets are vectors: reconstructions of images are scored, recovered targets are not."

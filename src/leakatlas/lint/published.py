@@ -30,7 +30,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy import stats
 
 from leakatlas.lint.findings import Score, share_of
 from leakatlas.lint.layers import Anatomy, Layer, norms
@@ -71,6 +70,8 @@ def d15_improbable_rows(layer: Layer) -> list[Score]:
     cosine.fill_diagonal_(0)
     nearest = min(float(cosine.amax(dim=1).median()), 1.0)
     pairs = m * (m - 1) / 2
+    from scipy import stats  # most of a second to import
+
     chance = math.sqrt(float(stats.beta.isf(LEVEL / pairs, 0.5, (n - 1) / 2)))
     words = (
         f"the median row is as close as {nearest:.3f} to another (cosine; chance stays below "

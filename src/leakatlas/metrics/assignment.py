@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from leakatlas.errors import InvalidInput
@@ -80,6 +79,8 @@ def assign(cost: Tensor, *, allowed: Tensor | None = None) -> Assignment:
         barrier = (matrix.abs().max() + 1.0) * (min(matrix.shape) + 1) if matrix.numel() else 0.0
         matrix = torch.where(permitted, matrix, matrix + barrier)
     chosen: list[int | None] = [None] * originals
+    from scipy.optimize import linear_sum_assignment  # half a second to import
+
     for row, column in zip(*linear_sum_assignment(matrix.numpy()), strict=True):
         if permitted[row, column]:
             chosen[column] = int(usable[row])

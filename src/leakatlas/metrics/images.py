@@ -20,16 +20,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from scipy import ndimage
-from skimage import metrics, registration
 from torch import Tensor
 
 from leakatlas.errors import InvalidInput, InvalidParameter
 from leakatlas.metrics import _checks
-
-# scikit-image leaves its functions untyped
-_phase_correlation: Any = registration.phase_cross_correlation
-_structural_similarity: Any = metrics.structural_similarity
 
 PSNR_CAP = 100.0
 """An exact image scores this many dB; its MSE is 1e-10 or less."""
@@ -102,9 +96,13 @@ def ssim(x_hat: Tensor, x: Tensor, *, border: Literal["valid", "reflect"] = "val
         assert isinstance(padded, Tensor)
         return padded
     # scikit-image filters rows and columns apart: 40 times faster than torchmetrics' 2-D kernel
+    # (and takes a while to import, as SciPy's part for images does)
+    from skimage.metrics import structural_similarity
+
     a, b = (v.detach().double().cpu().numpy() for v in (x_hat, x))
+    similarity: Any = structural_similarity  # scikit-image leaves its functions untyped
     values = [
-        _structural_similarity(
+        similarity(
             a[i], b[i], gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
             data_range=1.0, channel_axis=0,
         )
@@ -210,13 +208,17 @@ def registered_psnr(x_hat: Tensor, x: Tensor, *, max_shift: float = 0.25) -> Reg
     raw = psnr(x_hat, x)
     if not 0 <= max_shift <= 1:
         raise InvalidParameter(f"registered_psnr(max_shift={max_shift}): expected 0 to 1.")
+    from scipy import ndimage  # these two take a while to import
+    from skimage.registration import phase_cross_correlation
+
+    correlation: Any = phase_cross_correlation
     best, shifts = raw.clone(), torch.zeros(x.shape[0], 2, dtype=torch.float64)
     limit = max_shift * np.array(x.shape[2:])
     for i in range(x.shape[0]):
         moving, fixed = (v[i].double().detach().cpu().numpy() for v in (x_hat, x))
         if np.ptp(moving) == 0 or np.ptp(fixed) == 0:
             continue  # a constant image has no phase to correlate
-        shift, _, _ = _phase_correlation(fixed.mean(axis=0), moving.mean(axis=0))
+        shift, _, _ = correlation(fixed.mean(axis=0), moving.mean(axis=0))
         if not np.isfinite(shift).all() or not shift.any() or (np.abs(shift) > limit).any():
             continue
         moved = ndimage.shift(moving, (0, *shift), order=0, mode="nearest")

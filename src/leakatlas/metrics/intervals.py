@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from leakatlas.errors import InvalidInput, InvalidParameter
@@ -103,5 +102,7 @@ def binomial(
             f"binomial: expected 0 <= successes <= trials with trials > 0, got {successes} of "
             f"{trials}."
         )
+    from scipy.stats import binomtest  # most of a second to import
+
     found = binomtest(successes, trials).proportion_ci(confidence_level=level, method=method)
     return Interval(float(found.low), float(found.high))

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linprog
 from torch import Tensor
 
 from leakatlas.blocks.labels import _checks
@@ -67,6 +66,8 @@ def _separable(u: np.ndarray[tuple[int, int], np.dtype[np.float64]], c: int) -> 
     """Is there a v with ``u_c v = -1`` and ``u_k v >= 0`` for every other k?"""
     if not u[c].any():
         return False
+    from scipy.optimize import linprog  # half a second to import, and few runs need it
+
     found = linprog(
         np.zeros(u.shape[1]),
         A_ub=-np.delete(u, c, axis=0),

@@ -16,7 +16,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.optimize import brentq, minimize_scalar
 from torch import Tensor
 
 from leakatlas.blocks.labels import _checks
@@ -85,6 +84,8 @@ def soft_label_without_bias(
         rest = ordered[:-1] - ordered[:-1].mean() if structure == "smoothed" else ordered[:-2]
         return float(np.square(rest).sum())
 
+    from scipy.optimize import minimize_scalar  # half a second to import
+
     # small factors blow the misfit up and huge ones send it to 0 along with p - one-hot, so the
     # first true zero from below is the answer
     grid = np.linspace(math.log(1e-4 * float(s[0])), math.log(1e4), 4_000)
@@ -145,6 +146,8 @@ def rgap_margins(product: float) -> tuple[float, ...]:
 
 
 def _root(product: float, low: float, high: float) -> float:
+    from scipy.optimize import brentq  # half a second to import, and few runs need it
+
     return float(brentq(lambda u: rgap_product(u) - product, low, high, xtol=1e-14, rtol=1e-14))
 
 

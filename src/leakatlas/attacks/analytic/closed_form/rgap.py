@@ -45,8 +45,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
-from scipy.special import lambertw
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
@@ -344,6 +342,8 @@ def logistic_roots(product: float) -> tuple[float, ...]:
     """
     if product < LOWEST_PRODUCT:
         return ()
+    from scipy.special import lambertw  # SciPy takes a while to import
+
     argument = product * math.exp(-product)
     branches = (0,) if product >= 0 else (0, -1)
     return tuple(float(-product - lambertw(argument, branch).real) for branch in branches)
@@ -364,6 +364,8 @@ def softmax_roots(g_w: Tensor, weight: Tensor) -> list[tuple[Tensor, int, float]
     """
     u, s, vh = torch.linalg.svd(g_w, full_matrices=False)
     found = []
+    from scipy.optimize import brentq  # half a second to import
+
     for sign in (1.0, -1.0):
         direction, features = sign * u[:, 0], sign * s[0] * vh[0]
         negative = torch.nonzero(direction < 0).flatten()

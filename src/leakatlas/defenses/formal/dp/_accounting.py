@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from scipy import optimize, special
+from scipy import special
 
 from leakatlas.errors import InvalidParameter, Unavailable
 
@@ -37,6 +37,8 @@ def gaussian_epsilon(delta: float, mu: float) -> float:
     high = 1.0
     while gaussian_delta(high, mu) > delta:
         high *= 2.0
+    from scipy import optimize  # half a second to import
+
     return float(optimize.brentq(lambda e: gaussian_delta(e, mu) - delta, 0.0, high))
 
 
