@@ -17,6 +17,7 @@ CORPUS = Path(__file__).parent / "corpus"
 
 NOT_RUN = r"and was not run.*`model=`, or `trust_code=True`"
 EXPECTED = {
+    "command_line/bad-input-makes-no-folder": "exit 2",
     "command_line/markup-in-a-path": "exit 2",
     "command_line/path-too-long": "exit 2",
     "command_line/show-superscript": "exit 2",
@@ -51,6 +52,7 @@ EXPECTED = {
     "rows/not-utf-8": r"added\.toml' cannot be read: 'utf-8' codec",
     "scenario/os-mkdir": NOT_RUN,
     "study_file/ten-fold-aliases": r"more than 20,000 values, aliases included",
+    "tampering/spread-beyond-float32": r"layer of an edit cannot hold .*torch.float32 ends at",
     "update/huge-count": r"a whole number of 31 digits is too large",
     "update/markup-in-hash": r"kind='\[/x\]'",
     "update/nested-description": r"nested too deep",

@@ -83,11 +83,10 @@ def audit(
     )
     from leakatlas.audit.bundled import bundled_plan
     from leakatlas.cli.progress import Bars, not_tried, verdict_table
-    from leakatlas.report import beside, check_writable
+    from leakatlas.report import beside
     from leakatlas.threat import threat_models
 
     gates = [parse_gate(text) for text in fail_on or []]
-    check_writable(out)
     command = ["leakatlas", "audit", *([str(config)] if config else [])]
     if config is None:
         plan = bundled_plan()

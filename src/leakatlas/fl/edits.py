@@ -352,6 +352,12 @@ def _unset(rows: int, columns: int, *, like: Tensor) -> nn.Linear:
 
 
 def _constant(rows: int, columns: int, weight: float, bias: float, *, like: Tensor) -> nn.Linear:
+    largest = torch.finfo(like.dtype).max
+    if max(abs(weight), abs(bias)) > largest:
+        raise InvalidInput(
+            f"A layer of an edit cannot hold {weight:g} and {bias:g}: {like.dtype} ends at "
+            f"{largest:g}."
+        )
     layer = _unset(rows, columns, like=like)
     with torch.no_grad():
         layer.weight.fill_(weight)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from leakatlas import sealed
-from leakatlas.errors import InvalidInput
+from leakatlas.errors import InvalidInput, shown
 from leakatlas.report.data import Comparison, Report, Run
 from leakatlas.report.schema import report_schema
 from leakatlas.report.words import (
@@ -112,9 +112,10 @@ def check_writable(folder: Path) -> None:
         probe = folder / ".writable"
         probe.write_bytes(b"")
         probe.unlink()
-    except OSError as problem:
+    except (OSError, ValueError) as problem:
+        reason = problem.strerror if isinstance(problem, OSError) else problem
         raise InvalidInput(
-            f"The output folder {str(folder)!r} cannot be written ({problem.strerror}); choose "
+            f"The output folder {shown(str(folder))} cannot be written ({reason}); choose "
             "another with --out. Nothing was computed yet."
         ) from None
 
