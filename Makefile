@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: audit test touched check types lint unit fuzz compat generate study-defenses study-lint study-descent clean
+.PHONY: audit test touched check types lint unit fuzz compat generate study-defenses study-descent clean
 
 audit: $(STAMP) ## Attack bundled photos in four set-ups; writes leak-report/report.html
 	$(BIN)/leakatlas audit --out leak-report
@@ -48,9 +48,6 @@ generate: $(STAMP) ## Rebuild the generated tables and pages from the catalogue
 DATA ?= ../shared/data
 study-defenses: $(STAMP)
 	$(BIN)/python benchmarks/defenses.py
-study-lint: $(STAMP)
-	$(BIN)/python benchmarks/lint.py --data $(DATA)/cifar10/train.parquet
-	$(BIN)/python benchmarks/lint.py --fresh 20261124 --data $(DATA)/cifar10/test.parquet --init-seeds 20 --run-seeds 3 --attack-seeds 8
 study-descent: $(STAMP) # RIVAL names a Python that has the extra `bench`
 	$(BIN)/python benchmarks/descent.py --data $(DATA)/cifar10 $(if $(RIVAL),--rival $(RIVAL))
 

@@ -1,9 +1,9 @@
 """Write the generated documents, or check that they are up to date.
 
 Usage: ``python scripts/generate.py [--check]``. Generated are the rows' pages, the threat models'
-pages and the tables under ``docs/``, the JSON Schemas of the rows and of study files, and the
-tables in README.md if it has the markers. With ``--check`` nothing is written and stale files are
-named (exit code 1).
+pages and the tables under ``docs/``, the JSON Schemas of the rows and of study files, the page and
+the thresholds of lint, and the tables in README.md if it has the markers. With ``--check`` nothing
+is written and stale files are named (exit code 1).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 from leakatlas.bench import schema
-from leakatlas.catalogue import pages
+from leakatlas.catalogue import pages, results
+from leakatlas.site import lint_page
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY_SCHEMA = "src/leakatlas/bench/study.schema.json"
@@ -24,7 +25,8 @@ FOLDERS = ("docs/attacks", "docs/defenses", "docs/threat-models")
 def generated(root: Path) -> dict[str, str]:
     """Every generated file, by its path, and its text."""
     study_schema = json.dumps(schema.json_schema(), indent=1, ensure_ascii=False) + "\n"
-    return {**pages.generated(root), STUDY_SCHEMA: study_schema}
+    measured = results.load(root / "results")
+    return {**pages.generated(root), **lint_page.generated(measured), STUDY_SCHEMA: study_schema}
 
 
 def stale(root: Path) -> list[str]:

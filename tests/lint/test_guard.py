@@ -53,6 +53,18 @@ def test_a_model_that_changes_its_architecture_between_rounds_is_refused() -> No
         guarded.play_round(sent=TAMPERED)
 
 
+def test_who_missed_rounds_is_not_alarmed_by_the_distance() -> None:
+    """D17 compares consecutive rounds only; who was there in the last one does get its alarm."""
+    guarded = federation(FedSGD(), LintGuard())
+    guarded.play_round(cohort=(0,))
+    guarded.play_round(cohort=(1,))
+    elsewhere = models.build("convnet", size=SIZE, width=4, seed=7)
+    guarded.model.load_state_dict(elsewhere.state_dict())
+    with pytest.raises(ProtocolError, match=r"Client 1 refuses round 2.*\(D17\)"):
+        guarded.play_round(cohort=(0, 1))
+    assert guarded.clients[0].memories["lint_guard"]["judged"] == 2
+
+
 def test_switched_off_it_lets_anything_pass() -> None:
     off = federation(FedSGD(), LintGuard(enabled=False))
     off.play_round(sent=TAMPERED)

@@ -193,3 +193,26 @@ def test_norms_do_not_overflow_or_vanish() -> None:
     norms = {"a.weight": torch.full((4, 3), 1e-25, dtype=torch.float64)}
     norms["a.weight"][0] = 3e-25
     assert behaviour.d8_d_snr(norms)[0].value == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("s", [1e-15, 1e-3, 1e15])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_what_is_compared_with_earlier_rounds_holds_for_whole_layers(layer: int, s: float) -> None:
+    """D16's loss and gradient, and D17 against the model as it was before the rescaling."""
+    generator = torch.Generator().manual_seed(1)
+    batch = (torch.rand(8, 3, 8, 8, generator=generator), torch.arange(8))
+    model = chain()
+    other = rescaled(model, layer, torch.tensor(s))
+    plain, scaled = (examine.dynamics(one, batch) for one in (model, other))
+    assert scaled.loss == pytest.approx(plain.loss, rel=1e-3)
+    assert scaled.gradient == pytest.approx(plain.gradient, rel=1e-3)
+    found, _, _ = examine.measure(other, previous=model)
+    assert max(score.value for score in found if score.statistic == "D17/change") < 1e-3
+
+
+def test_d17_sees_neurons_that_were_rescaled_between_two_rounds() -> None:
+    model = chain()
+    sizes = torch.ones(32, dtype=torch.float64)
+    sizes[0] = 1e6
+    found, _, _ = examine.measure(rescaled(model, 2, sizes), previous=model)
+    assert max(score.value for score in found if score.statistic == "D17/change") > 0.7

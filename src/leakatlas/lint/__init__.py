@@ -3,7 +3,7 @@
 :func:`lint` runs the checks D1 to D17 that a client can make of a received model, its own batch
 and its own update, and gives a :class:`Verdict` with the evidence in words. :class:`LintGuard`
 is a client that refuses a round on an alarm. The thresholds were measured on benign models
-(``benchmarks/lint.py``; see :mod:`leakatlas.lint.thresholds`).
+(``studies/lint``; see :mod:`leakatlas.lint.thresholds`).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ STATISTICS: dict[str, str] = {
     "D5/row_sums": "share of rows with a sum of the same sign, beyond chance",
     "D6/tap": "share of the largest tap in a kernel",
     "D7/zero_rows": "share of head rows that are exactly zero",
-    "D7/row_norms": "largest head row against the median one",
+    "D7/row_norms": "largest head row against the median one, columns at one size",
     "D7/biases": "range of the head's biases against its rows",
     "D7/saturation": "confidence of the wrong predictions",
     "D8/d_snr": "share of the largest per-example gradient norm",

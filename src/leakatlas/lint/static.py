@@ -21,6 +21,7 @@ from torch import Tensor
 from leakatlas.data import Box
 from leakatlas.lint.findings import Score, share_of
 from leakatlas.lint.layers import Anatomy, Layer, unit_rows
+from leakatlas.lint.layers import norms as row_norms
 
 ROWS, COLUMNS = 1024, 4096
 """At most so much of a layer is looked at."""
@@ -393,7 +394,9 @@ def _depthwise(layer: Layer) -> bool:
 def d7_head(layer: Layer) -> list[Score]:
     """D7: the last layer. Zero rows beside others, one dominant row, biases beyond all logits.
 
-    A head that is zero altogether is a usual start of fine-tuning and does not count.
+    Rows are compared with every column at norm 1: a few strong features, which classes with many
+    examples use, make no strong row. A head that is zero altogether is a usual start of fine-tuning
+    and does not count.
 
     Args:
         layer: The head.
@@ -402,8 +405,8 @@ def d7_head(layer: Layer) -> list[Score]:
     if len(norms) < 2 or not bool(norms.max() > 0):
         return []
     zero = float((norms == 0).double().mean())
-    median = float(norms.median())
-    top = float(norms.max())
+    even = _even_norms(layer)
+    median, top = float(even.median()), float(even.max())
     ratio = top / median if median else math.inf
     scores = [
         Score(
@@ -416,11 +419,12 @@ def d7_head(layer: Layer) -> list[Score]:
             "D7/row_norms",
             layer.name,
             1 - median / top,
-            f"the largest head row is {ratio:.3g} times the median one",
+            f"the largest head row is {ratio:.3g} times the median one, all features at one size",
         ),
     ]
     if layer.bias is not None:
-        size = top * (norms / top).square().mean().sqrt()
+        largest = norms.max()
+        size = largest * (norms / largest).square().mean().sqrt()
         bias = layer.bias.double()
         reach = float((bias.max() - bias.min()) / size)
         scores.append(
@@ -432,6 +436,19 @@ def d7_head(layer: Layer) -> list[Score]:
             )
         )
     return scores
+
+
+def _even_norms(layer: Layer) -> Tensor:
+    """Norms ``(m,)`` of the rows with every column, zero ones apart, at norm 1."""
+    largest = layer.rows.abs().amax(dim=0).double()
+    live = largest > 0
+    chunks = layer.rows.split(layer.chunk())
+
+    def scaled(rows: Tensor) -> Tensor:
+        return rows[:, live].double() / largest[live]
+
+    sizes = torch.stack([scaled(rows).square().sum(dim=0) for rows in chunks]).sum(dim=0).sqrt()
+    return torch.cat([row_norms(scaled(rows) / sizes) for rows in chunks])
 
 
 def check_weights(body: Anatomy, box: Box | None = None) -> list[Score]:

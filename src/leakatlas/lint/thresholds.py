@@ -1,4 +1,4 @@
-"""Thresholds of the checks: measured on benign models by ``benchmarks/lint.py``, never typed.
+"""Thresholds of the checks: measured on benign models by ``studies/lint``, never typed.
 
 ``thresholds.json`` lies in the package. For each statistic it holds the largest value on the
 calibration half of the benign models, and the threshold, which halves what is left between that
@@ -10,6 +10,7 @@ of them exceeds the threshold that the others alone would set. Tampered models p
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -38,6 +39,14 @@ class Calibration:
 
 NEAR = 0.1
 """A statistic on which a benign model is nearer to certainty than this decides nothing."""
+
+
+RULE = (
+    "The threshold halves what is left between the largest value on the calibration half of the "
+    "benign models and certainty: t = 1 - (1 - largest) / 2 (quantile 1, plus that margin). A "
+    f"statistic is context only (threshold 1) if a benign model exceeds {1 - NEAR:g}, or if one "
+    "run exceeds the threshold that all others set. Tampered models play no part."
+)
 
 
 def threshold_of(largest: float) -> float:
@@ -72,14 +81,20 @@ def read(path: Path = FILE) -> Calibration:
         thresholds = {name: float(row["threshold"]) for name, row in rows.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise InvalidInput(
-            f"{path}: not a calibration of lint ({problem}); reinstall, or run benchmarks/lint.py."
+            f"{path}: not a calibration of lint ({problem}); reinstall, or run the study lint."
         ) from None
     # Comparisons are 0 or 1: any difference counts.
     thresholds.update(dict.fromkeys(COMPARISONS, threshold_of(0.0)))
     missing = sorted(set(STATISTICS) - set(thresholds))
     if missing:
-        raise InvalidInput(f"{path}: no threshold for {missing[0]!r}; run benchmarks/lint.py.")
+        raise InvalidInput(f"{path}: no threshold for {missing[0]!r}; run the study lint.")
     return Calibration(thresholds, content)
+
+
+def fingerprint(thresholds: Mapping[str, float]) -> int:
+    """A checksum (CRC-32) of the measured thresholds, to six decimals."""
+    table = sorted((n, round(t, 6)) for n, t in thresholds.items() if n not in COMPARISONS)
+    return zlib.crc32(repr(table).encode())
 
 
 @functools.cache
