@@ -116,6 +116,12 @@ def test_targets_of_a_loss_per_output_stay_vectors() -> None:
     assert as_images((PIXELS, values), vectors=True).labels.equal(values[:, None])
 
 
+@pytest.mark.parametrize("vectors", [False, True])
+def test_a_list_of_numbers_is_a_list_of_classes(vectors: bool) -> None:
+    read = as_images((PIXELS, LABELS.tolist()), vectors=vectors)
+    assert read.labels.equal(LABELS) and read.notes == ()
+
+
 def test_a_shuffling_loader_has_one_order_and_leaves_the_callers_generator_alone() -> None:
     loader = DataLoader(TensorDataset(PIXELS, LABELS), batch_size=3, shuffle=True)
     before = torch.random.get_rng_state()

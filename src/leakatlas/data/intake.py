@@ -183,7 +183,8 @@ def _tensor(value: Any, who: str) -> Tensor:
         array = np.asarray(value)
         if array.dtype.kind not in "buif":
             raise TypeError(f"an array of {array.dtype}")
-        return torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="))))
+        # A copy in C order; ascontiguousarray would give a single number an axis.
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
     except (TypeError, ValueError) as problem:
         got = f"{type(value).__name__} ({str(problem)[:100]})"
         raise InvalidInput(f"{who}: expected numbers in an array; got {got}; {FORMS}.") from None
