@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: audit test touched check types lint unit fuzz compat generate study-defenses study-descent clean
+.PHONY: audit test touched check types lint unit fuzz compat generate clean
 
 audit: $(STAMP) ## Attack bundled photos in four set-ups; writes leak-report/report.html
 	$(BIN)/leakatlas audit --out leak-report
@@ -43,13 +43,6 @@ compat: $(STAMP) ## The fast tests with the lowest and the newest versions, on e
 
 generate: $(STAMP) ## Rebuild the generated tables and pages from the catalogue
 	$(BIN)/python scripts/generate.py
-
-# Reproductions: slow, not in the gate; they write results/*.json. DATA is a folder of Parquet files.
-DATA ?= ../shared/data
-study-defenses: $(STAMP)
-	$(BIN)/python benchmarks/defenses.py
-study-descent: $(STAMP) # RIVAL names a Python that has the extra `bench`
-	$(BIN)/python benchmarks/descent.py --data $(DATA)/cifar10 $(if $(RIVAL),--rival $(RIVAL))
 
 clean:
 	rm -rf $(VENV) leak-report .mypy_cache .ruff_cache .pytest_cache

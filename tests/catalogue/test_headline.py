@@ -93,6 +93,24 @@ def test_a_curve_has_its_strengths_in_order() -> None:
     assert set(points[0].psnr) == {"knows the defense", "worst for each victim"}
 
 
+def test_a_study_replaces_the_strengths_that_were_carried_over() -> None:
+    def figure(name: str, who: str, value: float) -> dict[str, Any]:
+        return {**measure(name, value), "case": f"gradient_pruning, rate=0.8/{who}"}
+
+    old = strengths("0", "0.8").model_copy(update={"carried_over": True})
+    new = result(
+        figure("accuracy", "utility", 0.5),
+        figure("psnr_worst", "adaptive, at the published strength", 12.0),
+        figure("psnr", "adaptive, at the published strength", 11.0),
+        kind="defense", key="gradient_pruning",
+    )  # fmt: skip
+    for both in ([old, new], [new, old]):
+        _, points, _ = headline.curve(both, "gradient_pruning")
+        at = {point.knob: point for point in points}
+        assert at["0.8"].accuracy.value == 0.5
+        assert at["0.8"].psnr["worst for each victim"].value == 12.0
+
+
 @pytest.mark.parametrize(("knobs", "knob"), [(("0", "0.5", "0.8"), "0.8"), (("0", "0.5"), "0.5")])
 def test_a_defense_stands_at_its_default_or_at_the_first_strength(
     knobs: tuple[str, ...], knob: str

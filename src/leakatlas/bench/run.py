@@ -161,16 +161,20 @@ def _own(cell: Cell, name: str) -> Any:
 
 
 def _checked(cell: Cell, values: Any) -> dict[str, Any]:
-    """What the study's file measured: every measure that the case names, as finite numbers."""
+    """What the study's file measured: every measure that the case names, as finite numbers.
+
+    What it measured beside, for other cases, is not kept.
+    """
     wanted = [m.name for m in cell.case.measures if isinstance(m, OwnMeasure)]
-    if not isinstance(values, dict) or sorted(values) != sorted(wanted):
+    if not isinstance(values, dict) or not values.keys() >= set(wanted):
         got = sorted(values) if isinstance(values, dict) else type(values).__name__
         raise InvalidInput(
             f"{cell.hook} must return the measures {sorted(wanted)} of case {cell.label!r}; "
             f"it returned {got}."
         )
     plain: dict[str, Any] = {}
-    for name, value in values.items():
+    for name in wanted:
+        value = values[name]
         numbers = torch.as_tensor(value, dtype=torch.float64)
         if numbers.ndim > 1 or not bool(torch.isfinite(numbers).all()):
             raise InvalidInput(

@@ -14,6 +14,8 @@ from leakatlas.catalogue.results import Measure, Result
 # Figures that are held against the attack's own, and are none of it.
 _BESIDE = re.compile(r"null|baseline|grey|gray|mean image|minus|paired|control|other batch", re.I)
 _AT_KNOB = re.compile(r"^(?P<what>.*) \[(?P<knob>\w+)=(?P<value>[^\]]+)\]$")
+_AT_CASE = re.compile(r"^\w+, (?P<knob>\w+)=(?P<value>[^/]+)/(?P<who>.+)$")
+"""Cases of the study of defenses."""
 _ACCURACY = "test accuracy"
 _PSNR = {
     "PSNR, oblivious attack": "ignores the defense",
@@ -21,6 +23,14 @@ _PSNR = {
     "PSNR, worst attack per victim": "worst for each victim",
 }
 """Curves of a defense: the measure, and what its adversary does."""
+
+
+_STUDIED = {
+    ("utility", "accuracy"): (_ACCURACY,),
+    ("oblivious", "psnr"): ("PSNR, oblivious attack",),
+    ("adaptive", "psnr_worst"): ("PSNR, adaptive attack", "PSNR, worst attack per victim"),
+}
+"""What the figures of that study, by adversary and name, are called here."""
 
 
 @dataclass(frozen=True)
@@ -88,18 +98,29 @@ def curve(measured: Sequence[Result], key: str) -> tuple[str, tuple[Point, ...],
     """
     found: dict[str, dict[str, Measure]] = {}
     knob, stale = "", False
-    for result in results.of_row(tuple(measured), "defense", key):
+    mine = results.of_row(tuple(measured), "defense", key)
+    # What a study measured replaces what was carried over.
+    for result in sorted(mine, key=lambda result: not result.carried_over):
         for measure in result.measures:
-            named = _AT_KNOB.match(measure.name)
-            if named is not None:
+            for named, names in _named(measure):
                 knob, stale = named["knob"], stale or result.stale
-                found.setdefault(named["value"], {})[named["what"]] = measure
+                found.setdefault(named["value"], {}).update(dict.fromkeys(names, measure))
     points = (
         Point(value, figures[_ACCURACY], _attacks(figures))
         for value, figures in found.items()
         if _ACCURACY in figures
     )
     return knob, tuple(point for point in points if point.psnr), stale
+
+
+def _named(measure: Measure) -> Iterable[tuple[re.Match[str], tuple[str, ...]]]:
+    """Where a figure of a defense says its strength, and what it is called here."""
+    if (named := _AT_KNOB.match(measure.name)) is not None:
+        yield named, (named["what"],)
+    if (named := _AT_CASE.match(measure.case)) is not None:
+        who = named["who"].partition(",")[0]
+        if (who, measure.name) in _STUDIED:
+            yield named, _STUDIED[who, measure.name]
 
 
 def _attacks(figures: dict[str, Measure]) -> dict[str, Measure]:

@@ -1,0 +1,263 @@
+"""What a defense costs, what noise of equal size would stop, and attacks on its own secrets.
+
+Utility: eight clients train the network on digits by FedSGD; test accuracy of the models that they
+predict with, at the server's step size that validates best. Read-out: the ratio of a row to its
+bias entry in a fully connected network, batch of one. PRECODE and FedKL, whose mirror alone does
+not undo them, are also attacked by fitting their secrets together with the image.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from leakatlas import data
+from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
+from leakatlas.bench import harness, scene
+from leakatlas.bench.cells import Cell
+from leakatlas.bench.harness import Trial
+from leakatlas.bench.schema import Model
+from leakatlas.blocks import descent, init, matching, priors
+from leakatlas.blocks.watch import Watch
+from leakatlas.data import ImageSet
+from leakatlas.defenses.heuristic.model.fedkl import FedKL, merged
+from leakatlas.defenses.heuristic.model.precode import PRECODE, Bottleneck
+from leakatlas.errors import LeakAtlasError
+from leakatlas.fl import (
+    Client,
+    ClientContext,
+    Defense,
+    Federation,
+    FedSGD,
+    Stage,
+    Update,
+    View,
+    replay,
+    stream,
+)
+from leakatlas.fl import stage as staged
+from leakatlas.fl.view import defense_from_json
+
+CLIENTS, EXAMPLES, TEST, ROUNDS = 8, 40, 300, 25
+RATES = (0.5, 0.15)
+"""Server step sizes tried; clipping, noise and added layers change the right one."""
+
+SUCCESS, EXACT, STEPS = 19.0, 1e-4, 200
+Replay = Callable[[Tensor, Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EqualNoise(Defense):
+    """The control: Gaussian noise whose norm is a fixed share of the update's norm."""
+
+    key: ClassVar[str] = "equal_noise"
+    knob: ClassVar[str] = "ratio"
+    neutral: ClassVar[float] = 0.0
+    ratio: float
+
+    def update(self, update: Update, context: ClientContext) -> Update:
+        """Add it."""
+        noise = {
+            name: torch.randn(t.shape, generator=context.generator, dtype=t.dtype)
+            for name, t in update.tensors.items()
+        }
+        factor = self.ratio * _flat(update.tensors).norm() / _flat(noise).norm()
+        return update.with_tensors({n: t + factor * noise[n] for n, t in update.tensors.items()})
+
+
+def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([t.flatten() for t in tensors.values()])
+
+
+# -- around an attack ----------------------------------------------------------------------------
+
+
+def examine(trial: Trial, stage: Stage) -> dict[str, Any]:
+    """The worst attack that knows the defense; else the upload, and the control of equal noise."""
+    psnr = _psnr(trial, stage)
+    if stage.scenario.letter == "C":
+        around = _around(trial, stage)
+        worst = [max(pair) for pair in zip(psnr, around or psnr, strict=True)]
+        return {"psnr_worst": worst, "success_rate": [float(v >= SUCCESS) for v in worst]}
+    nothing: dict[str, Any] = {n: [] for n in ("error", "cosine", "size", "psnr_equal_noise")}
+    if not stage.scenario.defenses:
+        return nothing
+    plain = _with(stage, ())
+    b = plain.view([plain.federation.play_round()]).update.tensors
+    a = trial.view.update.tensors
+    if a.keys() != b.keys():
+        return nothing
+    u, v = _flat({name: a[name] for name in b}), _flat(b)
+    ratio = float((u - v).norm() / v.norm())
+    noisy = _with(stage, (EqualNoise(ratio=ratio),))
+    attack = InvertingGradients.tuned(steps=STEPS)
+    control = harness.run_trial(noisy, attack, seed=stage.scenario.seed)
+    return {
+        "error": ratio,
+        "cosine": float(torch.cosine_similarity(u, v, dim=0)),
+        "size": float(u.norm() / v.norm()),
+        "psnr_equal_noise": _psnr(control, noisy),
+    }
+
+
+def _with(stage: Stage, defenses: tuple[Defense, ...]) -> Stage:
+    """The same clients and weights under other defenses."""
+    parts = list(stage.victims.values())
+    victims = ImageSet(
+        torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]),
+        parts[0].classes, parts[0].name,
+    )  # fmt: skip
+    return staged(
+        replace(stage.scenario, defenses=defenses),
+        victims=victims, surrogate=stage.surrogate, box=stage.box,
+    )  # fmt: skip
+
+
+def _psnr(trial: Trial, stage: Stage) -> list[float]:
+    """Of every victim, by the common protocol."""
+    scores = harness.scored(trial, stage, public=scene.public_images(stage))
+    return [image.psnr for image in scores.images]
+
+
+def _around(trial: Trial, stage: Stage) -> list[float] | None:
+    """The attack on the defense's secret, where it has one."""
+    fits = [ADAPTIVE[type(d)] for d in stage.scenario.defenses if type(d) in ADAPTIVE]
+    if not fits:
+        return None
+    images = stage.box.denormalize(fits[0](trial.view, stage.scenario.seed))
+    return _psnr(replace(trial, images=images), stage)
+
+
+def _joint(view: View, seed: int, secrets: Mapping[str, Tensor], sent: Replay) -> Tensor:
+    """Gradient matching on the image and on the defense's secret together."""
+    g = dict(view.update.tensors)
+
+    def objective(variables: Mapping[str, Tensor], t: Tensor) -> descent.Value:
+        del t
+        secret = {name: t for name, t in variables.items() if name != "x"}
+        match = matching.relative_l2(sent(variables["x"], secret), g)
+        return descent.Value(match + 1e-4 * priors.tv_mean(variables["x"]), match)
+
+    rates = {"x": 0.1, **dict.fromkeys(secrets, 0.05)}
+    like = next(iter(g.values()))
+    start = init.normal(view.batch_shape, generator=stream("joint", seed), like=like)
+    found = descent.descend(
+        objective, {"x": start, **secrets}, optimizer=descent.sgd(rates), steps=STEPS,
+        watch=Watch(),
+        schedule=descent.cosine_decay(), transform=descent.signed,
+        after=(descent.inside(view.box, "x"),),
+    )  # fmt: skip
+    return found.best["x"]
+
+
+def _fit_noise(view: View, seed: int) -> Tensor:
+    """Against PRECODE: the draws of its bottleneck."""
+    model, (defense,), y = view.model, view.defenses, view.labels
+    (bottleneck,) = (m for m in model.modules() if isinstance(m, Bottleneck))
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return defense.simulate_loss(nn.functional.cross_entropy(logits, target), model)
+
+    def sent(x: Tensor, secret: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        bottleneck.noise = secret["noise"]
+        return replay.gradient(model, parameters, buffers, x, y, loss=loss)
+
+    latent = bottleneck.decoder.in_features
+    return _joint(view, seed, {"noise": torch.zeros(view.num_examples, latent)}, sent)
+
+
+def _fit_locks(view: View, seed: int) -> Tensor:
+    """Against FedKL: scale and shift of every locked layer."""
+    plain, y = merged(view.model), view.labels
+    parameters = {n: p.detach() for n, p in plain.named_parameters()}
+    buffers, shared = dict(plain.named_buffers()), view.update.tensors
+    # Half the channels are expected to be alive; no guess is better than the mean of the locks.
+    start = {
+        n.replace(".", "/"): torch.full_like(p, 0.25 if n.endswith("weight") else 0.1)
+        for n, p in parameters.items()
+        if n not in shared
+    }
+
+    def sent(x: Tensor, secret: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        held = {**parameters, **{n.replace("/", "."): t for n, t in secret.items()}}
+        found = replay.gradient(plain, held, buffers, x, y)
+        return {name: found[name] for name in shared}
+
+    return _joint(view, seed, start, sent)
+
+
+ADAPTIVE: dict[type[Defense], Callable[[View, int], Tensor]] = {
+    PRECODE: _fit_noise, FedKL: _fit_locks
+}  # fmt: skip
+
+
+# -- without an attack ---------------------------------------------------------------------------
+
+
+def measure(cell: Cell) -> dict[str, Any]:
+    """Accuracy at the step size that validates best, that step, its time, and the read-out."""
+    torch.set_num_threads(1)
+    runs = [_trained(cell, lr) for lr in RATES]
+    _, accuracy, lr, seconds = max(runs, key=lambda run: run[0])
+    exact = _readout(cell)
+    return {
+        "accuracy": accuracy, "lr": lr, "seconds_a_round": seconds,
+        "exact_by_ratio": [] if exact is None else exact,
+    }  # fmt: skip
+
+
+def _trained(cell: Cell, lr: float) -> tuple[float, float, float, float]:
+    """Accuracy on validation and on test images, the step size, seconds a round."""
+    images, box = data.digits(), scene.pixel_space(cell.case, 1)
+    x, y = box.normalize(images.images), images.labels
+    parts = torch.arange(CLIENTS * EXAMPLES).split(EXAMPLES)
+    defenses = tuple(defense_from_json(defense) for defense in cell.case.defenses)
+    federation = Federation(
+        scene.network(cell)[1], {k: Client(x[part], y[part]) for k, part in enumerate(parts)},
+        FedSGD(lr=lr, mode="train"), defenses, seed=cell.seed,
+    )  # fmt: skip
+    begun = time.perf_counter()
+    for _ in range(ROUNDS):
+        federation.play_round(apply=True)
+    seconds = (time.perf_counter() - begun) / ROUNDS
+    first = CLIENTS * EXAMPLES
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(cell.seed)
+        # Two clients: private parts differ between them.
+        scores = [
+            torch.stack(
+                [
+                    (federation.evaluation_model(k)(x[part]).argmax(1) == y[part]).double().mean()
+                    for k in (0, 1)
+                ]
+            ).mean()
+            for part in (slice(first, first + TEST), slice(first + TEST, first + 2 * TEST))
+        ]
+    return float(scores[0]), float(scores[1]), lr, seconds
+
+
+def _readout(cell: Cell) -> list[float] | None:
+    """Whether the ratio gives each victim exactly; None if this network cannot be defended."""
+    kwargs = {"in_channels": 1, "size": 8, "classes": 10, "widths": (64, 32)}
+    model = Model(builtin="fc", kwargs=kwargs, dtype="float64")
+    alike = replace(cell, case=cell.case.model_copy(update={"model": model, "clients": 4}))
+    try:
+        stage = scene.staged(alike)
+    except LeakAtlasError:
+        return None
+    record, found = stage.federation.play_round(), []
+    for target, client in stage.federation.clients.items():
+        update, exact = stage.view([record], target=target).rounds[-1].update, False
+        if update is not None and bool((bias := update.tensors["hidden.1.bias"]).any()):
+            row, x = int(bias.abs().argmax()), client.x.flatten()
+            read = update.tensors["hidden.1.weight"][row] / bias[row]
+            exact = float((read - x).norm() / x.norm()) < EXACT
+        found.append(float(exact))
+    return found
