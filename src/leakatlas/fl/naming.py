@@ -80,7 +80,7 @@ def _from_mapping(
             break
         named = {n.removeprefix(prefix): v for n, v in named.items()}
         stripped += prefix
-    unknown = [name for name in named if name not in shapes]
+    unknown = [stripped + name for name in named if name not in shapes]
     if unknown or not named:
         raise InvalidInput(
             f"The {what} has {len(named)} names, of which {type(model).__name__} lacks "
