@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors and ``torch.save``, read as plain tensors and nothing else."""
+"""Files of tensors: safetensors, ``torch.save``, ``numpy.savez``; plain values, nothing else."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import pickle
 import struct
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -79,6 +83,24 @@ def read_torch(path: Path | str, *, what: str) -> object:
             warnings.simplefilter("ignore")
             found: object = torch.load(path, map_location="cpu", weights_only=True)
             return found
+
+
+def read_npz(path: Path | str, *, what: str) -> dict[str, NDArray[Any]]:
+    """Arrays by name of a file of ``numpy.savez``; never objects.
+
+    Raises:
+        InvalidInput: If the file is missing, damaged, holds pickled objects, or is too large once
+            it is unpacked.
+    """
+    who = f"The {what} {shown(str(path))}"
+    require_room(path, what=what)
+    way_out = "It is damaged, or no file that numpy.savez(PATH, *arrays) wrote."
+    with reading.boundary(who, *_UNREADABLE, zipfile.BadZipFile, zlib.error, way_out=way_out):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+            limits.require_memory(who, unpacked, "once it is unpacked")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
 
 
 def require_room(path: Path | str, *, what: str) -> None:

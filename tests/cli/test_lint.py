@@ -162,7 +162,7 @@ def test_an_update_about_to_be_sent(run: Any, files: Path, tmp_path: Path) -> No
         ),
         (("{files}/honest.safetensors", "--weights", "x"), "does not exist"),
         (("{files}/honest.safetensors", "--weights", "{files}/tampered.pt"), "weights already"),
-        (("builtin:lenet", "--weights", "{files}/tampered.pt"), "does not fit LeNet"),
+        (("builtin:lenet", "--weights", "{files}/tampered.pt"), "this LeNet expects"),
         (("builtin:lenet", "--mean", "0.5"), "--mean and --std go together"),
         (("builtin:lenet", "--mean", "a", "--std", "1"), "one number for each channel"),
         (("builtin:lenet", "--limit", "0"), "--limit 0"),

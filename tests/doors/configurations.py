@@ -63,7 +63,15 @@ CONFIGURATIONS: tuple[Any, ...] = (
         "data": {"victims": "folder:pictures@8"},
         "captured": "update.safetensors",
     },
-    {"model": {"python": "net.py:make", "kwargs": {"width": 4}}, "data": {"victims": "digits:8"}},
+    {
+        "model": {"python": "net.py:make", "kwargs": {"width": 4}},
+        "data": {"victims": "digits:8"},
+        "protocol": {
+            "algorithm": "fedavg",
+            "augment": ["RandomHorizontalFlip", {"name": "RandomRotation", "degrees": 9}],
+            "loss": "cross_entropy",
+        },
+    },
 )
 
 TENFOLD = "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 
 from leakatlas import models
+from leakatlas.audit.intake import read_capture
 from leakatlas.fl import FedAVG, ModelRef, Scenario, Tampering, Update, View, stage
+from leakatlas.fl.capture import Capture, CapturedRound
 from leakatlas.fl.edits import Imprint, SplitImprint
 from leakatlas.fl.tampering import TamperedModel
 from leakatlas.threat import Grant
 from tests.doors import hostile
 from tests.doors.hostile import as_json, damaged, tampered
 from tests.doors.registry import Files, door, one
-from tests.doors.seeds import safetensors_file, update_of_a_client, views
+from tests.doors.seeds import safetensors_file, saved, update_of_a_client, views
 
 
 @door(
@@ -108,3 +113,71 @@ def scenario(folder: Path) -> object:
     """A described scenario, brought to life."""
     values = json.loads((folder / "scenario.json").read_text("utf-8", "surrogatepass"))
     return stage(Scenario.from_json(values))
+
+
+def _capture() -> Capture:
+    made = views()[0]
+    before = {**dict(made.model.named_parameters()), **dict(made.model.named_buffers())}
+    one = CapturedRound(update=made.update, received={n: t.detach() for n, t in before.items()})
+    return Capture(rounds=(one, one), notes=("by hand",))
+
+
+@door(
+    one(
+        "c.safetensors",
+        safetensors_file(lambda f: _capture().save(f / "c.safetensors"), "leakatlas.capture"),
+    ),
+    share=2.0,
+)
+def capture(folder: Path) -> object:
+    """A capture of a real system."""
+    return Capture.load(folder / "c.safetensors").fitted(views()[0].model)
+
+
+def _arrays() -> dict[str, tuple[bytes, ...]]:
+    state = {n: t.numpy() for n, t in views()[0].model.state_dict().items()}
+    exotic: list[Any] = [
+        {**state, "fc.bias": np.zeros(10, dtype="datetime64[s]")},
+        {**state, "fc.bias": np.zeros(10, dtype="complex128")},
+        {**state, "fc.bias": np.array(["x"] * 10)},
+        {**state, "fc.bias": np.zeros(10, dtype=[("a", "f4")])},
+        {**state, "fc.bias": np.full(10, np.nan)},
+        {**state, "fc.bias": np.float64(1.0)},
+        {"a": np.array([{}], dtype=object)},
+    ]
+    archives: list[bytes] = []
+    for held in (state, *exotic):
+        for write in (np.savez, np.savez_compressed):
+            buffer = io.BytesIO()
+            write(buffer, **held)
+            archives.append(buffer.getvalue())
+    buffer = io.BytesIO()
+    np.savez(buffer, *state.values())
+    archives.append(buffer.getvalue())
+    tensors = {n: torch.from_numpy(a) for n, a in state.items()}
+    values: tuple[Any, ...] = (
+        tensors,
+        list(tensors.values()),
+        [1.0, None],
+        {"a": {"b": {}}},
+        {"a": tensors},
+    )
+    plain = [saved(value) for value in values]
+    return {"a.npz": tuple(archives), "a.pt": tuple(plain)}
+
+
+def _array_files() -> st.SearchStrategy[Files]:
+    return st.one_of(
+        *(
+            one(name, st.one_of(damaged(files), st.sampled_from(files)))
+            for name, files in _arrays().items()
+        )
+    )
+
+
+@door(_array_files(), share=2.0)
+def captured_arrays(folder: Path) -> object:
+    """``leakatlas capture a.npz --model builtin:fc``."""
+    model = views()[0].model
+    (path,) = folder.iterdir()
+    return read_capture([path], model, num_examples=2, kind="weights").fitted(model)

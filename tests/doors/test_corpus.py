@@ -17,6 +17,7 @@ CORPUS = Path(__file__).parent / "corpus"
 
 NOT_RUN = r"and was not run.*`model=`, or `trust_code=True`"
 EXPECTED = {
+    "captured_arrays/no-zip": r"a\.npz. cannot be read: .*numpy\.savez",
     "command_line/bad-input-makes-no-folder": "exit 2",
     "command_line/markup-in-a-path": "exit 2",
     "command_line/path-too-long": "exit 2",
@@ -45,6 +46,7 @@ EXPECTED = {
     "image/eps-called-png": r"a\.png: not an image .*expected PNG, JPEG",
     "lint_weights/vector-only": r"no weight with two or more dimensions",
     "report/nested": r"nested too deep",
+    "result/study-of-a-long-name": "answer",
     "result/nested": "answer",  # validate lists it among the problems
     "result/not-utf-8": "answer",
     "rows/five-thousand-digits": "answer",

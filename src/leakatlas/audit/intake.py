@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from torch import Tensor, nn
 
-from leakatlas import reading, tensorfiles
+from leakatlas import tensorfiles
 from leakatlas.errors import InvalidInput, shown
 from leakatlas.fl import Update, state_hash
 from leakatlas.fl.capture import Capture, CapturedRound
@@ -34,12 +33,8 @@ def read_arrays(path: Path | str) -> Arrays:
     if path.suffix == ".safetensors":
         return tensorfiles.read_safetensors(path, what="captured file")[0]
     if path.suffix == ".npz":
-        tensorfiles.require_room(path, what="captured file")
-        with reading.boundary(who, KeyError, EOFError, way_out=HOW):
-            with np.load(path, allow_pickle=False) as archive:
-                names = list(archive.files)
-                arrays = {name: archive[name] for name in names}
-        if names == [f"arr_{i}" for i in range(len(names))]:
+        arrays = tensorfiles.read_npz(path, what="captured file")
+        if list(arrays) == [f"arr_{i}" for i in range(len(arrays))]:
             return list(arrays.values())
         return arrays
     found = tensorfiles.read_torch(path, what="captured file")

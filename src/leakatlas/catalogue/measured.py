@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from leakatlas import reading
 from leakatlas.catalogue import code, loader, source
 from leakatlas.catalogue.schema import Count, Letter, Strict, Text
 from leakatlas.errors import UnknownName
@@ -307,7 +308,9 @@ class StudyResult(Strict):
         root = repository_root()
         hook = None if root is None else root / "studies" / self.key / "study.py"
         try:
-            now = code.of_case(case.setup, hook if hook is not None and hook.is_file() else None)
+            now = code.of_case(
+                case.setup, hook if hook is not None and reading.is_file(hook) else None
+            )
         except UnknownName:  # its attack or defense is gone
             return True
         return case.code != (now,)
