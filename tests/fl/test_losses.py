@@ -62,7 +62,7 @@ def test_every_loss_is_its_formula_and_its_sum_is_the_mean_times_what_it_divided
     assert float(loss(z, y, "sum")) == pytest.approx(float(loss(z, y)) * divisor, rel=1e-12)
 
 
-@pytest.mark.parametrize("key", list(set(LOSSES) - {"python"}))
+@pytest.mark.parametrize("key", sorted(set(LOSSES) - {"python"}))
 def test_class_indices_equal_their_one_hot_vectors(key: str) -> None:
     loss, z, y = as_loss(key), _outputs(), _classes()
     hot = nn.functional.one_hot(y, K).double()
