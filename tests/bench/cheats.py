@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
 from leakatlas.blocks.watch import Watch
@@ -25,7 +25,12 @@ from leakatlas.threat import Knowledge
 def images_among(found: Iterator[object], shape: tuple[int, ...]) -> Reconstruction:
     """Whatever has the shape of images, as candidates."""
     # By type: asking some objects for their class runs code.
-    known = (cast(Tensor, t) for t in found if issubclass(type(t), Tensor))
+    known = (
+        cast(Tensor, t)
+        for t in found
+        # A lazy parameter, left over from elsewhere in the process, has no shape to ask for.
+        if issubclass(type(t), Tensor) and not nn.parameter.is_lazy(t)
+    )
     tensors = [t for t in known if t.dim() == 4 and t.shape[1:] == shape]
     if not tensors:
         return nothing_found(shape, "there is nothing to steal")

@@ -8,21 +8,32 @@ from pathlib import Path
 import pytest
 
 from leakatlas.blocks.labels import METHODS
-from leakatlas.catalogue.results import Result
+from leakatlas.catalogue.measured import StudyResult
 
 STUDY = Path(__file__).parents[2] / "results" / "labels.json"
-WITHHELD = STUDY.with_name("labels-withheld.json")
+WITHHELD = STUDY.with_name("labels_withheld.json")
+
+
+def figures(file: Path) -> dict[str, float]:
+    result = StudyResult.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    return {
+        f"{measure.name}/{case.case}": measure.value
+        for case in result.cases
+        for measure in case.measures
+        if measure.value is not None and measure.name != "refusals"
+    }
 
 
 @pytest.fixture(scope="module")
 def irec() -> dict[str, float]:
-    result = Result.model_validate(json.loads(STUDY.read_text(encoding="utf-8")))
-    return {m.name.removeprefix("irec/"): m.value for m in result.measures}
+    return figures(STUDY)
 
 
 def test_every_rule_is_in_the_study(irec: dict[str, float]) -> None:
     measured = {name.split("/")[0] for name in irec}
-    assert measured == set(METHODS) - {"rgap"} | {"even-spread"}  # rgap has a scalar logit
+    assert measured == set(METHODS) - {"rgap"} | {
+        "even-spread"
+    }  # rgap has a scalar logit
 
 
 def test_a_single_sample_is_always_exact_by_its_bias(irec: dict[str, float]) -> None:
@@ -65,8 +76,8 @@ def test_no_rule_beats_the_even_spread_on_large_batches_of_a_trained_network(
 def test_withholding_the_head_does_not_hide_the_labels_of_an_untrained_network(
     irec: dict[str, float],
 ) -> None:
-    found = {k.removeprefix("gdbr/"): v for k, v in irec.items() if k.startswith("gdbr/")}
-    assert len(found) == 36 and all(k.endswith("/head withheld") for k in found)
+    found = {k.removeprefix("gdbr/"): v for k, v in irec.items() if k.startswith("gdbr/digits/")}
+    assert len(found) == 36
     for setting, value in found.items():
         even = irec[f"even-spread/{setting}"]
         if "/untrained/" in setting:
@@ -76,11 +87,10 @@ def test_withholding_the_head_does_not_hide_the_labels_of_an_untrained_network(
 
 
 def test_networks_with_wide_layers_below_a_withheld_head_give_their_labels_away() -> None:
-    result = Result.model_validate(json.loads(WITHHELD.read_text(encoding="utf-8")))
-    found = {m.name.removeprefix("irec/"): m.value for m in result.measures}
+    found = figures(WITHHELD)
     for network in ("lenet5", "convnet", "convnet-bn", "vgg11", "resnet18", "vit"):
-        assert found[f"gdbr/{network}/untrained/B=32"] > 0.95
+        assert found[f"irec_gdbr/{network}/untrained/32"] > 0.95
     # 12 channels for 9 unknowns are barely enough, and training ends what the counts rest on
     for place in ("lenet/untrained", "convnet/trained", "convnet-bn/trained"):
-        even = found[f"even-spread/{place}/B=32"]
-        assert even - 0.1 < found[f"gdbr/{place}/B=32"] < even + 0.15
+        even = found[f"irec_even_spread/{place}/32"]
+        assert even - 0.1 < found[f"irec_gdbr/{place}/32"] < even + 0.15

@@ -18,7 +18,7 @@ PRESETS = {"defaults": "published", "published": "published", "tuned": "tuned"}
 
 def recorded() -> Iterator[tuple[str, str, int, str, dict[str, Any]]]:
     """File, key, version, preset and parameters of every preset that a result was measured with."""
-    for path in sorted((ROOT / "results").glob("*.json")):
+    for path in sorted((ROOT / "results").rglob("*.json")):
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict) or values.get("kind") != "attack":
             continue

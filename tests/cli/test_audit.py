@@ -179,7 +179,11 @@ def nothing(folder: Path) -> None:
         ({"model": {}}, nothing, ["exactly one of 'builtin' and 'python'"]),
         ({"model": MODEL | {"weights": "bad.pt"}}, evil_pickle, ["bad.pt"]),
         ({"model": MODEL | {"weights": "bad.safetensors"}}, truncated, ["bad.safetensors"]),
-        ({"model": MODEL | {"weights": "bad.safetensors"}}, wrong_shapes, ["expects"]),
+        (
+            {"model": MODEL | {"weights": "bad.safetensors"}},
+            wrong_shapes,
+            ["not the weights of this FCNet", "fc.bias"],
+        ),
         ({"fail_on": ["psnr is high"]}, nothing, ["write 'P(psnr > 20 dB) > 0.05'"]),
         ({"budget": "later"}, nothing, ["write '30s'"]),
     ],

@@ -88,7 +88,7 @@ def test_the_published_step_falls_tenfold_at_three_five_and_seven_eighths() -> N
 
 def test_tuned_is_the_preset_whose_figures_are_stored() -> None:
     """No one prior is best everywhere, so a change is known by its figures, not by one photo."""
-    file = Path(__file__).parents[4] / "results" / "inverting_gradients.json"
+    file = Path(__file__).parents[4] / "results" / "carried" / "inverting_gradients.json"
     measured = json.loads(file.read_text(encoding="utf-8"))["recipe"]["tuned"]
     own = InvertingGradients.tuned().to_json()
     assert {name: own[name] for name in measured} == measured
