@@ -29,7 +29,7 @@ def images_among(found: Iterator[object], shape: tuple[int, ...]) -> Reconstruct
         cast(Tensor, t)
         for t in found
         # A lazy parameter, left over from elsewhere in the process, has no shape to ask for.
-        if issubclass(type(t), Tensor) and not nn.parameter.is_lazy(t)
+        if issubclass(type(t), Tensor) and not nn.parameter.is_lazy(cast(Tensor, t))
     )
     tensors = [t for t in known if t.dim() == 4 and t.shape[1:] == shape]
     if not tensors:

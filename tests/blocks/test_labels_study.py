@@ -31,9 +31,7 @@ def irec() -> dict[str, float]:
 
 def test_every_rule_is_in_the_study(irec: dict[str, float]) -> None:
     measured = {name.split("/")[0] for name in irec}
-    assert measured == set(METHODS) - {"rgap"} | {
-        "even-spread"
-    }  # rgap has a scalar logit
+    assert measured == set(METHODS) - {"rgap"} | {"even-spread"}  # rgap has a scalar logit
 
 
 def test_a_single_sample_is_always_exact_by_its_bias(irec: dict[str, float]) -> None:
