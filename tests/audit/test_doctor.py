@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from leakatlas import data, models
-from leakatlas.audit import diagnosis
+from leakatlas.audit import audit, diagnosis, doctor
 from leakatlas.audit.consistency import check_replay, relative_residual
 from leakatlas.audit.diagnosis import SPECTRAL_LEFT_OUT, best_informed, examine
 from leakatlas.errors import InvalidInput, UnsupportedModel
@@ -155,6 +155,19 @@ def test_a_captured_update_with_nan_is_refused() -> None:
 
 
 # -- measures before any attack --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["features", "running_var"])
+def test_doctor_and_audit_refuse_a_model_that_is_not_finite(name: str) -> None:
+    net = models.build("convnet", in_channels=3, size=8, classes=8, width=4, norm="batch")
+    tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    spoiled = next(n for n in tensors if name in n)
+    tensors[spoiled].data.view(-1)[0] = torch.inf
+    photos = data.photos(8).subset(range(2))
+    batch = (photos.images, photos.labels)
+    for ask in (doctor, audit):
+        with pytest.raises(InvalidInput, match=f"model ConvNet holds 1 values at '{spoiled}'"):
+            ask(net, batch, threat="A")
 
 
 def test_measures_of_the_quick_tiers_come_with_direction_assumption_and_words() -> None:

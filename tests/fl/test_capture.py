@@ -117,3 +117,14 @@ def test_a_view_of_a_capture_is_that_of_the_round_it_recorded() -> None:
     assert captured.fingerprint() == simulated.fingerprint()
     x, y = stage.federation.clients[0].x, stage.federation.clients[0].y
     assert relative_error(captured.replay(x, y), captured.update.tensors) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.running_var"])
+def test_a_captured_state_that_is_not_finite_is_refused(name: str, tmp_path: Path) -> None:
+    net = _net()
+    update = Update.from_state_dicts(net.state_dict(), net.state_dict(), net, num_examples=2)
+    received = model_state(net)
+    received[name].view(-1)[0] = torch.nan
+    Capture(rounds=(CapturedRound(update=update, received=received),)).save(tmp_path / "c")
+    with pytest.raises(InvalidInput, match=f"received in round 0 of the capture .*'{name}'"):
+        Capture.load(tmp_path / "c").fitted(net)

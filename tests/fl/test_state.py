@@ -9,6 +9,7 @@ from torch import nn
 from leakatlas import models
 from leakatlas.errors import InvalidInput, UnknownName
 from leakatlas.fl import ModelRef, load_into, model_state, state_hash
+from leakatlas.fl.state import held, require_finite
 
 
 def _state() -> dict[str, torch.Tensor]:
@@ -129,3 +130,41 @@ def test_whole_numbers_are_no_weights_but_floats_may_count() -> None:
     state["weight"] = torch.ones(2, dtype=torch.int8)
     with pytest.raises(InvalidInput, match=r"'weight' the model expects torch.float32.*torch.int8"):
         load_into(model, state)
+
+
+class _Masked(nn.Module):
+    """An attention's mask is a buffer of infinities, which is no fault."""
+
+    mask: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+
+
+def test_infinite_constants_of_an_architecture_are_no_fault() -> None:
+    require_finite(held(_Masked()), _Masked(), "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("mask", [torch.nan, -torch.inf]),
+        ("mask", [-torch.inf, 0.0]),
+        ("mask", [0.0, torch.inf]),
+        ("norm.running_var", [1.0, torch.inf]),
+        ("norm.weight", [1.0, torch.nan]),
+    ],
+)
+def test_other_infinities_are_refused_by_name(name: str, values: list[float]) -> None:
+    state = {**model_state(_Masked()), name: torch.tensor(values)}
+    with pytest.raises(InvalidInput, match=f"^x holds . values at '{name}' that are not finite"):
+        require_finite(state, _Masked(), "x")
+
+
+def test_running_statistics_are_refused_although_the_architecture_has_them() -> None:
+    model = _Masked()
+    model.norm.running_var = torch.tensor([1.0, torch.inf])
+    with pytest.raises(InvalidInput, match="running_var"):
+        require_finite(held(model), model, "x")

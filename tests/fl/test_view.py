@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from leakatlas.errors import InvalidInput, NotGranted, UnknownName, UnsupportedModel
@@ -463,6 +464,44 @@ def test_a_nan_in_a_stored_update_is_named(tmp_path: Path) -> None:
     view.save(tmp_path)
     with pytest.raises(InvalidInput, match="1 non-finite"):
         View.load(tmp_path)
+
+
+def _spoil(folder: Path, name: str, value: float) -> None:
+    file = folder / "view.safetensors"
+    tensors = load_file(file)
+    (path,) = [path for path in tensors if path.startswith(name)]
+    tensors[path].view(-1)[0] = value
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("architecture/fc.weight", r"model of the view holds 1 values at 'fc\.weight'"),
+        ("architecture/features.1.running_var", r"model of the view .*running_var' that are not"),
+        ("rounds/0/state/fc.bias", r"received in round 0 holds 1 values at 'fc\.bias'"),
+        ("rounds/0/state/features.1.running_mean", r"received in round 0 .*running_mean'"),
+        ("distribution/mean", "view holds values at 'distribution/mean' that are not finite"),
+        ("batch_bn/features.1:variance", "view holds values at 'batch_bn/features.*' that are not"),
+    ],
+)
+def test_what_is_not_finite_in_a_stored_view_is_named(
+    name: str, words: str, value: float, tmp_path: Path
+) -> None:
+    _view("E", ALL).save(tmp_path)
+    View.load(tmp_path)
+    _spoil(tmp_path, name, value)
+    with pytest.raises(InvalidInput, match=words):
+        View.load(tmp_path)
+
+
+def test_a_global_model_that_diverged_makes_no_view() -> None:
+    scene = _stage("C")
+    record = scene.federation.play_round()
+    record.states[1]["fc.weight"].view(-1)[3] = torch.inf
+    with pytest.raises(InvalidInput, match=r"received in round 0 .*'fc\.weight'.*diverged"):
+        scene.view([record], target=1)
 
 
 def test_no_pickle_and_no_private_pixel_is_on_disk(tmp_path: Path) -> None:

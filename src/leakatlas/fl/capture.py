@@ -113,6 +113,8 @@ class Capture:
                         f"has: {', '.join(list(own)[:6])}."
                     )
             received = {**own, **{n: t.to(own[n].dtype) for n, t in one.received.items()}}
+            who = f"The state received in round {one.index} of the capture"
+            state.require_finite(received, model, who)
             update = one.update.check().check_fits(own).as_delta(received)
             update = update.with_tensors({n: t.to(own[n].dtype) for n, t in update.tensors.items()})
             rounds.append(replace(one, received=received, update=update))

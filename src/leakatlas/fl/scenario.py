@@ -192,6 +192,7 @@ class Stage:
         surrogate: ImageSet | None = None,
         others: ImageSet | None = None,
     ) -> None:
+        state.require_finite(state.held(model), model, f"The model {type(model).__name__}")
         self.scenario = scenario
         self.known = True
         """Whether the private images are at hand; a capture may come without them."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from leakatlas import models
+from leakatlas import models, tensorfiles
 from leakatlas.errors import InvalidInput, shown
 from leakatlas.fl import factory
 from leakatlas.fl.intake import Selector, take_in
@@ -76,6 +76,47 @@ def load_into(model: nn.Module, state: Tensors) -> nn.Module:
                 tensor.data = tensor.data.to(state[name].dtype)
             tensor.copy_(state[name])
     return clone
+
+
+def held(model: nn.Module) -> dict[str, Tensor]:
+    """The live parameters and buffers, by name."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+STATISTICS = ("running_mean", "running_var")
+"""Buffers that training moves, by the last part of their names."""
+
+
+def require_finite(state: Tensors, model: nn.Module, who: str) -> None:
+    """Refuse a received state that holds NaN or infinite values: nothing follows from it.
+
+    A constant of the architecture, such as the mask of an attention, may be infinite where the
+    architecture's own is.
+
+    Args:
+        state: Parameters and buffers by name.
+        model: The architecture.
+        who: Whose state it is, for the message.
+
+    Raises:
+        InvalidInput: Naming the tensor.
+    """
+    constants = {n: b for n, b in model.named_buffers() if not n.endswith(STATISTICS)}
+    for name, tensor in state.items():
+        bad = tensorfiles.count_non_finite(tensor)
+        if bad and not _infinite_alike(tensor, constants.get(name)):
+            raise InvalidInput(
+                f"{who} holds {bad} values at {shown(name)} that are not finite (of "
+                f"{tensor.numel()}). Training diverged, or the file was damaged or tampered with: "
+                "nothing follows from such a state. Take a checkpoint from before, or ask for it "
+                "again."
+            )
+
+
+def _infinite_alike(tensor: Tensor, own: Tensor | None) -> bool:
+    if own is None or own.shape != tensor.shape or bool(tensor.isnan().any()):
+        return False
+    return all(torch.equal(tensor == end, own == end) for end in (torch.inf, -torch.inf))
 
 
 @dataclass(frozen=True)

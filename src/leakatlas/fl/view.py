@@ -80,6 +80,9 @@ SOURCES: dict[str, tuple[Knowledge, Grant | None]] = {
 }
 """Which knowledge, or which grant instead, puts a field into a view."""
 
+FINITE = ("distribution/", "batch_bn/")
+"""Fields of a saved view, besides states, updates and images, in which every value is finite."""
+
 Statistics = Mapping[str, tuple[Tensor, Tensor]]
 
 
@@ -142,7 +145,8 @@ class View:
         architecture_defenses: Defenses that changed the architecture, which is public.
 
     Raises:
-        InvalidInput: If a field is given that neither the letter nor a grant allows.
+        InvalidInput: If a field is given that neither the letter nor a grant allows, or a received
+            state is not finite.
     """
 
     def __init__(
@@ -171,6 +175,10 @@ class View:
         for name in self._fields:
             if not self._allowed(name):
                 raise InvalidInput(f"{name!r} is not given to {self.describe()}.")
+        state.require_finite(state.held(architecture), architecture, "The model of the view")
+        for seen in self._fields.get("rounds", ()):
+            who = f"The state received in round {seen.index}"
+            state.require_finite(seen.state, architecture, who)
 
     def _allowed(self, name: str) -> bool:
         knowledge, grant = SOURCES[name]
@@ -643,6 +651,9 @@ class View:
         constants = set(description["constants"])
         for name, parameter in architecture.named_parameters():
             parameter.requires_grad_(name not in constants)
+        for path, tensor in tensors.items():
+            if path.startswith(FINITE) and tensorfiles.count_non_finite(tensor):
+                raise InvalidInput(f"The view holds values at {shown(path)} that are not finite.")
         fields = _unpack(description["fields"], tensors)
         if loss is None and trust_code:
             loss = with_code(as_loss(description["loss"]), Path())
