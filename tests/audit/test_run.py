@@ -176,7 +176,7 @@ def test_the_report_is_a_value(small_plan: Plan) -> None:
     report = carry_out(small_plan)
     assert isinstance(report, Report)
     plain = json.loads(json.dumps(report.to_json(), allow_nan=False))
-    assert plain["schema"] == "leakatlas/report/2"
+    assert plain["schema"] == "leakatlas/report/3"
     for run in plain["runs"]:
         restored = Run.from_json(run)
         assert restored.to_json() == run

@@ -62,7 +62,7 @@ def result(folder: Path) -> object:
 
 
 REPORT: Any = {
-    "schema": "leakatlas/report/2",
+    "schema": "leakatlas/report/3",
     "runs": [
         {
             "attack": "dlg",

@@ -81,6 +81,7 @@ def audit(
     seed: int = 0,
     execution: Execution = "auto",
     rehearsal: bool = True,
+    upper_bound: bool = True,
     in_process: bool = False,
     out: Path | str | None = None,
     listener: Listener | None = None,
@@ -121,6 +122,8 @@ def audit(
         rehearsal: Whether the adversary first tries its attacks on public images, within the
             budget, and so chooses variants and order; a published preset has no budget and no
             rehearsal.
+        upper_bound: Whether the strongest attacks run once more with oracles, within the budget,
+            for the second of the two verdicts (:meth:`leakatlas.report.Report.standings`).
         in_process: Whether attacks run in this process, where they could read the images, instead
             of one of their own; a debugging aid, which the recipe names.
         out: Folder that keeps finished runs and checkpoints of the present one, so that a killed
@@ -148,6 +151,7 @@ def audit(
         seed=seed,
         execution=execution,
         rehearsal=rehearsal,
+        upper_bound=upper_bound,
         in_process=in_process,
         command="leakatlas.audit(model, batch, ...)",
     )

@@ -16,6 +16,10 @@ from leakatlas.report import Report
 COMPARISONS = 0.35
 """Part of the budget that goes to comparing defenses, if any are compared."""
 
+OTHER_SIDE = 0.15
+"""Part of what is left that goes to the other of the two verdicts, where something separates
+them."""
+
 WRITING = 10.0
 """Between two reports written on the way, at least so many times what the last one took."""
 
@@ -28,20 +32,30 @@ class Budget:
         begun: When the audit began, by ``time.perf_counter``.
         seconds: Of the whole audit; None without a limit.
         compares: Whether defenses are compared after the attacks.
+        twofold: Whether some setting has another side that is attacked too.
     """
 
     begun: float
     seconds: float | None
     compares: bool
+    twofold: bool = False
 
     @classmethod
-    def of(cls, plan: Plan, begun: float) -> Budget:
+    def of(cls, plan: Plan, begun: float, *, twofold: bool = False) -> Budget:
         """The budget of a plan that was begun then."""
-        return cls(begun, plan.seconds, bool(plan.alternatives))
+        return cls(begun, plan.seconds, bool(plan.alternatives), twofold)
 
     def attacks(self, stop: Watch) -> Watch:
         """The watch of the attacks on the settings as they are."""
-        return self._until(1 - COMPARISONS * self.compares, stop)
+        return self._until(self._sides * (1 - OTHER_SIDE * self.twofold), stop)
+
+    def other_sides(self, stop: Watch) -> Watch:
+        """The watch of the attacks on the settings' other sides, see :mod:`.realism`."""
+        return self._until(self._sides, stop)
+
+    @property
+    def _sides(self) -> float:
+        return 1 - COMPARISONS * self.compares
 
     def comparisons(self, stop: Watch) -> Watch:
         """The watch of the comparisons: all that is left."""

@@ -93,6 +93,9 @@ class AuditConfig(_Strict):
     """How optimisation attacks compute slopes; ``eager`` repeats long runs bit for bit."""
     rehearsal: bool = True
     """Whether the adversary first tries its attacks on public images, within the budget."""
+    upper_bound: bool = True
+    """Whether the strongest attacks run once more with oracles (labels, batch statistics, eval
+    mode), within the budget, for the second of the two verdicts."""
     captured: str | None = None
     """What a real client sent (``leakatlas capture`` makes the file), attacked instead of a
     simulated round."""
@@ -173,6 +176,7 @@ def make_plan(config: AuditConfig, *, base: Path, command: str) -> Plan:
         seed=config.seed,
         execution=config.execution,
         rehearsal=config.rehearsal,
+        upper_bound=config.upper_bound,
         source=config.model_dump(mode="json"),
         command=command,
     )
@@ -220,6 +224,7 @@ def make_setting(config: AuditConfig, *, base: Path) -> Setting:
         attacks=config.attacks,
         captured=capture,
         known=known,
+        weights=config.model.weights or "",
         weights_notes=notes,
     )
 

@@ -42,6 +42,7 @@ class Setting:
         vantage: Where it looks; ``aggregate`` is used where a defense hides single updates.
         attacks: Keys of the attacks to try here; every implemented one if None.
         notes: What was done to the model to make it a client's.
+        weights: Where its weights were loaded from, for people; empty if they were not.
         weights_notes: How its checkpoint was understood.
         captured: Rounds of a real client, attacked instead of simulated ones.
         known: Whether the victims are the images behind them; otherwise they stand for a shape.
@@ -61,6 +62,7 @@ class Setting:
     vantage: Vantage = Vantage.SERVER
     attacks: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    weights: str = ""
     weights_notes: tuple[str, ...] = ()
     captured: Capture | None = None
     known: bool = True
@@ -196,6 +198,8 @@ class Plan:
         execution: How optimisation attacks compute slopes; see
             :mod:`leakatlas.blocks.descent.execution`.
         rehearsal: Whether attacks that iterate are tried on public images first, within a budget.
+        upper_bound: Whether the other of the two verdicts is run, within the budget; see
+            :mod:`leakatlas.report.realism`.
         in_process: Whether attacks run in this process, within reach of the truth; for debugging.
         source: The configuration as JSON, for the report.
         command: The command that repeats this audit.
@@ -209,6 +213,7 @@ class Plan:
     seed: int = 0
     execution: Execution = "auto"
     rehearsal: bool = True
+    upper_bound: bool = True
     in_process: bool = False
     source: Mapping[str, Any] = field(default_factory=dict)
     command: str = "leakatlas audit"

@@ -22,10 +22,11 @@ from leakatlas.audit.effort import spend
 from leakatlas.audit.jobs import Job, not_run
 from leakatlas.audit.listener import Listener, Silent
 from leakatlas.audit.plan import Plan, cost_weight, presets
+from leakatlas.audit.realism import NOT_YET, other_sides, pair_of, realism_of
 from leakatlas.blocks.watch import Watch
 from leakatlas.fl.capture import facts_of
 from leakatlas.fl.view import defense_json
-from leakatlas.report import Comparison, Report, Run, check_writable
+from leakatlas.report import Comparison, Realism, Report, Run, check_writable
 
 
 def carry_out(
@@ -83,10 +84,13 @@ def _carry_out(plan: Plan, out: Path | None, listener: Listener, stop: Watch) ->
                 for target in targets
             )
     listener.begin(len(jobs))
-    budget = Budget.of(plan, begun)
+    pairs = [pair_of(setting, wanted=plan.upper_bound) for setting in plan.settings]
+    budget = Budget.of(plan, begun, twofold=any(pair.other is not None for pair in pairs))
     written = Writer(out)
 
-    def report(comparisons: Sequence[Comparison], *, complete: bool) -> Report:
+    def report(
+        comparisons: Sequence[Comparison], realism: tuple[Realism, ...], *, complete: bool
+    ) -> Report:
         return Report(
             runs=tuple(runs),
             comparisons=tuple(comparisons),
@@ -97,14 +101,18 @@ def _carry_out(plan: Plan, out: Path | None, listener: Listener, stop: Watch) ->
             source=plan.source,
             complete=complete,
             seconds=time.perf_counter() - begun,
+            realism=realism,
         )
 
+    unmade = tuple(realism_of(pair, silent=NOT_YET) for pair in pairs)
+    barred = tuple(runs)
     for run in spend(jobs, plan, budget.attacks(stop), out, listener, stop):
         runs.append(run)
         listener.done(run)
-        written.now_and_then(lambda: report((), complete=False))
+        written.now_and_then(lambda: report((), unmade, complete=False))
+    realism = other_sides(pairs, plan, runs, barred, budget.other_sides(stop), out, listener, stop)
     comparisons = compare(plan, runs, budget.comparisons(stop), out, listener, stop)
-    whole = report(comparisons, complete=not stop.stopped)
+    whole = report(comparisons, realism, complete=not stop.stopped)
     return written.finally_(whole)
 
 

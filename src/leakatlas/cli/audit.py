@@ -82,7 +82,7 @@ def audit(
         read_config,
     )
     from leakatlas.audit.bundled import bundled_plan
-    from leakatlas.cli.progress import Bars, not_tried, verdict_table
+    from leakatlas.cli.progress import Bars, not_tried, realism_lines, verdict_table
     from leakatlas.report import beside
     from leakatlas.threat import threat_models
 
@@ -135,6 +135,9 @@ def audit(
         typer.echo(json.dumps(report.to_json()))
     else:
         console.print(verdict_table(report))
+        for found in report.realism:
+            for line in realism_lines(found):
+                console.print(line, style="dim", markup=False, highlight=False)
         console.print(f"Report: {escape(str(out / 'report.html'))}")
         if not report.complete:
             console.print("Stopped early; the same command continues.")
@@ -163,8 +166,12 @@ def doctor(
 
     Exit code 0: consistent; 1: the update is not what the described client sends; 2: bad input.
     """
+    from dataclasses import replace
+
     from leakatlas.audit import examine, make_plan, presets, read_config, require_feasible
     from leakatlas.audit.bundled import bundled_plan
+    from leakatlas.audit.realism import NOT_YET, pair_of, realism_of
+    from leakatlas.cli.progress import realism_lines
 
     if config is None:
         plan = bundled_plan()
@@ -179,7 +186,8 @@ def doctor(
         stage = setting.stage(letter=plan.letters[0], seed=plan.seed)
         require_feasible(stage, attacks, plan.seconds)
         diagnosis = examine(stage, attacks, letters=plan.letters)
-        found[setting.name] = diagnosis.to_json()
+        realism = realism_of(pair_of(setting, wanted=plan.upper_bound), silent=NOT_YET)
+        found[setting.name] = {**diagnosis.to_json(), "realism": realism.to_json()}
         replay = diagnosis.replay
         consistent &= replay.expected
         if as_json:
@@ -195,6 +203,8 @@ def doctor(
             size = f"residual {replay.residual:.1e}"
             console.print(f"Replay of the true batch: {mark}, {size}.{words}")
         console.print(f"Loss: {escape(setting.protocol.loss.describe())}", highlight=False)
+        for line in realism_lines(replace(realism, reason="")):
+            console.print(line, markup=False, highlight=False)
         for name, value in diagnosis.facts.items():
             console.print(f"  {escape(name)}: {value:,.4g}", highlight=False)
         for finding in diagnosis.findings:

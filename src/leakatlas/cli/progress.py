@@ -19,7 +19,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from leakatlas.report import RECOGNISABLE_PSNR, Report, Run, beside
+from leakatlas.report import RECOGNISABLE_PSNR, Realism, Report, Run, Verdict, beside
+from leakatlas.report.realism import COINCIDE
 
 if TYPE_CHECKING:
     from leakatlas.bench.cells import Cell
@@ -156,20 +157,43 @@ class Cells:
 
 
 def verdict_table(report: Report) -> Table:
-    """The verdict by threat model."""
+    """Both verdicts by threat model."""
     table = Table(title="Who can see what", title_justify="left")
-    for column in ("", "verdict", "attack", "best image", "set-up"):
+    for column in (
+        "",
+        "as deployed",
+        "attack",
+        "best image",
+        "upper bound",
+        "attack",
+        "best image",
+    ):
         table.add_column(column)
-    for verdict in report.verdicts():
-        run = None if verdict.run is None else report.runs[verdict.run]
-        best = ""
-        if run is not None and run.scores is not None:
-            best = f"{beside(run.scores.psnr.max, RECOGNISABLE_PSNR)} dB"
+    for found in report.standings():
         table.add_row(
-            verdict.letter,
-            f"[{STYLES[verdict.verdict]}]{verdict.verdict}[/]",
-            "" if run is None else escape(run.attack),
-            best,
-            "" if run is None else escape(run.setting),
+            found.letter,
+            *_cells(found.deployed, found.deployed_run),
+            *_cells(found.bound, found.bound_run),
         )
     return table
+
+
+def _cells(verdict: Verdict, run: Run | None) -> tuple[str, str, str]:
+    best = ""
+    if run is not None and run.scores is not None:
+        best = f"{beside(run.scores.psnr.max, RECOGNISABLE_PSNR)} dB"
+    attack = "" if run is None else escape(run.attack)
+    return f"[{STYLES[verdict]}]{verdict}[/]", attack, best
+
+
+def realism_lines(found: Realism) -> list[str]:
+    """The realism record of a set-up, and what separates its two verdicts, in plain text."""
+    lines = [f"Realism of {found.setting}: {found.in_words()}."]
+    lines += [f"  - {caution}" for caution in found.cautions]
+    if found.separates:
+        lines.append(f"  Upper bound beyond as deployed: {'; '.join(found.separates)}.")
+        if found.reason:
+            lines.append(f"  The other verdict was not run: {found.reason}.")
+    else:
+        lines.append(f"  As deployed and upper bound: {COINCIDE}.")
+    return lines

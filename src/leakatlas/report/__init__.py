@@ -1,7 +1,9 @@
 """Reports: what an audit found as plain data, and how it is written for people and machines."""
 
-from leakatlas.report.data import Comparison, LetterVerdict, Report, Run, load_report, pictures_of
+from leakatlas.report.data import Comparison, LetterVerdict, Report, load_report
 from leakatlas.report.gate import Gate, parse_gate
+from leakatlas.report.realism import Realism, Side, Standing
+from leakatlas.report.run import Run, pictures_of
 from leakatlas.report.words import (
     RECOGNISABLE_PSNR,
     TRIED,
@@ -22,8 +24,11 @@ __all__ = [
     "Comparison",
     "Gate",
     "LetterVerdict",
+    "Realism",
     "Report",
     "Run",
+    "Side",
+    "Standing",
     "Status",
     "Verdict",
     "beside",

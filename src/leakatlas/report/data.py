@@ -3,106 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from leakatlas import limits, reading
 from leakatlas.errors import InvalidInput, Undecided
-from leakatlas.metrics.score import Scores
 from leakatlas.report.gate import parse_gate
-from leakatlas.report.words import TRIED, Status, Verdict, rank
-from leakatlas.threat import LETTERS
+from leakatlas.report.realism import Realism, Standing, standings, strongest
+from leakatlas.report.run import Run
+from leakatlas.report.words import Verdict
 
-SCHEMA = "leakatlas/report/2"
-
-
-@dataclass(frozen=True)
-class Run:
-    """One attack on one setting, or the reason why it was not run.
-
-    Args:
-        setting: Name of the setting.
-        attack: Catalogue key.
-        letter: Weakest chosen threat model under which it could run; empty if none.
-        vantage: Where the adversary looked.
-        target: Client attacked.
-        defenses: Keys of the defenses in force.
-        status: What became of it.
-        reason: Why, where it is not ``complete``.
-        verdict: What came out; ``not tested`` unless it was tried.
-        wants: What the user could do so that a refused attack starts; empty where the chosen
-            letters leave it out.
-        trace: Where an attack crashed.
-        unkept: Why the run could not be written to the output folder; empty if it was.
-        seconds: Wall time of the attack.
-        rounds: Rounds that the adversary saw.
-        reads: View fields read.
-        scores: Against the truth; None unless it was tried and the truth is at hand.
-        confidence: The adversary's own, one for each candidate, by its own criterion.
-        recipe: What to run again.
-        notes: Figures that the attack reported.
-        execution: How slopes were computed, in words.
-        pictures: Original and candidate beside each other, in [0, 1]: ``(n, 2, C, H, W)``; without
-            a truth the candidates alone, ``(n, 1, C, H, W)``.
-    """
-
-    setting: str
-    attack: str
-    letter: str
-    vantage: str
-    target: int
-    defenses: tuple[str, ...]
-    status: Status
-    reason: str
-    verdict: Verdict
-    wants: str = ""
-    trace: str = ""
-    unkept: str = ""
-    seconds: float = 0.0
-    rounds: int = 0
-    reads: tuple[str, ...] = ()
-    scores: Scores | None = None
-    confidence: tuple[float, ...] = ()
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    notes: Mapping[str, float] = field(default_factory=dict)
-    execution: str = ""
-    pictures: Tensor | None = None
-
-    @property
-    def tried(self) -> bool:
-        """Whether the attack ran, so that its outcome counts."""
-        return self.status in TRIED
-
-    @property
-    def leaked(self) -> bool:
-        """Whether anything beyond the null baselines was demonstrated."""
-        return rank(self.verdict) > rank("not demonstrated")
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values, without the pictures."""
-        plain = {k: v for k, v in vars(self).items() if k not in ("scores", "pictures")}
-        plain["defenses"], plain["reads"] = list(self.defenses), list(self.reads)
-        plain["confidence"] = list(self.confidence)
-        plain["recipe"], plain["notes"] = dict(self.recipe), dict(self.notes)
-        plain["scores"] = None if self.scores is None else self.scores.to_json()
-        return plain
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any], pictures: Tensor | None = None) -> Run:
-        """The run whose :meth:`to_json` is ``values``."""
-        plain = dict(values)
-        scores = plain.pop("scores")
-        plain["defenses"], plain["reads"] = tuple(plain["defenses"]), tuple(plain["reads"])
-        plain["confidence"] = tuple(plain["confidence"])
-        return cls(
-            **plain,
-            scores=None if scores is None else Scores.from_json(scores),
-            pictures=pictures,
-        )
+SCHEMA = "leakatlas/report/3"
 
 
 @dataclass(frozen=True)
@@ -165,6 +77,7 @@ class Report:
         complete: Whether the audit went on to its end, not stopped before.
         unwritten: Why the report could not be written to the output folder; empty if it was.
         seconds: Wall time of this audit, resumed parts not counted twice.
+        realism: One record a setting, with the runs that make the other of the two verdicts.
     """
 
     runs: tuple[Run, ...]
@@ -177,6 +90,7 @@ class Report:
     complete: bool
     seconds: float
     unwritten: str = ""
+    realism: tuple[Realism, ...] = ()
 
     def verdicts(self) -> tuple[LetterVerdict, ...]:
         """One verdict for each letter, from the runs whose knowledge it holds.
@@ -186,20 +100,18 @@ class Report:
         return tuple(self._verdict(letter) for letter in self.letters)
 
     def _verdict(self, letter: str) -> LetterVerdict:
-        held = LETTERS[letter].knowledge
-        best: tuple[tuple[int, float], int] | None = None
-        for index, run in enumerate(self.runs):
-            if run.scores is None or LETTERS[run.letter].knowledge & ~held:
-                continue
-            strength = (rank(run.verdict), run.scores.psnr.max)
-            if best is None or strength > best[0]:
-                best = (strength, index)
+        best = strongest(self.runs, letter)
         if best is None:
-            for index, run in enumerate(self.runs):
-                if run.verdict == "not scored" and not LETTERS[run.letter].knowledge & ~held:
-                    return LetterVerdict(letter, "not scored", index)
             return LetterVerdict(letter, "not tested", None)
-        return LetterVerdict(letter, self.runs[best[1]].verdict, best[1])
+        index = next(i for i, run in enumerate(self.runs) if run is best)
+        return LetterVerdict(letter, best.verdict, index)
+
+    def standings(self) -> tuple[Standing, ...]:
+        """As deployed, and the diagnostic upper bound: both verdicts for each letter.
+
+        Conditions and exit codes rest on :meth:`verdicts`, what was configured.
+        """
+        return standings(self.runs, self.realism, self.letters)
 
     def undecided(self) -> tuple[str, ...]:
         """Why silence of this audit is no answer; empty if all that was asked was tried.
@@ -216,7 +128,8 @@ class Report:
             reasons.append(f"nothing was tried for letter{plural} {', '.join(untested)}")
         if any(run.verdict == "not scored" for run in self.runs):
             reasons.append("reconstructions of a capture without its images cannot be scored")
-        every = (*self.runs, *(run for c in self.comparisons for run in c.runs))
+        asked = (*self.runs, *(run for c in self.comparisons for run in c.runs))
+        every = (*asked, *(run for found in self.realism for run in found.runs))
         for lost in dict.fromkeys((*(run.unkept for run in every), self.unwritten)):
             if lost:
                 reasons.append(f"{lost}; make room and repeat the command")
@@ -226,7 +139,8 @@ class Report:
             if run.status == "error":
                 said = f"{run.attack} crashed ({run.reason})"
                 crashed.setdefault(said, []).append(run.setting)
-            elif run.status == "refused" and run.wants:
+        for run in asked:
+            if run.status == "refused" and run.wants:
                 refused.setdefault(run.wants, []).append(f"{run.attack} on {run.setting}")
         for said, settings in crashed.items():
             reasons.append(f"{said} on {'; '.join(dict.fromkeys(settings))}")
@@ -282,10 +196,14 @@ class Report:
         return {
             "schema": SCHEMA,
             "letters": list(self.letters),
-            "verdicts": [vars(v).copy() for v in self.verdicts()],
+            "verdicts": [
+                {**vars(v), **s.to_json()}
+                for v, s in zip(self.verdicts(), self.standings(), strict=True)
+            ],
             "undecided": list(self.undecided()),
             "worst_case": self.worst_case(),
             "runs": [run.to_json() for run in self.runs],
+            "realism": [found.to_json() for found in self.realism],
             "comparisons": [comparison.to_json() for comparison in self.comparisons],
             "diagnoses": {name: dict(d) for name, d in self.diagnoses.items()},
             "facts": dict(self.facts),
@@ -301,19 +219,6 @@ class Report:
         from leakatlas.report.write import write_report
 
         return write_report(self, Path(folder))
-
-
-def pictures_of(scores: Scores, candidates: Tensor, originals: Tensor, most: int = 16) -> Tensor:
-    """Originals beside candidates, ``(n, 2, C, H, W)`` in [0, 1]; grey where there is none."""
-    pairs = []
-    for original, image in list(zip(originals, scores.images, strict=True))[:most]:
-        found = (
-            torch.full_like(original, 0.5)
-            if image.candidate is None
-            else candidates[image.candidate].to(original).clamp(0, 1)
-        )
-        pairs.append(torch.stack([original, found]))
-    return torch.stack(pairs)
 
 
 def load_report(path: Path | str) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from leakatlas.metrics.score import Scores
+from leakatlas.report.realism import Side
 from leakatlas.report.words import Status, Verdict
 
 
@@ -50,22 +51,40 @@ class ComparisonPart(_Part):
 
 
 class VerdictPart(_Part):
-    """What one threat model achieved; ``run`` indexes ``runs``."""
+    """What one threat model achieved as configured (``run`` indexes ``runs``) and on both sides."""
 
     letter: str
     verdict: Verdict
     run: int | None
+    as_deployed: Verdict
+    as_deployed_by: dict[str, str] | None
+    upper_bound: Verdict
+    upper_bound_by: dict[str, str] | None
+    between: str
+
+
+class RealismPart(_Part):
+    """What was held fixed on one setting, and the runs of the other verdict."""
+
+    setting: str
+    record: dict[str, Any]
+    cautions: list[str]
+    configured: Side
+    separates: list[str]
+    runs: list[RunPart]
+    reason: str
 
 
 class ReportFile(_Part):
     """The whole file."""
 
-    schema_: Literal["leakatlas/report/2"]
+    schema_: Literal["leakatlas/report/3"]
     letters: list[str]
     verdicts: list[VerdictPart]
     undecided: list[str]
     worst_case: dict[str, list[float]]
     runs: list[RunPart]
+    realism: list[RealismPart]
     comparisons: list[ComparisonPart]
     diagnoses: dict[str, dict[str, Any]]
     facts: dict[str, Any]

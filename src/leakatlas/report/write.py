@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from leakatlas import sealed
 from leakatlas.errors import InvalidInput, shown
-from leakatlas.report.data import Comparison, Report, Run
+from leakatlas.report.data import Comparison, Report
+from leakatlas.report.realism import Standing
+from leakatlas.report.run import Run
 from leakatlas.report.schema import report_schema
 from leakatlas.report.words import (
     RECOGNISABLE_PSNR,
@@ -85,7 +88,7 @@ def write_pictures(report: Report, folder: Path) -> None:
     Under an alternative defense, its name follows the setting's. An image that an attack did not
     return has no file.
     """
-    cases = [(run.setting, run) for run in report.runs]
+    cases = [(run.setting, run) for run in _all(report)]
     for comparison in report.comparisons[1:]:
         cases += [(f"{run.setting}, {comparison.name}", run) for run in comparison.runs]
     names: dict[str, str] = {}
@@ -132,13 +135,13 @@ def render_page(report: Report) -> str:
     return environment.get_template("report.html.j2").render(
         report=report,
         headline=_headline(report),
-        letters=[_letter_row(report, v.letter, v.verdict, v.run) for v in report.verdicts()],
+        letters=[_letter_row(standing) for standing in report.standings()],
         galleries=_galleries(report),
         unscored=_unscored(report),
         strips=_strips(report),
         comparisons=[_comparison_row(c, report.comparisons[0]) for c in report.comparisons],
         chart=_chart(report.comparisons),
-        runs=[_run_row(run) for run in report.runs if run.tried or run.status == "error"],
+        runs=[_run_row(run) for run in _all(report) if run.tried or run.status == "error"],
         tried=sum(run.tried for run in report.runs),
         skipped=_skipped(report),
         undecided=report.undecided(),
@@ -149,10 +152,7 @@ def render_page(report: Report) -> str:
 
 
 def _headline(report: Report) -> dict[str, Any]:
-    verdicts = report.verdicts()
-    groups = {
-        word: [v.letter for v in verdicts if v.verdict == word] for word in reversed(VERDICTS)
-    }
+    standings = report.standings()
     seen: dict[tuple[str, int, int], bool] = {}
     for run in report.runs:
         if run.scores is not None:
@@ -160,24 +160,47 @@ def _headline(report: Report) -> dict[str, Any]:
                 key = (run.setting, run.target, position)
                 seen[key] = seen.get(key, False) or came_out
     return {
-        "groups": [(word, ", ".join(letters), TONE[word]) for word, letters in groups.items()
-                   if letters],
+        "deployed": _groups([(s.letter, s.deployed) for s in standings]),
+        "bound": _groups([(s.letter, s.bound) for s in standings]),
         "images": len(seen),
         "exact": int(sum(report.worst_case()["exact"])),
         "seen": sum(seen.values()),
     }  # fmt: skip
 
 
-def _letter_row(report: Report, letter: str, verdict: Verdict, index: int | None) -> dict[str, Any]:
-    model = LETTERS[letter]
-    run = None if index is None else report.runs[index]
+def _groups(verdicts: Sequence[tuple[str, Verdict]]) -> list[tuple[str, str, str]]:
+    """Verdict, the letters that it holds for, and its tone; the strongest first."""
+    groups = {
+        word: [letter for letter, found in verdicts if found == word] for word in reversed(VERDICTS)
+    }
+    return [(word, ", ".join(who), TONE[word]) for word, who in groups.items() if who]
+
+
+def _all(report: Report) -> list[Run]:
+    """The runs as configured, then those of the other verdict."""
+    return [*report.runs, *(run for found in report.realism for run in found.runs)]
+
+
+def _letter_row(standing: Standing) -> dict[str, Any]:
+    model = LETTERS[standing.letter]
+    sides = (
+        ("As deployed", standing.deployed, standing.deployed_run),
+        ("Upper bound", standing.bound, standing.bound_run),
+    )
     return {
-        "letter": letter,
+        "letter": standing.letter,
         "name": model.name,
         "knows": [words for flag, words in KNOWLEDGE_WORDS.items() if flag & model.knowledge],
-        "verdict": verdict,
-        "tone": TONE[verdict],
-        "run": None if run is None else _run_row(run),
+        "sides": [
+            {
+                "head": head,
+                "verdict": verdict,
+                "tone": TONE[verdict],
+                "run": None if run is None else _run_row(run),
+            }
+            for head, verdict, run in sides
+        ],
+        "between": standing.between,
     }
 
 
@@ -251,10 +274,11 @@ def _rehearsal(run: Run) -> str:
 def _galleries(report: Report, most: int = 8) -> list[tuple[str, list[dict[str, Any]]]]:
     """Per setting, the strongest passive and the strongest active attack, with pictures."""
     galleries: dict[str, list[dict[str, Any]]] = {}
-    for setting in dict.fromkeys(run.setting for run in report.runs):
+    every = _all(report)
+    for setting in dict.fromkeys(run.setting for run in every):
         for active in (False, True):
             runs = [
-                run for run in report.runs
+                run for run in every
                 if run.setting == setting and (run.letter in "FGH") == active
                 and run.scores is not None and run.pictures is not None
             ]  # fmt: skip
