@@ -16,11 +16,13 @@ from leakatlas import models
 from leakatlas.attacks.analytic.closed_form.april import APRIL
 from leakatlas.attacks.analytic.closed_form.rgap import solve_convolution
 from leakatlas.attacks.analytic.sparsification.fishing import CLASS, CUT, Move, set_head
+from leakatlas.attacks.optimization.basic.sme import SME
 from leakatlas.bench.examine import errors
 from leakatlas.bench.harness import run_trial
-from leakatlas.blocks import labels, matching, priors, readout, surgery
+from leakatlas.blocks import init, labels, matching, priors, readout, surgery
 from leakatlas.data import CIFAR10, patches
-from leakatlas.fl import ModelRef, Scenario, edits, replay, stage
+from leakatlas.fl import FedAVG, ModelRef, Scenario, edits, replay, stage, stream
+from leakatlas.threat import Grant
 
 
 def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -101,6 +103,37 @@ def inverting_gradients() -> dict[str, float]:
         "total variation": float(variation.detach()),
         "slope of the objective": along(slope),
     }
+
+
+def sme_inputs() -> dict[str, Any]:
+    """A client of four images that takes eight local steps, and where the attack starts."""
+    settings = {"width": 4, "size": 16, "seed": 0}
+    reference = ModelRef("builtin", "convnet", settings)
+    protocol = FedAVG(epochs=4, batch_size=2, lr=0.05, mode="eval")
+    grants = frozenset({Grant.LABELS})
+    scenario = Scenario(
+        model=reference, letter="C", examples=4, protocol=protocol, grants=grants, seed=0
+    )
+    model, victims = reference.build().double(), patches(16, 4)
+    scene = stage(scenario, model=model, victims=victims, box=CIFAR10)
+    start = init.normal((1, 4, 3, 16, 16), generator=stream("sme", "run", 0), like=draw(0, 1))
+    return {"stage": scene, "model": model, "victims": victims, "start": start[0]}
+
+
+def sme() -> dict[str, float]:
+    """The update, and loss, images and position after five steps and after twenty."""
+    scene = sme_inputs()["stage"]
+    view = scene.view([scene.federation.play_round()])
+    figures = {"update": sum(along(t) for t in view.update.tensors.values())}
+    for steps in (5, 20):
+        attack = SME(steps=steps, lr=0.1, alpha_lr=1e-2, schedule="constant")
+        found = attack(view, seed=0)
+        figures |= {
+            f"matching loss, {steps} steps": found.notes["matching_loss"],
+            f"position, {steps} steps": found.notes["alpha"],
+            f"images, {steps} steps": along(found.images),
+        }
+    return figures
 
 
 def fishing_inputs() -> nn.Module:
@@ -196,6 +229,7 @@ OURS: dict[str, Callable[[], dict[str, float]]] = {
     "inverting_gradients": inverting_gradients,
     "rgap": rgap,
     "robbing_the_fed": robbing_the_fed,
+    "sme": sme,
     "trap_weights": trap_weights,
 }
 """Rows whose comparison is made again."""
