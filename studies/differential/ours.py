@@ -143,7 +143,7 @@ def fishing_inputs() -> nn.Module:
 
 def fishing() -> dict[str, float]:
     """The head after one round of class fishing, and after one cut of a feature."""
-    figures = {}
+    figures: dict[str, float] = {}
     for name, move in (
         ("class", Move(CLASS, 4, gain=0.5, beta=1_000.0)),
         ("feature", Move(CUT, 4, feature=17, theta=0.37, gain=300.0)),
@@ -175,7 +175,7 @@ def rgap_inputs(number: int) -> dict[str, Any]:
 
 def rgap() -> dict[str, float]:
     """Inputs of convolutions from weight gradient and output."""
-    figures = {}
+    figures: dict[str, float] = {}
     for number, (inside, *_, side) in enumerate(CONVOLUTIONS):
         given = rgap_inputs(number)
         found = solve_convolution(

@@ -11,23 +11,23 @@ them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from leakatlas.bench import scene
 from leakatlas.bench.cells import Cell
+from leakatlas.bench.schema import OwnMeasure
 from leakatlas.blocks import labels
 from leakatlas.blocks.labels import METHODS, Evidence, Head, HeadPass
 from leakatlas.errors import InvalidInput, UnsupportedModel
+from leakatlas.fl import FedAVG, replay
 from leakatlas.metrics import counts_of, irec
 
-TRIALS = 10
-CLASSES, LR, LOCAL = 10, 0.1, 4
+TRIALS, CLASSES, DUMMIES = 10, 10, 400
 FEATURES, SPREAD = 128, 1.5
-EPOCHS = {"untrained": 0, "trained": 30}
 REFUSALS = "refusals"
 Batches = Iterator[tuple[Evidence, Tensor]]
 """What an adversary holds of a batch, and the true counts."""
@@ -35,10 +35,10 @@ Batches = Iterator[tuple[Evidence, Tensor]]
 
 def measure(cell: Cell) -> dict[str, list[float]]:
     """IRec of every rule of the case on every batch, and how many rules refused the batch."""
-    torch.set_num_threads(1)
-    names = [m if isinstance(m, str) else m.name for m in cell.case.measures]
+    names = [m.name for m in cell.case.measures if isinstance(m, OwnMeasure)]
     found: dict[str, list[float]] = {name: [] for name in names}
-    for evidence, true in _batches(cell):
+    batches = _synthetic if cell.label.startswith("synthetic") else _digits
+    for evidence, true in batches(cell):
         scores = {rule: _score(rule, evidence, true) for rule in names if rule != REFUSALS}
         for rule, score in scores.items():
             found[rule].append(score or 0.0)
@@ -62,118 +62,65 @@ def _score(rule: str, held: Evidence, true: Tensor) -> float | None:
     return irec(counts_of(found.labels, len(true)), true)
 
 
-def _batches(cell: Cell) -> Batches:
-    match cell.label.split("/"):
-        case ["synthetic", _, state, classes, _, draw]:
-            return _synthetic(state, int(classes.removeprefix("K=")), draw, cell.seed)
-        case ["digits-fedavg", _, state, *_]:
-            return _fedavg(cell, state)
-        case [_, _, state, batch, draw]:
-            return _fedsgd(cell, state, int(batch.removeprefix("B=")), draw)
-    raise InvalidInput(f"The study of labels knows no case like {cell.label!r}.")
-
-
 def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@dataclass(frozen=True)
-class Digits:
-    """A network trained on some digits, public ones, and the victims'."""
-
-    model: nn.Module
-    public: tuple[Tensor, Tensor]
-    x: Tensor
-    y: Tensor
-
-    @classmethod
-    def of(cls, cell: Cell, state: str) -> Digits:
-        """With a network of that state."""
-        found = scene.images(cell.case.victims, cell.data)
-        x, y = (found.images - found.images.mean()) / found.images.std(), found.labels
-        order = torch.randperm(len(x), generator=_seeded(0))
-        train, public, victims = order.split([700, 400, len(x) - 1100])
-        model, generator = scene.network(cell)[1], _seeded(cell.seed)
-        for _ in range(EPOCHS[state]):
-            for pick in torch.randperm(700, generator=generator).split(32):
-                _step(model, x[train[pick]], y[train[pick]])
-        return cls(model, (x[public], y[public]), x[victims], y[victims])
-
-    def draw(self, kind: str, batch: int, generator: torch.Generator) -> Tensor:
-        """Indices of a batch: distinct classes, any samples, or samples of one class."""
-        order = torch.randperm(len(self.y), generator=generator)
-        if kind == "random":
-            return order[:batch]
-        wanted = torch.randperm(CLASSES, generator=generator)
-        if kind == "single":
-            return order[self.y[order] == wanted[0]][:batch]
-        return torch.stack([order[self.y[order] == c][0] for c in wanted[:batch]])
-
-    def evidence(self, gradients: dict[str, Tensor], batch: int, seed: int) -> Evidence:
-        """All that rules may use beside the update."""
-        head = labels.find_head(self.model)
-        weights = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-        noise = torch.randn(400, 64, generator=_seeded(seed)).reshape(400, 1, 8, 8)
-        return Evidence(
-            gradients=gradients, head=head, batch_size=batch,
-            weight=weights[head.weight_name], bias=weights[str(head.bias_name)],
-            dummy=labels.head_pass(self.model, head, noise),
-            public=labels.head_pass(self.model, head, *self.public), generator=_seeded(seed),
-        )  # fmt: skip
+def _drawn(kind: str, y: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """Indices of a batch: distinct classes, any samples, or samples of one class."""
+    order = torch.randperm(len(y), generator=generator)
+    if kind == "random":
+        return order[:batch]
+    wanted = torch.randperm(CLASSES, generator=generator)
+    if kind == "single":
+        return order[y[order] == wanted[0]][:batch]
+    return torch.stack([order[y[order] == c][0] for c in wanted[:batch]])
 
 
-def _gradients(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    held = dict(model.named_parameters())
-    found = torch.autograd.grad(F.cross_entropy(model(x), y), list(held.values()))
-    return dict(zip(held, found, strict=True))
-
-
-def _step(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    found = _gradients(model, x, y)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.sub_(LR * found[name])
-
-
-def _fedsgd(cell: Cell, state: str, batch: int, draw: str) -> Batches:
-    data, generator = Digits.of(cell, state), _seeded(1_000 * cell.seed + batch)
-    plain = data.evidence({}, batch, cell.seed)
-    below = {n for n, _ in data.model.named_parameters()}
-    below -= {plain.head.weight_name, str(plain.head.bias_name)}
-    bridge = labels.build_bridge(data.model, plain.head, data.public[0], shared=below)
-    for _ in range(TRIALS):
-        pick = data.draw(draw, batch, generator)
-        sent = _gradients(data.model, data.x[pick], data.y[pick])
-        # Some rules draw: on every batch from the same state.
-        held = replace(plain, gradients=sent, bridge=bridge, generator=_seeded(cell.seed))
-        yield held, counts_of(data.y[pick], CLASSES)
-
-
-def _fedavg(cell: Cell, state: str) -> Batches:
-    """Two epochs of two batches of 16 on 32 samples."""
-    generator = _seeded(2_000 + cell.seed)
-    for _ in range(TRIALS):
-        data = Digits.of(cell, state)
-        model, held = data.model, data.evidence({}, 32, cell.seed)
+def _digits(cell: Cell) -> Batches:
+    """One gradient of a batch, or two local epochs of two batches."""
+    case, kind = cell.case, cell.label.rpartition("/")[2]
+    assert case.surrogate is not None
+    victims, public = (scene.images(s, cell.data) for s in (case.victims, case.surrogate))
+    box = scene.pixel_space(case, victims.channels)
+    x, y, shown = box.normalize(victims.images), victims.labels, box.normalize(public.images)
+    stage = scene.staged(cell)
+    model, protocol = stage.federation.model, stage.scenario.protocol
+    held = {n: p.detach() for n, p in model.named_parameters()}
+    head, steps, lr = labels.find_head(model, x[:1]), 1, 1.0
+    if isinstance(protocol, FedAVG):
+        steps, lr = protocol.epochs * case.batch // protocol.batch_size, protocol.lr
+    noise = torch.randn(DUMMIES, *x.shape[1:], generator=_seeded(cell.seed))
+    below = held.keys() - {head.weight_name, head.bias_name}
+    bridge = labels.build_bridge(model, head, shown, shared=below)
+    known = Evidence(
+        gradients={}, head=head, batch_size=case.batch, weight=held[head.weight_name],
+        bias=held[str(head.bias_name)], dummy=labels.head_pass(model, head, noise),
+        public=labels.head_pass(model, head, shown, public.labels), bridge=bridge,
+    )  # fmt: skip
+    if isinstance(protocol, FedAVG):
         passes = labels.simulated_passes(
-            model, held.head, *data.public, steps=LOCAL, lr=LR, batch_size=16,
-            generator=_seeded(cell.seed),
+            model, head, shown, public.labels, steps=steps, lr=lr,
+            batch_size=protocol.batch_size, generator=_seeded(cell.seed),
         )  # fmt: skip
-        before = {k: v.detach().clone() for k, v in model.named_parameters()}
-        pick = data.draw("random", 32, generator)
-        for step in range(LOCAL):
-            part = pick[16 * (step % 2) : 16 * (step % 2) + 16]
-            _step(model, data.x[part], data.y[part])
-        after = {k: v.detach().clone() for k, v in model.named_parameters()}
-        end = data.evidence({}, 32, cell.seed).dummy
-        yield replace(
-            held, gradients=labels.mean_from_delta(before, after, lr=LR, steps=LOCAL),
-            steps=LOCAL, dummy_end=end, public=tuple(passes),
-        ), counts_of(data.y[pick], CLASSES)  # fmt: skip
+        known = replace(known, steps=steps, public=tuple(passes), bridge=None)
+    generator = _seeded(1_000 * cell.seed + case.batch)
+    for _ in range(TRIALS):
+        pick = _drawn(kind, y, case.batch, generator)
+        sent = replay.simulate_client(model, held, {}, x[pick], y[pick], protocol)
+        mine = replace(known, generator=_seeded(cell.seed))  # some rules draw: alike every time
+        if isinstance(protocol, FedAVG):
+            after = {n: held[n] + sent[n].detach() for n in held}
+            sent = labels.mean_from_delta(held, after, lr=lr, steps=steps)
+            mine = replace(mine, dummy_end=labels.head_pass(model, head, noise, weights=after))
+        gradients = {n: t.detach() for n, t in sent.items()}
+        yield replace(mine, gradients=gradients), counts_of(y[pick], CLASSES)
 
 
-def _synthetic(state: str, classes: int, draw: str, seed: int) -> Batches:
-    batch, generator = 32 if classes == 10 else 24, _seeded(3_000 + seed)
+def _synthetic(cell: Cell) -> Batches:
+    _, _, state, many, _, draw = cell.label.split("/")
+    classes, generator = int(many.removeprefix("K=")), _seeded(3_000 + cell.seed)
+    batch = cell.case.batch
     means = torch.randn(classes, FEATURES, generator=generator)
     weight = torch.randn(classes, FEATURES, generator=generator) / FEATURES**0.5
     if state == "trained":  # rows point at their class's rectified mean
@@ -185,7 +132,7 @@ def _synthetic(state: str, classes: int, draw: str, seed: int) -> Batches:
         return HeadPass(features=h, logits=h @ weight.T, labels=y)
 
     public = seen(torch.arange(4_000) % classes)
-    noise = (SPREAD * torch.randn(400, FEATURES, generator=generator)).clamp(min=0)
+    noise = (SPREAD * torch.randn(DUMMIES, FEATURES, generator=generator)).clamp(min=0)
     for _ in range(TRIALS):
         y = torch.randint(0, classes, (batch,), generator=generator)
         y = y[:1].repeat(batch) if draw == "single" else y
@@ -196,5 +143,5 @@ def _synthetic(state: str, classes: int, draw: str, seed: int) -> Batches:
             head=Head(weight_name="w", bias_name="b", in_features=FEATURES, classes=classes),
             batch_size=batch, weight=weight, bias=torch.zeros(classes),
             dummy=HeadPass(features=noise, logits=noise @ weight.T), public=public,
-            generator=_seeded(seed),
+            generator=_seeded(cell.seed),
         ), counts_of(y, classes)  # fmt: skip

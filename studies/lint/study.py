@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from leakatlas import fl, lint, models
+from leakatlas import fl, models
 from leakatlas.attacks.api import ActiveAttack
 from leakatlas.bench import harness, scene
 from leakatlas.bench.cells import Cell
 from leakatlas.catalogue import registry
 from leakatlas.data import CIFAR10, Box, ImageSet
 from leakatlas.errors import InvalidInput, UnsupportedModel
-from leakatlas.lint import holdings, thresholds
+from leakatlas.lint import dynamics, holdings, thresholds
+from leakatlas.lint import measure as measure_model
 from leakatlas.threat import Knowledge, Vantage
 
 SIZE, CLASSES = 32, 10
@@ -96,7 +97,7 @@ def measure(cell: Cell) -> dict[str, Any]:
 def judge(group: str, architecture: str, model: nn.Module, **held: Any) -> Judged:
     """A model judged with what its client holds."""
     scores: dict[str, float] = {}
-    for score in lint.measure(model, **held)[0]:
+    for score in measure_model(model, **held)[0]:
         scores[score.statistic] = max(score.value, scores.get(score.statistic, 0.0))
     return Judged(group, architecture, scores)
 
@@ -142,7 +143,7 @@ def checkpoints(images: ImageSet, seed: int) -> Iterator[Judged]:
             box = box_of(run)
             own = [batch_of(images, 50 * run + c, count, skewed=skewed) for c in range(4)]
             before, *models_ = honest(build(100 + seed), own, protocol, box, run, max(ROUNDS))
-            history = [lint.dynamics(before, own[0], box=box)]
+            history = [dynamics(before, own[0], box=box)]
             for round_, now in enumerate(models_, 1):
                 if round_ in ROUNDS:
                     yield judge(
@@ -150,7 +151,7 @@ def checkpoints(images: ImageSet, seed: int) -> Iterator[Judged]:
                         previous=before, others=[fl.model_state(now)], history=history,
                     )  # fmt: skip
                 before = now
-                history.append(lint.dynamics(before, own[0], box=box))
+                history.append(dynamics(before, own[0], box=box))
 
 
 HONEST = {"initialisations": initialisations, "checkpoints": checkpoints}
@@ -210,7 +211,7 @@ def tampered(
             f"{name}/{seed}", name, last.received[0],
             batch=(client.x, client.y), box=box, reference=model,
             previous=model if earlier else None, update=last.updates[0],
-            history=[lint.dynamics(one, (client.x, client.y)) for one in earlier],
+            history=[dynamics(one, (client.x, client.y)) for one in earlier],
             # Whom the server asks alone can still look into a log of what was announced.
             others=[last.states[c] for c in last.states if c != 0] or [fl.model_state(model)],
         )  # fmt: skip

@@ -14,14 +14,17 @@ from typing import Any
 import pytest
 import yaml
 
-from leakatlas.bench import lanes, runner, store
+from leakatlas.bench import harness, lanes, runner, store
 from leakatlas.bench import study as studies
 from leakatlas.bench.cells import Cell, cells_of
+from leakatlas.bench.cluster import Elsewhere
 from leakatlas.bench.record import Record
 from leakatlas.bench.runner import Options
 from leakatlas.bench.study import Study
 from leakatlas.catalogue import results
-from leakatlas.errors import InvalidInput
+from leakatlas.errors import AttackCrashed, InvalidInput
+from tests.bench.villains import Villain
+from tests.conftest import build_stage
 
 SETUP: dict[str, Any] = {
     "model": {"builtin": "lenet", "kwargs": {"width": 4, "size": 8, "classes": 10}},
@@ -122,19 +125,6 @@ def test_two_workers_leave_the_same_records_bit_for_bit(
     assert substances(tmp_path) == substances(folder)
 
 
-def test_ray_leaves_the_same_records_and_outlives_a_killed_worker(
-    ran: tuple[Study, Path], tmp_path: Path
-) -> None:
-    pytest.importorskip("ray")
-    study, folder = ran
-    runner.run_study(study, options(tmp_path, ray="local", workers=2))
-    assert substances(tmp_path) == substances(folder)
-    # The process that plays seed 1 is killed in the middle of its cell.
-    mortal = make(tmp_path / "mortal", hook=SUICIDE, **with_own(seeds=[0, 1, 2]))
-    runner.run_study(mortal, options(tmp_path / "mortal", ray="local", workers=2))
-    check_one_error_among_three(tmp_path / "mortal")
-
-
 def with_own(**changes: Any) -> dict[str, Any]:
     return {"setup": {**SETUP, "measures": ["psnr", {"name": "own"}], "control": False, **changes}}
 
@@ -149,7 +139,7 @@ def examine(trial, stage):
 """
 
 
-def check_one_error_among_three(folder: Path) -> None:
+def check_one_error_among_three(folder: Path) -> Record:
     records = store.Store(folder / "records" / "small").records().values()
     by_seed = {record.seed: record for record in records}
     assert {seed: r.status for seed, r in by_seed.items()} == {
@@ -163,16 +153,63 @@ def check_one_error_among_three(folder: Path) -> None:
     assert case["status"] == {"complete": 2, "error": 1}
     psnr = next(m for m in case["measures"] if m["name"] == "psnr")
     assert psnr["n"] == 3  # the dead one counts, as the mean image
+    return dead
 
 
-def test_a_lane_that_is_killed_costs_its_cell_and_no_other(tmp_path: Path) -> None:
-    study = make(tmp_path, hook=SUICIDE, **with_own(seeds=[0, 1, 2]))
-    left = runner.run_study(study, options(tmp_path)).left
+@pytest.fixture(scope="module")
+def mortal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path]:
+    """Three cells, one of which kills the process that plays it."""
+    folder = tmp_path_factory.mktemp("mortal")
+    study = make(folder, hook=SUICIDE, **with_own(seeds=[0, 1, 2]))
+    left = runner.run_study(study, options(folder)).left
     assert [cell.seed for cell in left] == [1]  # an error is tried again next time
-    check_one_error_among_three(tmp_path)
-    record = next(r for r in store.Store(tmp_path / "records" / "small").records().values()
-                  if r.status == "error")  # fmt: skip
-    assert "SIGKILL" in record.reason
+    return study, folder
+
+
+def test_a_lane_that_is_killed_costs_its_cell_and_no_other(mortal: tuple[Study, Path]) -> None:
+    _, folder = mortal
+    dead = check_one_error_among_three(folder)
+    assert "SIGKILL" in dead.reason
+
+
+def test_ray_leaves_the_same_records_and_outlives_killed_processes(
+    mortal: tuple[Study, Path], tmp_path: Path
+) -> None:
+    ray = pytest.importorskip("ray")
+    study, folder = mortal
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        runner.run_study(study, options(tmp_path, ray="auto", workers=2))
+        dead = check_one_error_among_three(tmp_path)
+        there, here = substances(tmp_path), substances(folder)
+        del there[dead.cell], here[dead.cell]  # how a process died is told in other words
+        assert there == here
+        # The process that keeps the attack's child is killed; the next attack finds another.
+        cell = next(cells_of(study))
+        small = build_stage(model="lenet")
+        with pytest.raises(AttackCrashed, match="the attack's process ended"):
+            harness.run_trial(small, Villain(deed="orphan"), adversary=Elsewhere(cell))
+        found = harness.run_trial(small, Villain(), adversary=Elsewhere(cell)).found
+        assert found.status == "complete"
+    finally:
+        ray.shutdown()
+
+
+WRONG = """
+def examine(trial, stage):
+    return {"own": [1.0][stage.scenario.seed]}
+"""
+
+
+def test_a_mistake_in_the_studys_own_code_is_said_and_costs_its_cell_alone(tmp_path: Path) -> None:
+    study = make(tmp_path, hook=WRONG, **with_own(seeds=[0, 1]))
+    runner.run_study(study, options(tmp_path))
+    first, second = store.Store(tmp_path / "records" / "small").records().values()
+    assert first.status == "complete" and second.status == "error"
+    assert second.reason == (
+        "small/study.py, line 3, in examine: IndexError: list index out of range"
+    )
+    assert second.scores is not None and second.scores["images"][0]["candidate"] is not None
 
 
 PATRICIDE = """

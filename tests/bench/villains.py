@@ -20,7 +20,7 @@ PASSIVE = Knowledge.UPDATES | Knowledge.BASIC
 @attack("villain", needs=PASSIVE)
 @dataclass(frozen=True, kw_only=True)
 class Villain(Attack):
-    """Does what it is told to: ``crash``, ``die``, ``eat``, ``hang``, ``linger`` or ``behave``."""
+    """Does what it is told to; ``orphan`` ends the process that keeps its own."""
 
     deed: str = "behave"
     gib: NonNegativeInt = 8
@@ -31,6 +31,9 @@ class Villain(Attack):
                 raise ZeroDivisionError("a mistake in the attack")
             case "die":
                 os.kill(os.getpid(), signal.SIGKILL)
+            case "orphan":
+                os.kill(os.getppid(), signal.SIGKILL)
+                signal.pause()
             case "eat":
                 torch.ones(self.gib * 2**28)
             case "hang":

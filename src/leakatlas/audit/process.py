@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from leakatlas.attacks.api import Attack, Reconstruction
-from leakatlas.bench.adversary import Adversary, Here
+from leakatlas.bench.adversary import Adversary, Here, Request
 from leakatlas.bench.spawned import Spawned
 from leakatlas.bench.task import code_of
 from leakatlas.blocks.watch import Watch
@@ -41,7 +41,7 @@ def attacker(plan: Plan, live: Stage) -> Attacker:
     chosen = adversary(plan)
     code = code_of(live) if chosen.process == "own" else None
     return lambda attack, view, seed, watch: chosen.attack(
-        attack, view, seed=seed, watch=watch, code=code
+        Request(attack=attack, view=view, seed=seed, watch=watch, code=code)
     )
 
 

@@ -11,7 +11,31 @@ from torch import Tensor
 
 from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction, Tampering
 from leakatlas.blocks.watch import Watch
+from leakatlas.errors import AttackCrashed
 from leakatlas.fl import View, stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What an adversary is asked to do.
+
+    Args:
+        attack: The attack.
+        view: Its side so far.
+        seed: Of the adversary's randomness.
+        watch: Budget.
+        code: A user's own model and loss (:func:`leakatlas.bench.task.code_of`).
+        turn: Rounds played so far.
+        draws: :attr:`Turn.draws` of the turn before; None at first.
+    """
+
+    attack: Attack
+    view: View
+    seed: int
+    watch: Watch
+    code: bytes | None = None
+    turn: int = 0
+    draws: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -30,41 +54,20 @@ class Turn:
 
 
 class Adversary(Protocol):
-    """Answers for one attack at a time; keeps nothing between two calls."""
+    """Answers one request at a time; keeps nothing between two of them."""
 
     @property
     def process(self) -> Literal["own", "shared"]:
         """Whether the attack runs in a process of its own."""
 
-    def tamper(
-        self,
-        attack: ActiveAttack,
-        view: View,
-        *,
-        seed: int,
-        turn: int,
-        draws: Tensor | None,
-        watch: Watch,
-        code: bytes | None = None,
-    ) -> Turn:
+    def tamper(self, request: Request) -> Turn:
         """Prepare the next round.
-
-        Args:
-            attack: The attack.
-            view: Its side so far.
-            seed: Of the adversary's randomness.
-            turn: Rounds played so far.
-            draws: :attr:`Turn.draws` of the turn before; None at first.
-            watch: Budget.
-            code: A user's own model and loss (:func:`leakatlas.bench.task.code_of`).
 
         Raises:
             AttackCrashed: If its process ended.
         """
 
-    def attack(
-        self, attack: Attack, view: View, *, seed: int, watch: Watch, code: bytes | None = None
-    ) -> Reconstruction:
+    def attack(self, request: Request) -> Reconstruction:
         """Run the attack; the recipe's scenario is stamped by the caller.
 
         Raises:
@@ -75,46 +78,60 @@ class Adversary(Protocol):
         """What the last attack took: ``cpu_seconds``, ``peak_memory`` in MiB."""
 
 
-def take_turn(
-    attack: ActiveAttack, view: View, *, seed: int, turn: int, draws: Tensor | None, watch: Watch
-) -> Turn:
-    """One turn, in this process; see :meth:`Adversary.tamper`."""
-    generator = stream(attack.key, "tamper", seed)
-    first = generator.initial_seed()
-    if draws is not None:
-        generator.set_state(draws)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(first + turn)
-        tampering = attack.tamper(view, generator=generator, watch=watch)
-    return Turn(tampering, generator.get_state(), view.reads)
-
-
 class Here:
     """The adversary in this process: for debugging, since the truth is within its reach."""
 
     process: Literal["own", "shared"] = "shared"
     """See :class:`Adversary`."""
 
-    def tamper(
-        self,
-        attack: ActiveAttack,
-        view: View,
-        *,
-        seed: int,
-        turn: int,
-        draws: Tensor | None,
-        watch: Watch,
-        code: bytes | None = None,
-    ) -> Turn:
-        """Tamper."""
-        return take_turn(attack, view, seed=seed, turn=turn, draws=draws, watch=watch)
+    def tamper(self, request: Request) -> Turn:
+        """One turn."""
+        attack, view = request.attack, request.view
+        assert isinstance(attack, ActiveAttack)
+        generator = stream(attack.key, "tamper", request.seed)
+        first = generator.initial_seed()
+        if request.draws is not None:
+            generator.set_state(request.draws)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(first + request.turn)
+            tampering = attack.tamper(view, generator=generator, watch=request.watch)
+        return Turn(tampering, generator.get_state(), view.reads)
 
-    def attack(
-        self, attack: Attack, view: View, *, seed: int, watch: Watch, code: bytes | None = None
-    ) -> Reconstruction:
+    def attack(self, request: Request) -> Reconstruction:
         """Attack."""
-        return attack(view, seed=seed, watch=watch)
+        trail = request.watch.conduct.trail
+        if trail is not None:
+            trail.begin()
+        found = request.attack(request.view, seed=request.seed, watch=request.watch)
+        if trail is not None:
+            trail.end(found.images)
+        return found
 
     def costs(self) -> Mapping[str, float]:
         """Not told apart from the rest of this process."""
+        return {}
+
+
+class Dead:
+    """Stands for an adversary that is no more.
+
+    Args:
+        reason: How it ended.
+    """
+
+    process: Literal["own", "shared"] = "own"
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def tamper(self, request: Request) -> Turn:
+        """Nobody answers."""
+        raise AttackCrashed(self._reason)
+
+    def attack(self, request: Request) -> Reconstruction:
+        """Nobody answers."""
+        raise AttackCrashed(self._reason)
+
+    def costs(self) -> Mapping[str, float]:
+        """Unknown."""
         return {}

@@ -15,11 +15,15 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 Message = dict[str, Any]
+
+GRACE = 10.0
+"""Seconds that a child has to end after its output has closed."""
 
 LAST_WORDS = 600
 """Characters kept of what a child said before it died."""
@@ -80,10 +84,15 @@ class Child:
             try:
                 message = json.loads(line)
             except ValueError:
-                break  # not ours: whoever writes there is not to be trusted further
+                self._process.kill()  # not ours: whoever writes there is not trusted further
+                break
             self.inbox.put((self, message))
-        self._process.kill()
-        self._process.wait()
+        # Its output closes a moment before it ends, and how it ends is for it to say.
+        try:
+            self._process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         self.inbox.put((self, None))
 
     def last_words(self) -> str:
@@ -158,5 +167,10 @@ def serve(
         os._exit(0)  # the parent is gone; nobody waits for what is being computed
 
     threading.Thread(target=listen, daemon=True).start()
-    while True:
-        send(answer(todo.get(), send))
+    try:
+        while True:
+            send(answer(todo.get(), send))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # the interpreter cannot end in order while a thread waits for input

@@ -13,20 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
-
-from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction
+from leakatlas.attacks.api import Reconstruction
 from leakatlas.bench import task
-from leakatlas.bench.adversary import Turn
+from leakatlas.bench.adversary import Request, Turn
 from leakatlas.bench.cells import Cell
 from leakatlas.bench.child import Message
 from leakatlas.bench.lanes import Sink, blank
 from leakatlas.bench.record import Record
 from leakatlas.bench.run import nothing_came, run_cell
 from leakatlas.bench.spawned import Spawned
-from leakatlas.blocks.watch import Watch, parse_budget
+from leakatlas.blocks.watch import parse_budget
 from leakatlas.errors import AttackCrashed, Unavailable
-from leakatlas.fl import View
 
 LARGE = 1_000_000
 """Bytes of a view from which it goes through the object store, once, instead of with the task."""
@@ -150,50 +147,29 @@ class Elsewhere:
         self._cell = cell
         self._costs: Mapping[str, float] = {}
 
-    def tamper(
-        self,
-        attack: ActiveAttack,
-        view: View,
-        *,
-        seed: int,
-        turn: int,
-        draws: Tensor | None,
-        watch: Watch,
-        code: bytes | None = None,
-    ) -> Turn:
+    def tamper(self, request: Request) -> Turn:
         """Prepare the next round; see :class:`~leakatlas.bench.adversary.Adversary`."""
-        with tempfile.TemporaryDirectory(prefix="leakatlas-") as name:
-            folder = Path(name)
-            message = task.asked(
-                "tamper", attack, view, folder, seed=seed, watch=watch, code=code,
-                memory=self._cell.case.memory, turn=turn, draws=draws,
-            )  # fmt: skip
-            return task.turn_of(self._answer(message, folder), folder)
+        with tempfile.TemporaryDirectory(prefix="leakatlas-") as folder:
+            return task.turn_of(self._answer("tamper", request, Path(folder)), Path(folder))
 
-    def attack(
-        self, attack: Attack, view: View, *, seed: int, watch: Watch, code: bytes | None = None
-    ) -> Reconstruction:
+    def attack(self, request: Request) -> Reconstruction:
         """Run the attack; see :class:`~leakatlas.bench.adversary.Adversary`."""
-        with tempfile.TemporaryDirectory(prefix="leakatlas-") as name:
-            folder = Path(name)
-            message = task.asked(
-                "attack", attack, view, folder, seed=seed, watch=watch, code=code,
-                memory=self._cell.case.memory,
-            )  # fmt: skip
-            return task.found_of(self._answer(message, folder), folder, view, watch)
+        with tempfile.TemporaryDirectory(prefix="leakatlas-") as folder:
+            answer = self._answer("attack", request, Path(folder))
+            return task.found_of(answer, Path(folder), request.view, request.watch)
 
     def costs(self) -> Mapping[str, float]:
         """What the last attack took."""
         return self._costs
 
-    def _answer(self, message: Message, folder: Path) -> Message:
-        ray = _ray()
+    def _answer(self, what: Literal["tamper", "attack"], request: Request, folder: Path) -> Message:
+        ray, case = _ray(), self._cell.case
+        message = task.asked(what, request, folder, memory=case.memory)
         files: Any = task.files_of(folder)
         if sum(map(len, files.values())) > LARGE:
             files = ray.put(files)
         gpus = 0 if self._cell.device == "cpu" else 1
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_attack)
-        case = self._cell.case
         sent = remote.remote(
             message, files, case.memory, parse_budget(case.time), self._cell.device
         )

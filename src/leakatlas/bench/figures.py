@@ -130,6 +130,7 @@ def _case(
             if (figure := _figure(measure, mine, label)) is not None
         ],
         "nulls": _nulls(mine, label),
+        "curve": _curve(mine, label),
     }
 
 
@@ -231,6 +232,33 @@ def _nulls(records: Sequence[Record], label: str) -> list[dict[str, Any]]:
              "images": len(values), "note": "null baseline, PSNR; the interval resamples batches"}
         )  # fmt: skip
     return figures
+
+
+POINTS = 24
+"""Of a curve, at equal factors of time."""
+
+
+def _curve(records: Sequence[Record], label: str) -> list[dict[str, Any]]:
+    """Mean PSNR that the best iterates have reached after so many CPU seconds.
+
+    A cell that has ended keeps what it reached; one that has not reported yet counts with its first
+    report.
+    """
+    ways = [(record.batch, record.trace) for record in records if record.trace]
+    if not ways:
+        return []
+    first = min(way[0][0] for _, way in ways)
+    last = max(way[-1][0] for _, way in ways)
+    points = []
+    for number in range(POINTS):
+        seconds = first * (last / first) ** (number / (POINTS - 1))
+        values: Values = {}
+        for batch, way in ways:
+            by_then = [psnr for spent, psnr in way if spent <= seconds * (1 + 1e-9)]
+            values.setdefault((batch, ""), []).append(by_then[-1] if by_then else way[0][1])
+        mean, low, high = mean_and_interval(values, label, f"curve {number}")
+        points.append({"seconds": seconds, "psnr": mean, "interval": [low, high]})
+    return points
 
 
 def _compared(

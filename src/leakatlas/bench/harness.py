@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction, Tampering
-from leakatlas.bench.adversary import Adversary, Here
+from leakatlas.bench.adversary import Adversary, Here, Request
+from leakatlas.bench.lean import play_round as play_lean
 from leakatlas.bench.task import code_of
-from leakatlas.blocks.watch import Watch
+from leakatlas.blocks.watch import Trail, Watch
 from leakatlas.errors import InvalidInput, NotGranted, ProtocolError, Unavailable
 from leakatlas.fl import Federation, RoundRecord, Stage, Truth, View
+from leakatlas.metrics import assign, pairwise_mse, psnr_of_mse
 from leakatlas.metrics.score import Scores, score
 from leakatlas.threat import Knowledge, Vantage
 
@@ -52,6 +54,7 @@ def observe(
     seed: int = 0,
     watch: Watch | None = None,
     adversary: Adversary | None = None,
+    lean: bool = False,
 ) -> tuple[View, tuple[RoundRecord, ...]]:
     """Play the rounds that ``attack`` watches or tampers with.
 
@@ -62,6 +65,7 @@ def observe(
         seed: Of the attack.
         watch: Budget.
         adversary: Who tampers; this process if None.
+        lean: Whether only the sum of a round is kept (:mod:`leakatlas.bench.lean`).
 
     Raises:
         NotGranted: If the scenario does not let this adversary tamper or select.
@@ -77,6 +81,9 @@ def observe(
         for number in range(stage.scenario.rounds):
             last = number == stage.scenario.rounds - 1
             begun = time.perf_counter()
+            if lean:
+                records.append(play_lean(federation, None))
+                continue
             records.append(federation.play_round(apply=not last))
             _learn(federation, records[-1], begun)
         return stage.view(records, target=target), tuple(records)
@@ -88,8 +95,11 @@ def observe(
     code = _travelling(stage, adversary)
     while True:
         turn = adversary.tamper(
-            attack, view, seed=seed, turn=len(records), draws=draws, watch=watch, code=code
-        )
+            Request(
+                attack=attack, view=view, seed=seed, watch=watch, code=code,
+                turn=len(records), draws=draws,
+            )
+        )  # fmt: skip
         reads |= turn.reads
         draws, tampering = turn.draws, turn.tampering
         if tampering is None:
@@ -103,16 +113,21 @@ def observe(
             raise NotGranted(
                 f"{attack.key} chooses the cohort, which {view.describe()} may not; it takes H."
             )
-        _afford(stage, tampering, watch)
-        begun = time.perf_counter()
-        records.append(
-            federation.play_round(
-                cohort=tampering.cohort,
-                sent=tampering.sent,
-                sybils=range(SYBIL_IDS, SYBIL_IDS + tampering.sybils),
+        if lean:
+            if selects:
+                raise InvalidInput(f"{attack.key} chooses a cohort; a lean round has all.")
+            records.append(play_lean(federation, tampering.sent))
+        else:
+            _afford(stage, tampering, watch)
+            begun = time.perf_counter()
+            records.append(
+                federation.play_round(
+                    cohort=tampering.cohort,
+                    sent=tampering.sent,
+                    sybils=range(SYBIL_IDS, SYBIL_IDS + tampering.sybils),
+                )
             )
-        )
-        _learn(federation, records[-1], begun)
+            _learn(federation, records[-1], begun)
         keys.append(dict(tampering.key))
         view = stage.view(records, target=target, keys=keys)
 
@@ -174,6 +189,7 @@ def run_trial(
     seed: int = 0,
     watch: Watch | None = None,
     adversary: Adversary | None = None,
+    lean: bool = False,
 ) -> Trial:
     """Observe, attack, and map the candidates back to pixels.
 
@@ -183,10 +199,11 @@ def run_trial(
     adversary = adversary or Here()
     watch = watch or Watch()
     view, records = observe(
-        stage, attack, target=target, seed=seed, watch=watch, adversary=adversary
+        stage, attack, target=target, seed=seed, watch=watch, adversary=adversary, lean=lean
     )
+    code = _travelling(stage, adversary)
     found = adversary.attack(
-        attack, view, seed=seed, watch=watch.again(), code=_travelling(stage, adversary)
+        Request(attack=attack, view=view, seed=seed, watch=watch.again(), code=code)
     )
     found = replace(found, recipe=attack.recipe(seed, stage.scenario.to_json()))
     truth = truth_of(stage, target, records)
@@ -260,6 +277,21 @@ def _scored(
         public_labels=public[1],
         baselines=None if other_batch is None else {"other_batch": other_batch.to(like.dtype)},
     )
+
+
+def trace(trial: Trial, trail: Trail, stage: Stage) -> tuple[tuple[float, float], ...]:
+    """CPU seconds, and mean PSNR in dB of the best iterate by then; empty where none was kept.
+
+    Iterates are clipped and assigned one to one, as candidates are.
+    """
+    truth, found = trial.truth.images.double(), []
+    for seconds, x in trail.points:
+        images = stage.box.denormalize(x).double().clamp(0, 1)
+        if len(images) == len(truth) and bool(torch.isfinite(images).all()):
+            cost = pairwise_mse(images, truth)
+            own = [candidate for candidate in assign(cost).of_original if candidate is not None]
+            found.append((seconds, float(psnr_of_mse(cost[own, range(len(truth))]).mean())))
+    return tuple(found)
 
 
 def control_trial(

@@ -95,7 +95,7 @@ MEASURES: dict[str, Measure] = {
 }
 """Read from the scores."""
 
-COSTS = {"seconds": "s", "rounds": "rounds", "peak_memory": "MiB"}
+COSTS = {"seconds": "s", "cpu_seconds": "s", "rounds": "rounds", "peak_memory": "MiB"}
 """Read from what a cell cost; no part of what is equal from run to run."""
 
 NOTES = "notes."

@@ -6,19 +6,19 @@ import datetime
 import hashlib
 import time
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from leakatlas.bench import harness, machine, picture, scene
 from leakatlas.bench import own as own_code
-from leakatlas.bench.adversary import Adversary
+from leakatlas.bench.adversary import Adversary, Dead
 from leakatlas.bench.cells import Cell
 from leakatlas.bench.record import Record, Status
 from leakatlas.bench.schema import OwnMeasure
-from leakatlas.blocks.watch import Conduct, Watch, parse_budget
-from leakatlas.errors import AttackCrashed, InvalidInput, LeakAtlasError
+from leakatlas.blocks.watch import Conduct, Trail, Watch, parse_budget
+from leakatlas.errors import AttackCrashed, LeakAtlasError
 from leakatlas.fl import Stage
 
 
@@ -44,6 +44,8 @@ def run_cell(cell: Cell, adversary: Adversary, *, watch: Watch | None = None) ->
             costs = {"seconds": time.perf_counter() - begun}
             return Record(**facts, status="complete", own=own, costs=costs)
         stage = scene.staged(cell)
+    except own_code.StudyFault as fault:
+        return Record(**facts, status="error", reason=str(fault))
     except LeakAtlasError as refusal:
         return Record(**facts, status="refused", reason=f"{type(refusal).__name__}: {refusal}")
     return _attacked(cell, stage, adversary, watch or Watch(), facts)
@@ -51,25 +53,7 @@ def run_cell(cell: Cell, adversary: Adversary, *, watch: Watch | None = None) ->
 
 def nothing_came(cell: Cell, reason: str) -> Record:
     """The record of a cell whose process died: an error, and every original is a failure."""
-    return run_cell(cell, _Dead(reason))
-
-
-class _Dead:
-    """Stands for an adversary that is no more."""
-
-    process: Literal["own", "shared"] = "own"
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-    def tamper(self, *args: Any, **kwargs: Any) -> Any:
-        raise AttackCrashed(self.reason)
-
-    def attack(self, *args: Any, **kwargs: Any) -> Any:
-        raise AttackCrashed(self.reason)
-
-    def costs(self) -> Mapping[str, float]:
-        return {}
+    return run_cell(cell, Dead(reason))
 
 
 def _attacked(
@@ -82,15 +66,19 @@ def _attacked(
     other: Tensor | None = None
     seconds = parse_budget(case.budget)
 
-    def budget() -> Watch:
-        return Watch(seconds, watch.listen, parent=watch, conduct=Conduct(execution=case.execution))
+    trail = Trail()
+
+    def budget(trail: Trail | None = None) -> Watch:
+        conduct = Conduct(execution=case.execution, trail=trail)
+        return Watch(seconds, watch.listen, parent=watch, conduct=conduct)
 
     status: Status
     try:
         attack = scene.attack_of(case)
         trial = harness.run_trial(
-            stage, attack, target=case.target, seed=cell.seed, watch=budget(), adversary=adversary
-        )
+            stage, attack, target=case.target, seed=cell.seed, watch=budget(trail),
+            adversary=adversary, lean=case.lean,
+        )  # fmt: skip
         truth = trial.truth
         status, reason = trial.found.status, trial.found.reason
         if case.control:
@@ -104,7 +92,10 @@ def _attacked(
     except LeakAtlasError as refusal:
         status, reason = "refused", f"{type(refusal).__name__}: {refusal}"
     if trial is not None and any(isinstance(m, OwnMeasure) for m in case.measures):
-        own = _checked(cell, _own(cell, "examine")(trial, stage))
+        try:
+            own = _checked(cell, _own(cell, "examine")(trial, stage))
+        except LeakAtlasError as fault:
+            status, reason = "error", str(fault)
     public = scene.public_images(stage)
     scores = (
         harness.nothing_scored(truth, stage, public=public)
@@ -128,6 +119,7 @@ def _attacked(
         ),
         reads=() if found is None else tuple(sorted(found.reads)),
         execution="" if found is None else found.execution,
+        trace=() if trial is None else harness.trace(trial, trail, stage),
         costs={
             **adversary.costs(),
             **({} if found is None else {"seconds": found.seconds}),
@@ -168,7 +160,7 @@ def _checked(cell: Cell, values: Any) -> dict[str, Any]:
     wanted = [m.name for m in cell.case.measures if isinstance(m, OwnMeasure)]
     if not isinstance(values, dict) or not values.keys() >= set(wanted):
         got = sorted(values) if isinstance(values, dict) else type(values).__name__
-        raise InvalidInput(
+        raise own_code.StudyFault(
             f"{cell.hook} must return the measures {sorted(wanted)} of case {cell.label!r}; "
             f"it returned {got}."
         )
@@ -177,7 +169,7 @@ def _checked(cell: Cell, values: Any) -> dict[str, Any]:
         value = values[name]
         numbers = torch.as_tensor(value, dtype=torch.float64)
         if numbers.ndim > 1 or not bool(torch.isfinite(numbers).all()):
-            raise InvalidInput(
+            raise own_code.StudyFault(
                 f"{cell.hook}: {name!r} of case {cell.label!r} must be a finite number or a list "
                 f"of them, got {value!r}."
             )

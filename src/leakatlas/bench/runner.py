@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -154,9 +155,17 @@ def write(study: Study, options: Options) -> Path | None:
     path = options.results / f"{study.name}.json"
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     partial = path.with_suffix(".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as problem:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise InvalidInput(
+            f"{path} cannot be written: {problem}. The records behind it are kept in "
+            f"{options.records / study.name}; free some space and start the same command again."
+        ) from None
     _draw(study, now, options.results / "pictures")
     return path
 

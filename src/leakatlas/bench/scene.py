@@ -227,11 +227,17 @@ def network(cell: Cell) -> tuple[ModelRef, nn.Module]:
     model = reference.build()
     if spec.weights is not None:
         shipped = spec.weights in models.shipped()
-        held = models.load_for(model, spec.weights if shipped else cell.data / spec.weights)
+        held = models.load_for(model, spec.weights if shipped else _weights(cell, spec.weights))
         model = load_into(model, held.state)
     if spec.train is not None:
         model = load_into(model, _trained(cell, spec.train, model))
     return reference, model.to(getattr(torch, spec.dtype))
+
+
+def _weights(cell: Cell, name: str) -> Path:
+    """A file beside the study's own Python file, else in the data folder."""
+    beside = cell.data if cell.hook is None else cell.hook.parent
+    return (beside if reading.is_file(beside / name) else cell.data) / name
 
 
 _TRAINED: dict[str, dict[str, Tensor]] = {}

@@ -76,8 +76,8 @@ class Model(Strict):
     weights: Annotated[
         Text | None,
         Field(
-            description="Shipped weights by name, or a safetensors file in the data folder; fresh "
-            "ones if left out.",
+            description="Shipped weights by name, or a safetensors file beside `study.py` or in "
+            "the data folder; fresh ones if left out.",
             examples=["convnet-cifar10"],
         ),
     ] = None
@@ -207,6 +207,14 @@ class Case(Strict):
     rounds: Annotated[
         Counted, Field(description="Rounds that a passive adversary watches.", examples=[1])
     ] = 1
+    lean: Annotated[
+        bool,
+        Field(
+            description="Whether clients train one after the other and only their sum is kept, "
+            "for rounds whose models would not fit in memory together.",
+            examples=[True],
+        ),
+    ] = False
     protocol: Annotated[
         dict[str, Any],
         Field(
@@ -295,6 +303,8 @@ class Case(Strict):
             raise ValueError("`label` goes with `choose: one class`, and only with it")
         if self.target >= self.clients:
             raise ValueError(f"client {self.target} is not one of the {self.clients} clients")
+        if self.lean and (self.vantage != "aggregate" or self.rounds > 1):
+            raise ValueError("a `lean` round is one round seen from the vantage `aggregate`")
         if self.control and self.attack is None:
             raise ValueError("`control` runs the attack once more, and there is no `attack`")
         return self

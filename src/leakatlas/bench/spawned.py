@@ -8,15 +8,12 @@ import time
 from collections.abc import Mapping
 from typing import Literal
 
-from torch import Tensor
-
-from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction
+from leakatlas.attacks.api import Reconstruction
 from leakatlas.bench import task
-from leakatlas.bench.adversary import Turn
+from leakatlas.bench.adversary import Request, Turn
 from leakatlas.bench.child import Child, Message
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import AttackCrashed
-from leakatlas.fl import View
 
 MODULE = "leakatlas.bench.worker"
 HIDDEN = ("LEAKATLAS_DATA", "PWD", "OLDPWD")
@@ -47,35 +44,18 @@ class Spawned:
         self._child: Child | None = None
         self._costs: Mapping[str, float] = {}
 
-    def tamper(
-        self,
-        attack: ActiveAttack,
-        view: View,
-        *,
-        seed: int,
-        turn: int,
-        draws: Tensor | None,
-        watch: Watch,
-        code: bytes | None = None,
-    ) -> Turn:
+    def tamper(self, request: Request) -> Turn:
         """Prepare the next round; see :class:`~leakatlas.bench.adversary.Adversary`."""
         child = self._alive()
-        message = task.asked(
-            "tamper", attack, view, child.folder, seed=seed, watch=watch, code=code,
-            memory=self.memory, turn=turn, draws=draws,
-        )  # fmt: skip
-        return task.turn_of(self._answer(child, message, watch), child.folder)
+        message = task.asked("tamper", request, child.folder, memory=self.memory)
+        return task.turn_of(self._answer(child, message, request.watch), child.folder)
 
-    def attack(
-        self, attack: Attack, view: View, *, seed: int, watch: Watch, code: bytes | None = None
-    ) -> Reconstruction:
+    def attack(self, request: Request) -> Reconstruction:
         """Run the attack; see :class:`~leakatlas.bench.adversary.Adversary`."""
-        child = self._alive()
-        message = task.asked(
-            "attack", attack, view, child.folder, seed=seed, watch=watch, code=code,
-            memory=self.memory,
-        )  # fmt: skip
-        return task.found_of(self._answer(child, message, watch), child.folder, view, watch)
+        child, watch = self._alive(), request.watch
+        message = task.asked("attack", request, child.folder, memory=self.memory)
+        answer = self._answer(child, message, watch)
+        return task.found_of(answer, child.folder, request.view, watch)
 
     def relay(
         self, message: Message, files: Mapping[str, bytes]

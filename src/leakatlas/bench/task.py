@@ -21,10 +21,10 @@ from torch import Tensor
 
 import leakatlas.errors
 from leakatlas import tensorfiles
-from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction, cache_folder
-from leakatlas.bench.adversary import Turn, take_turn
+from leakatlas.attacks.api import Attack, Reconstruction, cache_folder
+from leakatlas.bench.adversary import Here, Request, Turn
 from leakatlas.bench.child import Message
-from leakatlas.blocks.watch import Conduct, Execution, Watch
+from leakatlas.blocks.watch import Conduct, Execution, Trail, Watch
 from leakatlas.errors import AttackCrashed, InvalidInput, LeakAtlasError
 from leakatlas.fl import Stage, Tampering, View
 from leakatlas.fl.losses import PythonLoss
@@ -75,32 +75,24 @@ def code_of(stage: Stage) -> bytes | None:
 
 
 def asked(
-    what: Literal["tamper", "attack"],
-    attack: Attack,
-    view: View,
-    folder: Path,
-    *,
-    seed: int,
-    watch: Watch,
-    code: bytes | None,
-    memory: float | None,
-    turn: int = 0,
-    draws: Tensor | None = None,
+    what: Literal["tamper", "attack"], request: Request, folder: Path, *, memory: float | None
 ) -> Message:
     """Save the view into ``folder``, and the message about it."""
-    view.save(folder / VIEW)
+    request.view.save(folder / VIEW)
     # Its class and its parameters: what it noted on itself beside the truth stays here.
-    attack = type(attack).from_json(attack.to_json())
-    checkpoints = watch.conduct.checkpoints
+    attack = type(request.attack).from_json(request.attack.to_json())
+    conduct, draws, code = request.watch.conduct, request.draws, request.code
+    checkpoints = conduct.checkpoints
     return {
         "do": what,
         "attack": _text(cloudpickle.dumps(attack)),
         "code": None if code is None else _text(code),
-        "seed": seed,
-        "turn": turn,
+        "seed": request.seed,
+        "turn": request.turn,
         "draws": None if draws is None else _text(draws.numpy().tobytes()),
-        "seconds": watch.remaining(),
-        "execution": watch.conduct.execution,
+        "seconds": request.watch.remaining(),
+        "execution": conduct.execution,
+        "trail": conduct.trail is not None,
         "checkpoints": None if checkpoints is None else str(checkpoints.resolve()),
         "memory": memory,
         "cache": str(cache_folder().resolve()),
@@ -130,7 +122,9 @@ def perform(
         listen,
         parent=parent,
         conduct=Conduct(
-            execution=execution, checkpoints=None if checkpoints is None else Path(checkpoints)
+            execution=execution,
+            checkpoints=None if checkpoints is None else Path(checkpoints),
+            trail=Trail() if message["trail"] else None,
         ),
     )
     attack: Attack = cloudpickle.loads(_bytes(message["attack"]))
@@ -139,13 +133,13 @@ def perform(
     )  # fmt: skip
     try:
         view = View.load(folder / VIEW, model=model, loss=loss)
+        state = message["draws"]
+        request = Request(
+            attack=attack, view=view, seed=message["seed"], watch=watch, turn=message["turn"],
+            draws=None if state is None else _state(state),
+        )  # fmt: skip
         if message["do"] == "tamper":
-            assert isinstance(attack, ActiveAttack)
-            state = message["draws"]
-            turn = take_turn(
-                attack, view, seed=message["seed"], turn=message["turn"], watch=watch,
-                draws=None if state is None else _state(state),
-            )  # fmt: skip
+            turn = Here().tamper(request)
             if turn.tampering is not None:
                 turn.tampering.save(folder / SENT)
             return {
@@ -153,10 +147,13 @@ def perform(
                 "draws": _text(turn.draws.numpy().tobytes()),
                 "reads": sorted(turn.reads),
             }
-        found = attack(view, seed=message["seed"], watch=watch)
+        found = Here().attack(request)
     except LeakAtlasError as refusal:
         return {"refused": type(refusal).__name__, "message": str(refusal)}
     held = {name: tensor for name in TENSORS if (tensor := getattr(found, name)) is not None}
+    trail = watch.conduct.trail
+    if trail is not None and trail.points:
+        held |= {"trail": torch.stack([x for _, x in trail.points])}
     save_file({n: t.detach().cpu().clone().contiguous() for n, t in held.items()}, folder / FOUND)
     return {
         "status": found.status,
@@ -166,6 +163,7 @@ def perform(
         "execution": found.execution,
         "reads": sorted(found.reads),
         "cut_short": watch.cut_short,
+        "trail": [] if trail is None else [seconds for seconds, _ in trail.points],
     }
 
 
@@ -193,6 +191,7 @@ class _Found(_Strict):
     execution: str
     reads: tuple[str, ...]
     cut_short: bool
+    trail: tuple[float, ...] = ()
 
 
 def turn_of(answer: Message, folder: Path) -> Turn:
@@ -217,11 +216,16 @@ def found_of(answer: Message, folder: Path, view: View, watch: Watch) -> Reconst
     facts = _checked(answer, _Found)
     held = tensorfiles.read_safetensors(folder / FOUND, what="answer of the attack")[0]
     reads = frozenset(facts.reads)
-    if set(held) - set(TENSORS) or "images" not in held:
+    way = held.pop("trail", held["images"].new_empty(0)) if "images" in held else None
+    if way is None or set(held) - set(TENSORS):
         raise AttackCrashed(f"The attack answered with {sorted(held)} in place of its tensors.")
     shape = tuple(held["images"].shape[1:])
     if shape != tuple(view.input_shape):
         raise AttackCrashed(f"The attack answered with images of shape {shape}.")
+    if len(way) != len(facts.trail) or (len(way) and tuple(way.shape[2:]) != shape):
+        raise AttackCrashed(f"The attack answered with iterates of shape {tuple(way.shape)}.")
+    if watch.conduct.trail is not None:
+        watch.conduct.trail.points = list(zip(facts.trail, way, strict=True))
     if facts.cut_short:
         watch.cut()
     return Reconstruction(

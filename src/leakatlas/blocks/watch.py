@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -31,6 +31,48 @@ class Step:
     progress: float
 
 
+SPACING = 1.15
+"""From one kept report to the next: the factor between their numbers."""
+
+
+class Trail:
+    """The best iterates of a run so far, each kept with the CPU seconds that it took.
+
+    Reports are kept ever more rarely, so that long runs stay small: their numbers grow by
+    :data:`SPACING`, and the last iterate is what came out. An attack that makes several descents
+    one after the other leaves the reports of all of them.
+
+    Attributes:
+        points: CPU seconds of this process since :meth:`begin`, and images ``(N, C, H, W)`` in the
+            model's input space.
+    """
+
+    def __init__(self) -> None:
+        self.points: list[tuple[float, Tensor]] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """From now on."""
+        self.points.clear()
+        self._begun, self._reports, self._next = time.process_time(), 0, 1.0
+
+    def add(self, best: Tensor) -> None:
+        """Hear of a report."""
+        self._reports += 1
+        if self._reports >= self._next:
+            self._next = max(self._reports + 1.0, SPACING * self._reports)
+            self._keep(best)
+
+    def end(self, images: Tensor) -> None:
+        """What came out; without any report there was no way to it, and nothing is kept."""
+        self.points = [point for point in self.points if point[1].shape == images.shape]
+        if self.points:
+            self._keep(images.to(self.points[-1][1]))
+
+    def _keep(self, images: Tensor) -> None:
+        self.points.append((time.process_time() - self._begun, images.detach().cpu().clone()))
+
+
 @dataclass
 class Conduct:
     """How the descents of one run are carried out; shared by all its watches.
@@ -40,14 +82,14 @@ class Conduct:
         checkpoints: Folder for checkpoints; a run started again with the same folder goes on
             where it was. Nothing is kept if None.
         save_every: Seconds between two checkpoints.
-        keep: Given the best iterate (by variable name) at every report: the result so far.
+        trail: Told of the best iterate at every report.
         executions: What each descent used, in words; filled while running.
     """
 
     execution: Execution = "auto"
     checkpoints: Path | None = None
     save_every: float = 30.0
-    keep: Callable[[Mapping[str, Tensor]], None] | None = None
+    trail: Trail | None = None
     executions: list[str] = field(default_factory=list)
     _run: str = ""
     _descents: int = 0

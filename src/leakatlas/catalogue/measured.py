@@ -173,6 +173,14 @@ class StudyFigure(Strict):
     note: str = ""
 
 
+class CurvePoint(Strict):
+    """What a case has reached by some time."""
+
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False, description="CPU time.")]
+    psnr: Annotated[float, Field(allow_inf_nan=False, description="Mean of the best iterates.")]
+    interval: tuple[float, float]
+
+
 class StudyCase(Strict):
     """One case of a study: what was run, how it ended, what was measured."""
 
@@ -192,6 +200,9 @@ class StudyCase(Strict):
     ]
     measures: tuple[StudyFigure, ...]
     nulls: Annotated[tuple[StudyFigure, ...], Field(description="Null baselines.")]
+    curve: Annotated[
+        tuple[CurvePoint, ...], Field(description="PSNR against time, where iterates were kept.")
+    ] = ()
 
 
 class StudyComparison(StudyFigure):
@@ -293,7 +304,7 @@ class StudyResult(Strict):
                 "kind": kind,
                 "key": key,
                 "code_version": min((c.version for c in cases if c.version is not None), default=1),
-                "recipe": {"study": self.key, "chosen": self.chosen},
+                "recipe": {"study": self.key, "chosen": self.chosen, "curves": _curves(cases)},
                 "hardware": self.hardware,
                 "seeds": self.seeds,
                 "measures": measures,
@@ -314,6 +325,19 @@ class StudyResult(Strict):
         except UnknownName:  # its attack or defense is gone
             return True
         return case.code != (now,)
+
+
+def _curves(cases: list[StudyCase]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """PSNR against time: a chart for all values of the last axis together."""
+    charts: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for case in cases:
+        if case.curve:
+            chart, _, series = case.case.rpartition("/")
+            charts.setdefault(chart, {})[series] = {
+                "seconds": [point.seconds for point in case.curve],
+                "psnr": [point.psnr for point in case.curve],
+            }
+    return charts
 
 
 def _told(case: StudyCase) -> str:

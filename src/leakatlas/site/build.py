@@ -203,6 +203,7 @@ def _attack(row: Attack, measured: tuple[results.Result, ...]) -> dict[str, Any]
         "shown": shown,
         "number": loader.printed_number(row),
         "headline": headline.of_attack(measured, row.key),
+        "timed": measured_page.timed(results.of_row(measured, "attack", row.key)),
         "facets": facets.attack(row),
         "facets_printed": facets.attack(row, printed=True),
         "works": [_work(loader.reference(row.reference))],

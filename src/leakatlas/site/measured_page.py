@@ -12,7 +12,7 @@ from leakatlas.catalogue.results import Measure, Result
 from leakatlas.catalogue.schema import Defense
 from leakatlas.site.charts import Axis, Dot, Series, chart
 
-SECONDS = Axis("seconds", logarithmic=True)
+SECONDS = Axis("CPU seconds", logarithmic=True)
 DECIBELS = Axis("PSNR, dB")
 ACCURACY = Axis("test accuracy, %")
 
@@ -20,16 +20,18 @@ ACCURACY = Axis("test accuracy, %")
 def context(measured: Sequence[Result], defenses: Iterable[Defense]) -> dict[str, Any]:
     """What the page of charts is given."""
     curves = [(row, drawn) for row in defenses if (drawn := defense_chart(measured, row))]
-    return {"timed": list(_timed(measured)), "curves": curves}
+    return {"timed": timed(r for r in measured if r.kind != "defense"), "curves": curves}
 
 
-def _timed(measured: Sequence[Result]) -> Iterable[dict[str, Any]]:
-    """Every benchmark that kept the quality of its iterates over time."""
+def timed(measured: Iterable[Result]) -> list[dict[str, Any]]:
+    """The charts of every result that kept the quality of its iterates over time."""
+    found = []
     for result in measured:
         cases = result.recipe.get("curves")
-        if result.kind == "benchmark" and isinstance(cases, Mapping):
+        if cases and isinstance(cases, Mapping):
             drawn = [(case, _time_chart(case, presets)) for case, presets in cases.items()]
-            yield {"result": result, "cases": drawn}
+            found.append({"result": result, "cases": drawn})
+    return found
 
 
 def _time_chart(case: str, presets: Mapping[str, Mapping[str, Sequence[float]]]) -> Markup:
@@ -45,7 +47,8 @@ def _time_chart(case: str, presets: Mapping[str, Mapping[str, Sequence[float]]])
         )
         for name, held in presets.items()
     ]
-    return chart(f"{case}: PSNR of the best iterate against time", series, SECONDS, DECIBELS)
+    title = ": ".join(filter(None, (case, "PSNR of the best iterate against time")))
+    return chart(title, series, SECONDS, DECIBELS)
 
 
 def defense_chart(measured: Sequence[Result], row: Defense) -> Markup | None:

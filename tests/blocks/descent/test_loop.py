@@ -8,7 +8,7 @@ from torch import Tensor
 
 from leakatlas.blocks import descent
 from leakatlas.blocks.descent import Value, Variables
-from leakatlas.blocks.watch import Conduct, Watch
+from leakatlas.blocks.watch import Conduct, Trail, Watch
 from leakatlas.data import Box
 from leakatlas.errors import InvalidParameter
 
@@ -352,14 +352,36 @@ def test_a_budget_ends_a_step_of_many_evaluations(
 
 
 def test_the_result_so_far_is_shown_at_every_report() -> None:
-    shown: list[Tensor] = []
-    watch = Watch(conduct=Conduct(keep=lambda best: shown.append(best["x"])))
+    trail = Trail()
     end = descent.descend(
-        bowl, START, optimizer=descent.sgd(0.1), steps=30, watch=watch, report_every=10
-    )
-    assert len(shown) == 3
-    errors = [float((x - TARGET).norm()) for x in [*shown, end.best["x"]]]
+        bowl, START, optimizer=descent.sgd(0.1), steps=300, report_every=10,
+        watch=Watch(conduct=Conduct(trail=trail)),
+    )  # fmt: skip
+    # Reports 1 to 7, then 9, 11, 13, 15, 18, 21, 25 and 29 of 30.
+    assert len(trail.points) == 15
+    trail.end(end.best["x"])
+    errors = [float((x - TARGET).norm()) for _, x in trail.points]
     assert errors == sorted(errors, reverse=True)
+    assert [s for s, _ in trail.points] == sorted(s for s, _ in trail.points)
+
+
+def test_of_several_candidates_the_one_of_the_lowest_criterion_is_shown() -> None:
+    trail = Trail()
+    starts = {"x": torch.stack([START["x"] + 5, START["x"], START["x"] - 5])}
+    descent.descend(
+        bowl, starts, candidates=3, optimizer=descent.sgd(1e-3), steps=1, report_every=1,
+        watch=Watch(conduct=Conduct(trail=trail)),
+    )  # fmt: skip
+    ((_, shown),) = trail.points
+    nearest = (starts["x"] - TARGET).flatten(1).norm(dim=1).argmin()
+    assert torch.equal(shown, starts["x"][nearest])
+
+
+def test_a_way_of_other_shape_than_what_came_out_is_not_kept() -> None:
+    trail = Trail()
+    trail.add(torch.zeros(2, 3))
+    trail.end(torch.zeros(1, 3))
+    assert trail.points == []
 
 
 def test_progress_says_criterion_rate_and_wait() -> None:

@@ -144,8 +144,8 @@ def descend(
             if watch.listen is not None:
                 rate = (now.index + 1 - first) / max(time.perf_counter() - begun, 1e-9)
                 watch.note = run.note(lowest, rate, steps - now.index - 1, watch.remaining())
-            if watch.conduct.keep is not None:
-                watch.conduct.keep({n: t.detach().clone() for n, t in run.best.items()})
+            if watch.conduct.trail is not None and "x" in run.best:
+                watch.conduct.trail.add(run.leading("x"))
             if not bool(alive.any()) or (done is not None and done(lowest)):
                 settled = True
                 break
@@ -261,6 +261,11 @@ class _Run:
     def decide(self, *, left: float, seconds: float | None) -> None:
         """Choose how slopes are computed from now on."""
         self.executor.decide((self.leaves, self.constants, self.t), left=left, seconds=seconds)
+
+    def leading(self, name: str) -> Tensor:
+        """One variable of the candidate whose criterion is lowest so far."""
+        best = self.best[name]
+        return best if self.lowest.dim() == 0 else best[int(self.lowest.argmin())]
 
     def report(self) -> tuple[Tensor, Tensor]:
         """The best criteria so far and who is alive; noted in the trace."""
