@@ -16,6 +16,7 @@ from leakatlas.bench.cells import Cell, cells_of
 from leakatlas.bench.schema import Images, OwnMeasure
 from leakatlas.bench.study import Study
 from leakatlas.blocks.watch import Watch
+from leakatlas.catalogue import registry
 from leakatlas.fl import View
 from leakatlas.threat import Knowledge
 
@@ -36,6 +37,15 @@ def test_it_is_sound(path: Path) -> None:
     study, problems = studies.check(path)
     assert study is not None, "\n".join(map(str, problems))
     assert study.cases
+
+
+def test_the_smoke_study_takes_every_implemented_row() -> None:
+    cases = studies.load("smoke").cases.values()
+    played = {case.attack.key for case in cases if case.attack is not None}
+    played |= {str(defense["key"]) for case in cases for defense in case.defenses}
+    every = {*registry.attack_keys(), *registry.defense_keys()}
+    missing = {key for key in every - played if "/" not in key}
+    assert not missing, f"add a tiny case to studies/smoke/study.yaml for: {sorted(missing)}"
 
 
 def smallest(study: Study) -> Cell | None:

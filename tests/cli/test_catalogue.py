@@ -227,6 +227,19 @@ def test_validate_goes_on_after_a_result_about_no_row(tmp_path: Path) -> None:
     assert "3 problems" in result.stdout
 
 
+def test_validate_reads_studies(tmp_path: Path) -> None:
+    text = (ROOT / "studies" / "idlg" / "study.yaml").read_text(encoding="utf-8")
+    path = tmp_path / "own" / "study.yaml"
+    path.parent.mkdir()
+    path.write_text(text.replace("letter: ", "letters: "), encoding="utf-8")
+    result = run("validate", path)
+    assert result.exit_code == 1
+    assert "own/study.yaml" in result.stdout and "letters" in result.stdout
+    count = len(list((ROOT / "studies").glob("*/study.yaml")))
+    good = run("validate", *sorted((ROOT / "studies").glob("*/study.yaml")))
+    assert good.exit_code == 0 and f"{count} files checked, 0 problems" in good.stdout
+
+
 def test_validate_refuses_other_files(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.touch()

@@ -413,29 +413,40 @@ def export(
 def validate(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(help="Rows (.toml) or results (.json); the whole catalogue if left out."),
+        typer.Argument(
+            help="Rows (.toml), results (.json) or studies (.yaml); all there are if left out."
+        ),
     ] = None,
     results_folder: ResultsFolder = None,
     as_json: Json = False,
 ) -> None:
-    """Check rows, modules and results, and say everything that is wrong at once.
+    """Check rows, modules, results and studies, and say everything that is wrong at once.
 
     A file of the catalogue, or named like one (attacks.toml), is checked in its place; any other
     .toml is checked as an addition to the catalogue.
     """
+    from leakatlas.bench import study
     from leakatlas.catalogue import loader, results
 
     chosen = list(files or ())
     for path in chosen:
         if not reading.is_file(path):
-            raise InvalidInput(f"There is no file {path}; give a .toml of rows or a result .json.")
-        if path.suffix not in (".toml", ".json"):
-            raise InvalidInput(f"{path} is neither rows (.toml) nor a result (.json).")
+            raise InvalidInput(
+                f"There is no file {path}; give a .toml of rows, a result .json or a study .yaml."
+            )
+        if path.suffix not in (".toml", ".json", ".yaml"):
+            raise InvalidInput(
+                f"{path} is neither rows (.toml) nor a result (.json) nor a study (.yaml)."
+            )
     rows = [path for path in chosen if path.suffix == ".toml"]
     measured = [path for path in chosen if path.suffix == ".json"]
+    studied = [path for path in chosen if path.suffix == ".yaml"]
     if not chosen:
         measured = results.files(results_folder or results.default_folder())
+        studied = list(study.find().values())
     _, problems = loader.check_files(rows)
+    for path in studied:
+        problems += study.check(path)[1]
     stale = []
     for path in measured:
         found, wrong = results.read(path)
@@ -451,7 +462,9 @@ def validate(
             console.print(escape(str(problem)), highlight=False)
         for note in stale:
             console.print(f"stale: {escape(note)}", highlight=False)
-        checked = len(measured) + (len(rows) if chosen else len(loader.shipped_texts()))
+        checked = (
+            len(measured) + len(studied) + (len(rows) if chosen else len(loader.shipped_texts()))
+        )
         console.print(f"{checked} files checked, {len(problems)} problems, {len(stale)} stale.")
     if problems:
         raise typer.Exit(1)
