@@ -175,7 +175,8 @@ def test_a_lane_that_is_killed_costs_its_cell_and_no_other(mortal: tuple[Study, 
 def test_ray_leaves_the_same_records_and_outlives_killed_processes(
     mortal: tuple[Study, Path], tmp_path: Path
 ) -> None:
-    ray = pytest.importorskip("ray")
+    import ray
+
     study, folder = mortal
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
