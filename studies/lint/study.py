@@ -7,8 +7,8 @@ they were set, those of odd seeds are held out, and ``fresh`` has seeds and pict
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +21,7 @@ from leakatlas.bench.cells import Cell
 from leakatlas.catalogue import registry
 from leakatlas.data import CIFAR10, Box, ImageSet
 from leakatlas.errors import InvalidInput, UnsupportedModel
-from leakatlas.lint import dynamics, holdings, thresholds
-from leakatlas.lint import measure as measure_model
+from leakatlas.lint import dynamics, evaluate
 from leakatlas.threat import Knowledge, Vantage
 
 SIZE, CLASSES = 32, 10
@@ -69,37 +68,22 @@ ONLY_ON = {"seer": ("resnet8",)}
 """Architectures of rows that need batch normalisation."""
 
 
-@dataclass(frozen=True)
-class Judged:
-    """Largest value of every statistic on one model; models of one run have one group."""
-
-    group: str
-    architecture: str
-    scores: Mapping[str, float]
-
-
 def measure(cell: Cell) -> dict[str, Any]:
     """Thresholds from honest models, or alarms on those of one case and seed."""
     assert cell.case.surrogate is not None
     own, public = (scene.images(s, cell.data) for s in (cell.case.victims, cell.case.surrogate))
     part, _, population = cell.label.partition("/")
     if part == "calibration":
-        return calibrated(
-            [j for kind, seeds in CALIBRATION.items() for s in seeds for j in HONEST[kind](own, s)]
-        )
+        honest = [HONEST[kind](own, s) for kind, seeds in CALIBRATION.items() for s in seeds]
+        return evaluate.calibrated([one for each in honest for one in each])
     if population in HONEST:
-        return rates(list(HONEST[population](own, cell.seed)), everywhere=False)
-    cls = registry.load_attack(population)
-    assert issubclass(cls, ActiveAttack)
-    return rates(list(tampered(population, cls, own, public, cell.seed)), everywhere=True)
-
-
-def judge(group: str, architecture: str, model: nn.Module, **held: Any) -> Judged:
-    """A model judged with what its client holds."""
-    scores: dict[str, float] = {}
-    for score in measure_model(model, **held)[0]:
-        scores[score.statistic] = max(score.value, scores.get(score.statistic, 0.0))
-    return Judged(group, architecture, scores)
+        judged = list(HONEST[population](own, cell.seed))
+    else:
+        cls = registry.load_attack(population)
+        assert issubclass(cls, ActiveAttack)
+        judged = list(tampered(population, cls, own, public, cell.seed))
+    counted = {f"models of {n}": sum(j.architecture == n for j in judged) for n in ARCHITECTURES}
+    return evaluate.rates(judged, everywhere=population not in HONEST) | counted
 
 
 def box_of(seed: int) -> Box:
@@ -119,18 +103,18 @@ def batch_of(images: ImageSet, seed: int, count: int, *, skewed: bool) -> ImageS
 # -- honest models ---------------------------------------------------------------------------------
 
 
-def initialisations(images: ImageSet, seed: int) -> Iterator[Judged]:
+def initialisations(images: ImageSet, seed: int) -> Iterator[evaluate.Judged]:
     """Random weights, judged with a batch of 8, 16 or 32 examples; every third one skewed."""
     batch = batch_of(images, seed, (8, 16, 32)[seed % 3], skewed=seed % 3 == 1)
     for name, build in ARCHITECTURES.items():
         model, others = build(seed), [fl.model_state(build(seed))]
-        yield judge(
+        yield evaluate.judge(
             f"{name}/{seed}", name, model,
             batch=batch, box=box_of(seed), reference=build(seed), others=others,
         )  # fmt: skip
 
 
-def checkpoints(images: ImageSet, seed: int) -> Iterator[Judged]:
+def checkpoints(images: ImageSet, seed: int) -> Iterator[evaluate.Judged]:
     """Checkpoints of honest runs, each judged by client 0 against the round before."""
     settings: list[tuple[fl.Protocol, int, bool]] = [  # examples a client, of one class only?
         (fl.FedAVG(epochs=1, batch_size=8, lr=0.05, shuffle=True), 32, False),
@@ -146,7 +130,7 @@ def checkpoints(images: ImageSet, seed: int) -> Iterator[Judged]:
             history = [dynamics(before, own[0], box=box)]
             for round_, now in enumerate(models_, 1):
                 if round_ in ROUNDS:
-                    yield judge(
+                    yield evaluate.judge(
                         f"{name}/run {run}", name, now, batch=own[0], box=box, reference=before,
                         previous=before, others=[fl.model_state(now)], history=history,
                     )  # fmt: skip
@@ -174,7 +158,7 @@ def honest(
 
 def tampered(
     key: str, cls: type[ActiveAttack], images: ImageSet, public: ImageSet, seed: int
-) -> Iterator[Judged]:
+) -> Iterator[evaluate.Judged]:
     """The last model that a row sends to client 0, on every architecture that it can tamper with.
 
     Default strength; judged with that client's batch and update. Odd seeds start from weights that
@@ -207,7 +191,7 @@ def tampered(
         except (UnsupportedModel, InvalidInput):
             continue  # counted: nothing was played on this architecture
         last, client = records[-1], played.federation.clients[0]
-        yield judge(
+        yield evaluate.judge(
             f"{name}/{seed}", name, last.received[0],
             batch=(client.x, client.y), box=box, reference=model,
             previous=model if earlier else None, update=last.updates[0],
@@ -215,57 +199,3 @@ def tampered(
             # Whom the server asks alone can still look into a log of what was announced.
             others=[last.states[c] for c in last.states if c != 0] or [fl.model_state(model)],
         )  # fmt: skip
-
-
-# -- figures ---------------------------------------------------------------------------------------
-
-
-def calibrated(judged: Sequence[Judged]) -> dict[str, Any]:
-    """Of every statistic: median, and the largest values of the two largest groups."""
-    found: dict[str, Any] = {"models": len(judged)}
-    for statistic in holdings.CALIBRATED:
-        groups: dict[str, float] = {}
-        values = [j.scores[statistic] for j in judged if statistic in j.scores]
-        for j in judged:
-            groups[j.group] = max(j.scores.get(statistic, 0.0), groups.get(j.group, 0.0))
-        first, second = sorted(groups.values())[:-3:-1]
-        found[f"largest/{statistic}"], found[f"second/{statistic}"] = first, second
-        found[f"median/{statistic}"] = float(torch.tensor(values or [0.0]).median())
-    return found
-
-
-def rates(judged: Sequence[Judged], *, everywhere: bool) -> dict[str, Any]:
-    """One 0 or 1 for every model, by what is held, by check, by detector and by level.
-
-    Args:
-        judged: Models of one case and seed.
-        everywhere: Whether a check that cannot run counts as silent, or not at all.
-    """
-    shipped = thresholds.shipped().thresholds
-
-    def alarm(one: Judged, held: frozenset[str], level: float = 0.5) -> float:
-        # Half-way to certainty is the threshold in use; other levels move all thresholds alike.
-        return float(any(v > 1 - (1 - shipped[n]) * 2 * (1 - level)
-                         for n, v in one.scores.items() if n in held))  # fmt: skip
-
-    def runs(held: frozenset[str]) -> list[Judged]:
-        return [j for j in judged if held & j.scores.keys()]
-
-    found: dict[str, Any] = {}
-    for name, held in holdings.HOLDINGS.items():
-        found[name] = [alarm(j, held) for j in judged]
-        groups: dict[str, float] = {}
-        for j in judged:
-            groups[j.group] = max(alarm(j, held), groups.get(j.group, 0.0))
-        found[f"{name}, independent"] = list(groups.values())
-    for name, level in holdings.LEVELS:
-        found[f"{name}, level {level}"] = [alarm(j, holdings.HOLDINGS[name], level) for j in judged]
-    for check in holdings.CHECKS:
-        own = holdings.of(check)
-        found[check] = [alarm(j, own) for j in (judged if everywhere else runs(own))]
-    for name, own in holdings.DETECTORS.items():
-        found[name] = [alarm(j, own) for j in runs(own)]
-    for name in ARCHITECTURES:
-        found[f"models of {name}"] = sum(j.architecture == name for j in judged)
-    found["thresholds"] = thresholds.fingerprint(shipped)
-    return found
