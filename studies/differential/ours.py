@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from leakatlas import models
 from leakatlas.attacks.analytic.closed_form.april import APRIL
 from leakatlas.attacks.analytic.closed_form.rgap import solve_convolution
+from leakatlas.attacks.analytic.isolation import mkor as mkor_row
+from leakatlas.attacks.analytic.isolation.scale_mia import Parts, write_bins
+from leakatlas.attacks.analytic.isolation.seer import SEER, schedule
 from leakatlas.attacks.analytic.sparsification.fishing import CLASS, CUT, Move, set_head
 from leakatlas.attacks.optimization.basic.sme import SME
 from leakatlas.bench.examine import errors
 from leakatlas.bench.harness import run_trial
 from leakatlas.blocks import init, labels, matching, priors, readout, surgery
-from leakatlas.data import CIFAR10, patches
+from leakatlas.data import CIFAR10, Box, patches
 from leakatlas.fl import FedAVG, ModelRef, Scenario, edits, replay, stage, stream
 from leakatlas.threat import Grant
 
@@ -210,6 +213,94 @@ def robbing_the_fed() -> dict[str, float]:
     }
 
 
+def loki_inputs() -> dict[str, Tensor]:
+    """Six images brighter than black, 17 rising edges, and the slope of the loss at the bins."""
+    x = 0.1 + 0.8 * torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(90)).double()
+    edges = x.mean() + 0.02 * draw(91, 17).sort().values
+    return {"x": x, "edges": edges, "slope": draw(92, 6, 16)}
+
+
+def loki() -> dict[str, float]:
+    """The second of two clients: kernels, its columns of FC1, and their gradients."""
+    given = loki_inputs()
+    w = torch.full((192,), 1 / 192, dtype=torch.float64)
+    layers = edits.SplitImprint(
+        w, given["edges"], (3, 8, 8), clients=2, group=1, kappa=500.0, spread=1.0
+    ).layers()
+    fired = nn.functional.hardtanh(layers.first(layers.conv(given["x"]).flatten(1)), 0.0, 1.0)
+    parameters = (layers.first.weight, layers.first.bias)
+    g_w, g_b = torch.autograd.grad((fired * given["slope"]).sum(), parameters)
+    return {
+        "kernels": along(layers.conv.weight),
+        "weights, own columns": along(layers.first.weight[:, 192:]),
+        "biases": along(layers.first.bias),
+        "gradient of the weights, own columns": along(g_w[:, 192:]),
+        "gradient of the biases": along(g_b),
+    }
+
+
+def scale_mia_inputs() -> dict[str, Tensor]:
+    """Twelve latents with a bin each, 1,024 thresholds, and the deltas of the examples."""
+    z = torch.rand(12, 1_024, generator=torch.Generator().manual_seed(100)).double()
+    z = z * torch.linspace(0.8, 1.2, 12, dtype=torch.float64)[:, None]
+    return {"z": z, "edges": torch.linspace(0.35, 0.65, 1_024).double(), "delta": draw(101, 12)}
+
+
+def scale_mia() -> dict[str, float]:
+    """The malicious layers, and the latents read from one gradient."""
+    given = scale_mia_inputs()
+    z, edges = given["z"], given["edges"]
+    first, second, third = nn.Linear(1_024, 1_024), nn.Linear(1_024, 512), nn.Linear(512, 10)
+    parts = Parts((), first, second, third, ("first", "second", "third"), (64, 4, 4), dropout=False)
+    write_bins(parts, edges, torch.Generator())
+    fired = (z.mean(dim=1)[:, None] > edges) * given["delta"][:, None]
+    read = readout.cumulative_readout(fired.T @ z, fired.sum(dim=0), edges)
+    return {
+        "weights of the first layer": along(first.weight),
+        "biases of the first layer": along(first.bias),
+        "weights of the second layer": along(second.weight),
+        "biases of the second layer": along(second.bias),
+        "latents": sum(along(latent) for latent in read.x),
+        "their number": float(len(read.x)),
+    }
+
+
+def mkor_inputs() -> dict[str, Tensor]:
+    """Features of five examples, of classes 0 to 4, as a convolution would give them."""
+    z = torch.rand(5, 400, generator=torch.Generator().manual_seed(120)).double()
+    return {"z": z, "y": torch.arange(5)}
+
+
+def mkor() -> dict[str, float]:
+    """The decoupling head, its gradient under the official loss, and the features in it."""
+    given, model = mkor_inputs(), models.build("lenet5", in_channels=1, size=28).double()
+    layout, modules = mkor_row.plan(model, (1, 28, 28)), dict(model.named_modules())
+    mkor_row.set_head(model, layout, Box.unit(1), sink=False)
+    layers = [modules[name] for name in layout.linear]
+    h = given["z"]
+    for layer in layers[:-1]:
+        h = layer(h).sigmoid()
+    loss = nn.functional.nll_loss(layers[-1](h), given["y"])  # of raw logits
+    weight, bias = layers[0].parameters()
+    g_w, g_b = torch.autograd.grad(loss, (weight, bias))
+    rows = readout.ratio_readout(g_w[:5], g_b[:5])
+    return {
+        "weights of the head": sum(along(p) for layer in layers for p in layer.parameters()),
+        "gradient of the first layer": along(g_w),
+        "features": along(rows.x[rows.rows.argsort()]),
+    }
+
+
+def seer() -> dict[str, float]:
+    """The weight of the others over a training of 1,000 epochs, and the image that is picked."""
+    x = torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(110)).double()
+    epochs = torch.tensor([schedule(epoch / 1_000, 16) for epoch in range(1_000)])
+    return {
+        "weight of the others": along(epochs),
+        "brightest image": along(x[int(SEER(form="max").picked(x[None])[0].argmax())]),
+    }
+
+
 def trap_weights() -> dict[str, float]:
     """The rows on average; no two programs draw the same ones."""
     like, generator = torch.zeros(1), torch.Generator().manual_seed(0)
@@ -227,8 +318,12 @@ OURS: dict[str, Callable[[], dict[str, float]]] = {
     "dlg": dlg,
     "fishing": fishing,
     "inverting_gradients": inverting_gradients,
+    "loki": loki,
+    "mkor": mkor,
     "rgap": rgap,
     "robbing_the_fed": robbing_the_fed,
+    "scale_mia": scale_mia,
+    "seer": seer,
     "sme": sme,
     "trap_weights": trap_weights,
 }

@@ -55,6 +55,8 @@ def test_the_command_says_what_is_apart_and_what_was_not_compared(
     for row in rows:
         kept = results.default_folder() / "differential" / f"{row}.json"
         data = json.loads(kept.read_text(encoding="utf-8"))
+        if row == "seer":  # as if its official figures had not been kept
+            del data["official"]
         for figure in data.get("official", {}).values():
             figure["value"] *= factor
         (tmp_path / "differential" / kept.name).write_text(json.dumps(data), encoding="utf-8")
