@@ -19,6 +19,7 @@ from leakatlas.attacks.analytic.isolation import mkor as mkor_row
 from leakatlas.attacks.analytic.isolation.scale_mia import Parts, write_bins
 from leakatlas.attacks.analytic.isolation.seer import SEER, schedule
 from leakatlas.attacks.analytic.sparsification.fishing import CLASS, CUT, Move, set_head
+from leakatlas.attacks.optimization.basic.cpa import CPA, Mixture, whiten
 from leakatlas.attacks.optimization.basic.sme import SME
 from leakatlas.bench.examine import errors
 from leakatlas.bench.harness import run_trial
@@ -47,6 +48,41 @@ def april() -> dict[str, float]:
     victims = patches(16, 1)
     scene = stage(scenario, model=reference.build().double(), victims=victims, box=CIFAR10)
     return {"error of the image": float(errors(run_trial(scene, APRIL()))[0])}
+
+
+def cpa_inputs() -> dict[str, Any]:
+    """A mixture of four flat images, and an unmixing matrix away from the start."""
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(62)).double()
+    return {
+        "gradient": draw(63, 16, 4) @ images.flatten(1),
+        "u": torch.eye(4, dtype=torch.float64) + 0.3 * draw(64, 4, 4),
+        "weights": {"decorrelation": 1.47, "temperature": 3.0, "tv": 3.1, "sign": 0.13, "l1": 5.0},
+    }
+
+
+def cpa() -> dict[str, float]:
+    """Every term of the separation, on images and on embeddings, and its slope."""
+    given = cpa_inputs()
+    weights, u = given["weights"], given["u"].requires_grad_()
+    attack = CPA(
+        negentropy="off",
+        decorrelation=weights["decorrelation"],
+        temperature=weights["temperature"],
+        embedding_decorrelation=weights["decorrelation"],
+        embedding_temperature=weights["temperature"],
+        tv_weight=weights["tv"],
+        sign_weight=weights["sign"],
+        l1_weight=weights["l1"],
+    )
+    white = whiten(given["gradient"], 4)
+    figures: dict[str, float] = {"whitened rows, squared": along(white.Z.square())}
+    for reads_image, kind in ((True, "images"), (False, "embeddings")):
+        layer = Mixture("fc", nn.Linear(192, 16), reads_image)
+        terms = attack.terms(u, white, layer, (3, 8, 8))
+        (slope,) = torch.autograd.grad(torch.stack(list(terms.values())).sum(), u)
+        figures |= {f"{name} of {kind}": float(term.detach()) for name, term in terms.items()}
+        figures[f"slope of {kind}"] = along(slope)
+    return figures
 
 
 def dlg_inputs() -> dict[str, Any]:
@@ -315,6 +351,7 @@ def trap_weights() -> dict[str, float]:
 
 OURS: dict[str, Callable[[], dict[str, float]]] = {
     "april": april,
+    "cpa": cpa,
     "dlg": dlg,
     "fishing": fishing,
     "inverting_gradients": inverting_gradients,
