@@ -7,23 +7,19 @@ does not undo them, are also attacked by fitting their secrets together with the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leakatlas import data
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
-from leakatlas.bench import harness, scene
+from leakatlas.bench import harness, scene, secrets
 from leakatlas.bench.cells import Cell
 from leakatlas.bench.harness import Trial
-from leakatlas.blocks import descent, init, matching, priors
-from leakatlas.blocks.watch import Watch
 from leakatlas.data import ImageSet
-from leakatlas.defenses.heuristic.model.fedkl import FedKL, merged
-from leakatlas.defenses.heuristic.model.precode import PRECODE, Bottleneck
 from leakatlas.fl import (
     Client,
     ClientContext,
@@ -32,9 +28,6 @@ from leakatlas.fl import (
     FedSGD,
     Stage,
     Update,
-    View,
-    replay,
-    stream,
 )
 from leakatlas.fl import stage as staged
 from leakatlas.fl.view import defense_from_json
@@ -44,7 +37,6 @@ RATES = (0.5, 0.15)
 """Server step sizes tried; clipping, noise and added layers change the right one."""
 
 SUCCESS, STEPS = 19.0, 200
-Replay = Callable[[Tensor, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,76 +114,10 @@ def _psnr(trial: Trial, stage: Stage) -> list[float]:
 
 def _around(trial: Trial, stage: Stage) -> list[float] | None:
     """The attack on the defense's secret, where it has one."""
-    fits = [ADAPTIVE[type(d)] for d in stage.scenario.defenses if type(d) in ADAPTIVE]
-    if not fits:
+    found = secrets.fitted(trial.view, steps=STEPS, seed=stage.scenario.seed)
+    if found is None:
         return None
-    images = stage.box.denormalize(fits[0](trial.view, stage.scenario.seed))
-    return _psnr(replace(trial, images=images), stage)
-
-
-def _joint(view: View, seed: int, secrets: Mapping[str, Tensor], sent: Replay) -> Tensor:
-    """Gradient matching on the image and on the defense's secret together."""
-    g = dict(view.update.tensors)
-
-    def objective(variables: Mapping[str, Tensor], t: Tensor) -> descent.Value:
-        del t
-        secret = {name: t for name, t in variables.items() if name != "x"}
-        match = matching.relative_l2(sent(variables["x"], secret), g)
-        return descent.Value(match + 1e-4 * priors.tv_mean(variables["x"]), match)
-
-    rates = {"x": 0.1, **dict.fromkeys(secrets, 0.05)}
-    like = next(iter(g.values()))
-    start = init.normal(view.batch_shape, generator=stream("joint", seed), like=like)
-    found = descent.descend(
-        objective, {"x": start, **secrets}, optimizer=descent.sgd(rates), steps=STEPS,
-        watch=Watch(),
-        schedule=descent.cosine_decay(), transform=descent.signed,
-        after=(descent.inside(view.box, "x"),),
-    )  # fmt: skip
-    return found.best["x"]
-
-
-def _fit_noise(view: View, seed: int) -> Tensor:
-    """Against PRECODE: the draws of its bottleneck."""
-    model, (defense,), y = view.model, view.defenses, view.labels
-    (bottleneck,) = (m for m in model.modules() if isinstance(m, Bottleneck))
-    parameters = {n: p.detach() for n, p in model.named_parameters()}
-    buffers = dict(model.named_buffers())
-
-    def loss(logits: Tensor, target: Tensor) -> Tensor:
-        return defense.simulate_loss(nn.functional.cross_entropy(logits, target), model)
-
-    def sent(x: Tensor, secret: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        bottleneck.noise = secret["noise"]
-        return replay.gradient(model, parameters, buffers, x, y, loss=loss)
-
-    latent = bottleneck.decoder.in_features
-    return _joint(view, seed, {"noise": torch.zeros(view.num_examples, latent)}, sent)
-
-
-def _fit_locks(view: View, seed: int) -> Tensor:
-    """Against FedKL: scale and shift of every locked layer."""
-    plain, y = merged(view.model), view.labels
-    parameters = {n: p.detach() for n, p in plain.named_parameters()}
-    buffers, shared = dict(plain.named_buffers()), view.update.tensors
-    # Half the channels are expected to be alive; no guess is better than the mean of the locks.
-    start = {
-        n.replace(".", "/"): torch.full_like(p, 0.25 if n.endswith("weight") else 0.1)
-        for n, p in parameters.items()
-        if n not in shared
-    }
-
-    def sent(x: Tensor, secret: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        held = {**parameters, **{n.replace("/", "."): t for n, t in secret.items()}}
-        found = replay.gradient(plain, held, buffers, x, y)
-        return {name: found[name] for name in shared}
-
-    return _joint(view, seed, start, sent)
-
-
-ADAPTIVE: dict[type[Defense], Callable[[View, int], Tensor]] = {
-    PRECODE: _fit_noise, FedKL: _fit_locks
-}  # fmt: skip
+    return _psnr(replace(trial, images=stage.box.denormalize(found)), stage)
 
 
 # -- without an attack ---------------------------------------------------------------------------

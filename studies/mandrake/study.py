@@ -1,14 +1,9 @@
-"""LOKI's look at the bins, and the arithmetic of the layers' sizes."""
+"""The arithmetic of the layers' sizes."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from leakatlas.attacks.analytic.isolation import mandrake
-from leakatlas.bench import examine as look
 from leakatlas.bench.cells import Cell
-from leakatlas.bench.harness import Trial
-from leakatlas.fl import Stage
 
 SHAPES = {
     "MNIST": (1, 28, 28),
@@ -25,8 +20,3 @@ def measure(cell: Cell) -> dict[str, float]:
     dense = mandrake.dense_bytes(shape, bins=256, clients=clients) / mandrake.MIB
     sparse = mandrake.sparse_bytes(shape, bins=256, clients=clients) / mandrake.MIB
     return {"dense": dense, "sparse": sparse, "dense_over_sparse": dense / sparse}
-
-
-def examine(trial: Trial, stage: Stage) -> dict[str, Any]:
-    """Which images are alone in their bin, and which of them came back exactly."""
-    return look.in_bins(trial, stage.scenario.clients)

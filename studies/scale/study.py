@@ -1,4 +1,4 @@
-"""Speed and memory of a read-out at full size, beside what can come out at best."""
+"""Speed and memory of a read-out at full size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from leakatlas.attacks.analytic.isolation.loki import LOKI
 from leakatlas.attacks.analytic.sparsification.robbing_the_fed import RobbingTheFed
-from leakatlas.bench import examine as look
 from leakatlas.bench import meter
 from leakatlas.bench.harness import Trial
 from leakatlas.blocks import readout
@@ -20,21 +19,11 @@ ReadOut = RobbingTheFed | LOKI
 
 
 def examine(trial: Trial, stage: Stage) -> dict[str, Any]:
-    """Which images have a bin to themselves, which of these are exact, and what reading cost."""
+    """What reading the update cost."""
     assert trial.found.recipe is not None
     told = trial.found.recipe.attack["parameters"]
     loki = trial.found.recipe.attack["key"] == LOKI.key
-    attack: ReadOut = LOKI.from_json(told) if loki else RobbingTheFed.from_json(told)
-    images, key, batch = trial.truth.images.flatten(1), trial.view.key, stage.scenario.examples
-    h = images.double().mean(dim=1) if isinstance(attack, LOKI) else images @ key["w"]
-    edges, exact = key["edges"].to(h), look.exact(trial)
-    single = torch.cat([look.alone(part, edges) for part in h.split(batch)])
-    return {
-        "alone": look.share(single),
-        "exact_of_alone": look.share(exact[single]),
-        "expected_alone": readout.expected_singletons(batch, len(edges) - 1) / batch,
-        **costs(trial.view, attack),
-    }
+    return costs(trial.view, LOKI.from_json(told) if loki else RobbingTheFed.from_json(told))
 
 
 def costs(view: View, attack: ReadOut) -> dict[str, float]:

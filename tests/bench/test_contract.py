@@ -13,6 +13,7 @@ from leakatlas.bench import run, runner, scene
 from leakatlas.bench import study as studies
 from leakatlas.bench.adversary import Here
 from leakatlas.bench.cells import Cell, cells_of
+from leakatlas.bench.measures import BINS
 from leakatlas.bench.schema import Images, OwnMeasure
 from leakatlas.bench.study import Study
 from leakatlas.blocks.watch import Watch
@@ -68,7 +69,8 @@ def at_hand(cell: Cell) -> Cell:
         size = images.size or int(cell.case.model.kwargs.get("size", 32))
         return Images(set=f"patches:{size}:64:{part}")
 
-    plain = tuple(m for m in cell.case.measures if not isinstance(m, OwnMeasure)) or ("psnr",)
+    said = (m for m in cell.case.measures if not isinstance(m, OwnMeasure))
+    plain = tuple(m for m in said if m not in BINS) or ("psnr",)  # the dummy has no bins
     case = cell.case.model_copy(
         update={
             "victims": stand_in(cell.case.victims, "victim"),

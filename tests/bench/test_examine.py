@@ -2,12 +2,14 @@
 
 from unittest.mock import Mock
 
+import pytest
 import torch
 
 from leakatlas.attacks.analytic.sparsification.robbing_the_fed import RobbingTheFed
 from leakatlas.bench import examine, harness
 from leakatlas.blocks import readout
 from leakatlas.data import Box, patches
+from leakatlas.errors import InvalidInput
 from leakatlas.fl import ModelRef, Scenario, stage
 
 
@@ -55,7 +57,10 @@ def test_bins_of_a_sum_are_those_of_each_client() -> None:
     trial.view.key = {"edges": edges}
     trial.truth.images = images
     trial.images = images[:0]
-    found = examine.in_bins(trial, 2)
+    found = examine.bins(trial, 2)
     assert found["alone"] == [1.0] * 4 and found["exact_of_alone"] == [0.0] * 4
     assert found["expected_alone"] == readout.expected_singletons(2, 2) / 2
-    assert examine.in_bins(trial, 1)["alone"] == [0.0] * 4
+    assert examine.bins(trial, 4)["alone"] == [0.0] * 4
+    trial.view.key = {}
+    with pytest.raises(InvalidInput, match="no bins"):
+        examine.bins(trial, 2)

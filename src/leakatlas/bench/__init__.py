@@ -14,6 +14,7 @@
 ``store``         records on disk
 ``figures``       from records to the figures of a result file
 ``examine``       what studies' own files look at in a trial
+``secrets``       attacks on the secret of a defense
 ``meter``         time and memory of a call
 ``rival``         breaching on a problem of ours
 ``differential``  our figures beside those of official code

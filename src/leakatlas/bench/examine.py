@@ -9,6 +9,7 @@ from torch import Tensor
 
 from leakatlas.bench.harness import Trial
 from leakatlas.blocks import readout
+from leakatlas.errors import InvalidInput
 from leakatlas.metrics.assignment import assign, pairwise_mse
 
 EXACT = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -53,21 +54,30 @@ def alone(h: Tensor, edges: Tensor) -> Tensor:
     return (bins[:, None] == bins).sum(dim=1) == 1
 
 
-def in_bins(trial: Trial, clients: int) -> dict[str, Any]:
-    """Brightness bins, client by client, as LOKI and MANDRAKE use them.
+def bins(trial: Trial, batch: int) -> dict[str, Any]:
+    """The bins of an attack that sorts examples by one measurement, client by client.
+
+    Args:
+        trial: Of an attack whose key holds ``edges``, and ``w`` if it measures anything else than
+            brightness.
+        batch: Examples of one client; the truth holds one or several of such batches.
 
     Returns:
         ``alone``: which images have a bin of their client to themselves; ``exact_of_alone``: which
-        of those came back exactly; ``expected_alone``: the share alone of independent brightness.
+        of those came back exactly; ``expected_alone``: the share alone of independent measurements.
+
+    Raises:
+        InvalidInput: If the attack has no bins.
     """
-    edges, hits = trial.view.key["edges"].double(), exact(trial)
-    brightness = trial.truth.images.double().flatten(1).mean(dim=1)
-    single = torch.cat([alone(part, edges) for part in brightness.chunk(clients)])
-    batch = len(brightness) // clients
+    key, images = trial.view.key, trial.truth.images.flatten(1)
+    if "edges" not in key:
+        raise InvalidInput(f"The attack keeps no bins that could be looked at: {sorted(key)}.")
+    h = images.to(key["w"]) @ key["w"] if "w" in key else images.double().mean(dim=1)
+    single = torch.cat([alone(part, key["edges"]) for part in h.split(batch)])
     return {
         "alone": share(single),
-        "exact_of_alone": share(hits[single]),
-        "expected_alone": readout.expected_singletons(batch, len(edges) - 1) / batch,
+        "exact_of_alone": share(exact(trial)[single]),
+        "expected_alone": readout.expected_singletons(batch, len(key["edges"]) - 1) / batch,
     }
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 import leakatlas
 from leakatlas.bench import machine, own
 from leakatlas.bench.cells import Cell
-from leakatlas.bench.measures import COSTS, MEASURES, NOTES
+from leakatlas.bench.measures import BINS, COSTS, MEASURES, NOTES
 from leakatlas.bench.record import Record
 from leakatlas.bench.schema import Case, Comparison, OwnMeasure
 from leakatlas.bench.study import Study
@@ -146,6 +146,9 @@ def _described(measure: str | OwnMeasure) -> tuple[str, bool, str, str]:
     """Name, whether it is a share, unit and note."""
     if isinstance(measure, OwnMeasure):
         return measure.name, measure.kind == "share", measure.unit, measure.note
+    if measure in BINS:
+        is_share, note = BINS[measure]
+        return measure, is_share, "", note
     if measure in MEASURES:
         known = MEASURES[measure]
         return measure, known.kind.endswith("share"), known.unit, ""
@@ -157,8 +160,8 @@ def values_of(measure: str | OwnMeasure, records: Iterable[Record]) -> Values:
     found: Values = {}
     for record in records:
         whole: Unit = (record.batch, "")
-        if isinstance(measure, OwnMeasure):
-            value = record.own.get(measure.name)
+        if isinstance(measure, OwnMeasure) or measure in BINS:
+            value = record.own.get(measure if isinstance(measure, str) else measure.name)
             values = value if isinstance(value, list) else [] if value is None else [value]
             units = [(record.batch, str(i)) for i in range(len(values))]
             if not isinstance(value, list):

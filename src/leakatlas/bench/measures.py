@@ -76,6 +76,7 @@ MEASURES: dict[str, Measure] = {
     "gain": Measure("cell", "dB", lambda s: [float(s["gain"])]),
     "exact": Measure("image share", "", _of_images("exact")),
     "pixel_exact": Measure("image share", "", _of_images("pixel_exact")),
+    "any_exact": Measure("cell share", "", lambda s: [max(_of_images("exact")(s))]),
     "exact_images": Measure("cell", "images", lambda s: [sum(_of_images("exact")(s))]),
     **{
         f"mse_below_{limit}": Measure("image share", "", _mse_below(float(limit)))
@@ -95,6 +96,16 @@ MEASURES: dict[str, Measure] = {
 }
 """Read from the scores."""
 
+BINS = {
+    "alone": (True, "originals with a bin to themselves, by the true measurements"),
+    "exact_of_alone": (True, "of those, what came back exactly"),
+    "expected_alone": (False, "share alone of independent measurements"),
+}
+"""Of attacks that sort examples into bins: whether it is a share, and what it says.
+
+Computed where the truth is (:func:`leakatlas.bench.examine.bins`).
+"""
+
 COSTS = {"seconds": "s", "cpu_seconds": "s", "rounds": "rounds", "peak_memory": "MiB"}
 """Read from what a cell cost; no part of what is equal from run to run."""
 
@@ -104,4 +115,5 @@ NOTES = "notes."
 
 def known(name: str) -> bool:
     """Whether a study may ask for this measure."""
-    return name in MEASURES or name in COSTS or (name.startswith(NOTES) and len(name) > len(NOTES))
+    noted = name.startswith(NOTES) and len(name) > len(NOTES)
+    return noted or name in {**MEASURES, **BINS, **COSTS}

@@ -5,16 +5,16 @@ from __future__ import annotations
 import datetime
 import hashlib
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leakatlas.bench import harness, machine, picture, scene
+from leakatlas.bench import examine, harness, machine, picture, scene
 from leakatlas.bench import own as own_code
 from leakatlas.bench.adversary import Adversary, Dead
 from leakatlas.bench.cells import Cell
+from leakatlas.bench.measures import BINS
 from leakatlas.bench.record import Record, Status
 from leakatlas.bench.schema import OwnMeasure
 from leakatlas.blocks.watch import Conduct, Trail, Watch, parse_budget
@@ -61,7 +61,7 @@ def _attacked(
 ) -> Record:
     case = cell.case
     truth = harness.truth_of(stage, case.target)
-    own: Mapping[str, Any] = {}
+    own: dict[str, Any] = {}
     trial: harness.Trial | None = None
     other: Tensor | None = None
     seconds = parse_budget(case.budget)
@@ -91,9 +91,12 @@ def _attacked(
         status, reason = "error", str(crash)
     except LeakAtlasError as refusal:
         status, reason = "refused", f"{type(refusal).__name__}: {refusal}"
-    if trial is not None and any(isinstance(m, OwnMeasure) for m in case.measures):
+    if trial is not None:
         try:
-            own = _checked(cell, _own(cell, "examine")(trial, stage))
+            if any(m in BINS for m in case.measures if isinstance(m, str)):
+                own |= examine.bins(trial, case.batch)
+            if any(isinstance(m, OwnMeasure) for m in case.measures):
+                own |= _checked(cell, _own(cell, "examine")(trial, stage))
         except LeakAtlasError as fault:
             status, reason = "error", str(fault)
     public = scene.public_images(stage)
