@@ -12,7 +12,7 @@ from torch import nn
 
 from leakatlas import data
 from leakatlas.audit import Plan, Setting, carry_out
-from leakatlas.audit.budget import OTHER_SIDE, Budget
+from leakatlas.audit.budget import OTHER_SIDE, Budget, other_side
 from leakatlas.audit.realism import EVAL, ORACLES, cautions_of, pair_of, record_of
 from leakatlas.blocks.watch import Watch
 from leakatlas.catalogue import registry
@@ -120,15 +120,23 @@ def test_recording_leaves_the_model_as_it_was() -> None:
 
 def test_both_verdicts_stand_in_one_budget() -> None:
     stop = Watch()
-    budget = Budget(0.0, 1e9, compares=True, twofold=True)
+    budget = Budget(0.0, 1e9, compares=True, other_side=0.2)
     attacks, sides, whole = (
         watch.remaining() or 0.0
         for watch in (budget.attacks(stop), budget.other_sides(stop), budget.comparisons(stop))
     )
     assert attacks < sides < whole
-    assert sides - attacks == pytest.approx(OTHER_SIDE * 0.65 * 1e9, rel=1e-3)
+    assert sides - attacks == pytest.approx(0.2 * 0.65 * 1e9, rel=1e-3)
     one_sided = Budget(0.0, 1e9, compares=True).attacks(stop).remaining() or 0.0
     assert one_sided == pytest.approx(sides, rel=1e-6)
+
+
+@pytest.mark.parametrize("attacks", [0, 1, 3, 5, 10, 100])
+def test_a_repeated_attack_has_twice_the_time_of_the_others(attacks: int) -> None:
+    share = other_side(attacks)
+    assert OTHER_SIDE[0] <= share <= OTHER_SIDE[1]
+    if OTHER_SIDE[0] < share < OTHER_SIDE[1]:
+        assert share == pytest.approx(2 * (1 - share) / attacks)
 
 
 def test_an_audit_runs_the_other_side_and_keeps_the_gate_on_what_was_configured() -> None:

@@ -49,6 +49,12 @@ def test_an_upper_bound_that_came_out_lower_is_the_deployed_run() -> None:
     assert found.between.startswith("with all that was granted, no attack reached")
 
 
+def test_a_shorter_upper_bound_says_so() -> None:
+    long, short = replace(WEAK, seconds=20.0), replace(WEAK, setting="s (upper bound)", seconds=4)
+    (found,) = standings([long], [replace(APART, runs=(short,))], ["B"])
+    assert "it had 4 s, as deployed 20 s" in found.between
+
+
 def test_where_nothing_separates_the_two_coincide() -> None:
     (found,) = standings([WEAK], [replace(APART, separates=())], ["B"])
     assert found.bound == found.deployed and found.between == COINCIDE

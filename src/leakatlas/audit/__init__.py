@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from leakatlas.audit.bounds import require_feasible
-from leakatlas.audit.config import AuditConfig, make_plan, read_config
+from leakatlas.audit.config import AuditConfig, as_context, make_plan, read_config
 from leakatlas.audit.consistency import ReplayCheck, check_replay
 from leakatlas.audit.diagnosis import Diagnosis, examine
 from leakatlas.audit.listener import Listener, Silent
@@ -24,7 +24,16 @@ from leakatlas.data import Batch, Box, as_images
 from leakatlas.fl import Defense, FedSGD, ModelRef, Protocol, Update
 from leakatlas.fl.capture import Capture
 from leakatlas.fl.intake import Selector
-from leakatlas.report import VERDICTS, Comparison, Gate, LetterVerdict, Report, Run, parse_gate
+from leakatlas.report import (
+    VERDICTS,
+    Comparison,
+    Context,
+    Gate,
+    LetterVerdict,
+    Report,
+    Run,
+    parse_gate,
+)
 from leakatlas.threat import Grant, Vantage, threat_models
 
 __all__ = [
@@ -82,6 +91,7 @@ def audit(
     execution: Execution = "auto",
     rehearsal: bool = True,
     upper_bound: bool = True,
+    context: Context | Mapping[str, Any] | None = None,
     in_process: bool = False,
     out: Path | str | None = None,
     listener: Listener | None = None,
@@ -124,6 +134,8 @@ def audit(
             rehearsal.
         upper_bound: Whether the strongest attacks run once more with oracles, within the budget,
             for the second of the two verdicts (:meth:`leakatlas.report.Report.standings`).
+        context: What the audit is about (purpose, roles, assessor, ...), for the first page of
+            the report; the keys of :class:`leakatlas.report.Context`.
         in_process: Whether attacks run in this process, where they could read the images, instead
             of one of their own; a debugging aid, which the recipe names.
         out: Folder that keeps finished runs and checkpoints of the present one, so that a killed
@@ -152,6 +164,7 @@ def audit(
         execution=execution,
         rehearsal=rehearsal,
         upper_bound=upper_bound,
+        context=as_context(context),
         in_process=in_process,
         command="leakatlas.audit(model, batch, ...)",
     )

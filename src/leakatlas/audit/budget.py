@@ -16,9 +16,8 @@ from leakatlas.report import Report
 COMPARISONS = 0.35
 """Part of the budget that goes to comparing defenses, if any are compared."""
 
-OTHER_SIDE = 0.15
-"""Part of what is left that goes to the other of the two verdicts, where something separates
-them."""
+OTHER_SIDE = (0.15, 0.4)
+"""Least and largest part of the attacks' time that goes to the other of the two verdicts."""
 
 WRITING = 10.0
 """Between two reports written on the way, at least so many times what the last one took."""
@@ -32,22 +31,23 @@ class Budget:
         begun: When the audit began, by ``time.perf_counter``.
         seconds: Of the whole audit; None without a limit.
         compares: Whether defenses are compared after the attacks.
-        twofold: Whether some setting has another side that is attacked too.
+        other_side: Part of the attacks' time for the settings' other sides, see
+            :func:`other_side`.
     """
 
     begun: float
     seconds: float | None
     compares: bool
-    twofold: bool = False
+    other_side: float = 0.0
 
     @classmethod
-    def of(cls, plan: Plan, begun: float, *, twofold: bool = False) -> Budget:
+    def of(cls, plan: Plan, begun: float, *, other_side: float = 0.0) -> Budget:
         """The budget of a plan that was begun then."""
-        return cls(begun, plan.seconds, bool(plan.alternatives), twofold)
+        return cls(begun, plan.seconds, bool(plan.alternatives), other_side)
 
     def attacks(self, stop: Watch) -> Watch:
         """The watch of the attacks on the settings as they are."""
-        return self._until(self._sides * (1 - OTHER_SIDE * self.twofold), stop)
+        return self._until(self._sides * (1 - self.other_side), stop)
 
     def other_sides(self, stop: Watch) -> Watch:
         """The watch of the attacks on the settings' other sides, see :mod:`.realism`."""
@@ -66,6 +66,16 @@ class Budget:
             return Watch(parent=stop)
         spent = time.perf_counter() - self.begun
         return Watch(max(share * self.seconds - spent, 0.0), parent=stop)
+
+
+def other_side(attacks: int) -> float:
+    """Part of the time with which one repeated attack has twice what each of ``attacks`` had.
+
+    >>> other_side(1), other_side(4), other_side(30)
+    (0.4, 0.3333333333333333, 0.15)
+    """
+    least, largest = OTHER_SIDE
+    return min(max(least, 2 / (attacks + 2)), largest)
 
 
 class Writer:

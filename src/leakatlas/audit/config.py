@@ -14,12 +14,13 @@ from leakatlas import data, models, yamlfiles
 from leakatlas.audit.plan import Plan, Setting, stand_in
 from leakatlas.blocks.watch import Execution, parse_budget
 from leakatlas.data import Box
-from leakatlas.errors import InvalidInput, UnknownName, shown
+from leakatlas.errors import InvalidInput, InvalidParameter, UnknownName, shown
 from leakatlas.fl import ModelRef, Protocol
 from leakatlas.fl.capture import Capture
 from leakatlas.fl.losses import with_code
 from leakatlas.fl.state import load_into
 from leakatlas.fl.view import defense_from_json, protocol_from_json
+from leakatlas.report import Context
 from leakatlas.threat import Grant, Vantage, threat_models
 
 
@@ -99,6 +100,8 @@ class AuditConfig(_Strict):
     captured: str | None = None
     """What a real client sent (``leakatlas capture`` makes the file), attacked instead of a
     simulated round."""
+    context: Context = Context()
+    """What the audit is about, for the first page of the report; every key is optional."""
     fail_on: tuple[str, ...] = ()
     """Conditions that fail a build: ``P(psnr > 20 dB) > 0.05``."""
 
@@ -149,7 +152,28 @@ def _keys_at(place: tuple[int | str, ...]) -> list[str]:
             schema = ModelConfig
         elif part == "data":
             schema = DataConfig
+        elif part == "context":
+            schema = Context
     return sorted(schema.model_fields)
+
+
+def as_context(values: Context | Mapping[str, Any] | None) -> Context:
+    """A context from its keys; empty for None.
+
+    Raises:
+        InvalidParameter: If a key is unknown or a value does not fit.
+    """
+    if isinstance(values, Context):
+        return values
+    try:
+        return Context.model_validate(values or {})
+    except ValidationError as problem:
+        error = problem.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in error["loc"])
+        raise InvalidParameter(
+            f"context: {shown(place)}: {error['msg'][:1].lower()}{error['msg'][1:]}; it has: "
+            f"{', '.join(Context.model_fields)}."
+        ) from None
 
 
 def make_plan(config: AuditConfig, *, base: Path, command: str) -> Plan:
@@ -177,6 +201,7 @@ def make_plan(config: AuditConfig, *, base: Path, command: str) -> Plan:
         execution=config.execution,
         rehearsal=config.rehearsal,
         upper_bound=config.upper_bound,
+        context=config.context,
         source=config.model_dump(mode="json"),
         command=command,
     )

@@ -15,10 +15,11 @@ from leakatlas.blocks.descent import EXECUTIONS
 from leakatlas.blocks.watch import Execution
 from leakatlas.catalogue import registry
 from leakatlas.data import Box, ImageSet, strangers
-from leakatlas.errors import InvalidInput, InvalidParameter, UnknownName
+from leakatlas.errors import InvalidInput, InvalidParameter, UnknownName, shown
 from leakatlas.fl import Defense, ModelRef, Protocol, Scenario, Stage, Trait, stage
 from leakatlas.fl.capture import Capture
 from leakatlas.fl.intake import take_in
+from leakatlas.report import Context
 from leakatlas.threat import Grant, Vantage
 
 
@@ -201,6 +202,7 @@ class Plan:
         upper_bound: Whether the other of the two verdicts is run, within the budget; see
             :mod:`leakatlas.report.realism`.
         in_process: Whether attacks run in this process, within reach of the truth; for debugging.
+        context: What the audit is about, for the report.
         source: The configuration as JSON, for the report.
         command: The command that repeats this audit.
     """
@@ -215,6 +217,7 @@ class Plan:
     rehearsal: bool = True
     upper_bound: bool = True
     in_process: bool = False
+    context: Context = field(default_factory=Context)
     source: Mapping[str, Any] = field(default_factory=dict)
     command: str = "leakatlas audit"
 
@@ -225,6 +228,11 @@ class Plan:
         if doubled := [name for name in names if names.count(name) > 1]:
             raise InvalidParameter(f"Two settings are called {doubled[0]!r}; rename one.")
         object.__setattr__(self, "attack_parameters", self._parameters_by_key())
+        if idle := [name for name in self.context.adversaries if name not in self.letters]:
+            raise InvalidParameter(
+                f"context.adversaries names {shown(idle[0])}, which is not among the letters of "
+                f"this audit ({', '.join(self.letters)}); add it to threat, or leave it out here."
+            )
         if self.alternatives and self.settings[0].captured is not None:
             raise InvalidParameter(
                 "Alternatives are other defenses on the same client, and a captured update cannot "

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,18 @@ import leakatlas
 from leakatlas.attacks.api import ActiveAttack
 from leakatlas.audit import kept
 from leakatlas.audit.bounds import require_feasible
-from leakatlas.audit.budget import Budget, Writer
+from leakatlas.audit.budget import Budget, Writer, other_side
 from leakatlas.audit.compare import compare
 from leakatlas.audit.diagnosis import examine
-from leakatlas.audit.effort import spend
+from leakatlas.audit.effort import iterates, spend
+from leakatlas.audit.formal import guarantees
 from leakatlas.audit.jobs import Job, not_run
 from leakatlas.audit.listener import Listener, Silent
-from leakatlas.audit.plan import Plan, cost_weight, presets
+from leakatlas.audit.plan import Plan, Setting, cost_weight, presets
 from leakatlas.audit.realism import NOT_YET, other_sides, pair_of, realism_of
 from leakatlas.blocks.watch import Watch
+from leakatlas.catalogue import registry
+from leakatlas.fl import Defense, model_state, state_hash
 from leakatlas.fl.capture import facts_of
 from leakatlas.fl.view import defense_json
 from leakatlas.report import Comparison, Realism, Report, Run, check_writable
@@ -85,7 +89,10 @@ def _carry_out(plan: Plan, out: Path | None, listener: Listener, stop: Watch) ->
             )
     listener.begin(len(jobs))
     pairs = [pair_of(setting, wanted=plan.upper_bound) for setting in plan.settings]
-    budget = Budget.of(plan, begun, twofold=any(pair.other is not None for pair in pairs))
+    twofold = [pair.setting.name for pair in pairs if pair.other is not None]
+    among = max((sum(j.setting.name == n and iterates(j.attack) for j in jobs) for n in twofold),
+                default=0)  # fmt: skip
+    budget = Budget.of(plan, begun, other_side=other_side(among) if twofold else 0.0)
     written = Writer(out)
 
     def report(
@@ -102,6 +109,7 @@ def _carry_out(plan: Plan, out: Path | None, listener: Listener, stop: Watch) ->
             complete=complete,
             seconds=time.perf_counter() - begun,
             realism=realism,
+            context=plan.context,
         )
 
     unmade = tuple(realism_of(pair, silent=NOT_YET) for pair in pairs)
@@ -118,7 +126,13 @@ def _carry_out(plan: Plan, out: Path | None, listener: Listener, stop: Watch) ->
 
 def _facts(plan: Plan) -> dict[str, Any]:
     first = plan.settings[0]
+
+    def formal(setting: Setting, defenses: Sequence[Defense]) -> list[dict[str, Any]]:
+        context = plan.context
+        return guarantees(defenses, setting.protocol, rounds=context.rounds, delta=context.delta)
+
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "leakatlas": leakatlas.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -126,12 +140,21 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "budget_seconds": plan.seconds,
         "seed": plan.seed,
         "model": type(first.model).__name__,
+        "catalogue": len(registry.attack_keys()),
+        "guarantees": {
+            "settings": {s.name: formal(s, s.defenses) for s in plan.settings},
+            "comparisons": {
+                "as configured": formal(first, first.defenses),
+                **{name: formal(first, some) for name, some in plan.alternatives.items()},
+            },
+        },
         "settings": [
             {
                 "name": setting.name,
                 "images": len(setting.victims),
                 "shape": list(setting.victims.images.shape[1:]),
                 "clients": setting.clients,
+                "model_hash": state_hash(model_state(setting.model)),
                 "protocol": type(setting.protocol).__name__,
                 "parameters": setting.protocol.to_json(),
                 "loss": setting.protocol.loss.describe(),

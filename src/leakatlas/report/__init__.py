@@ -1,5 +1,6 @@
 """Reports: what an audit found as plain data, and how it is written for people and machines."""
 
+from leakatlas.report.context import Context
 from leakatlas.report.data import Comparison, LetterVerdict, Report, load_report
 from leakatlas.report.gate import Gate, parse_gate
 from leakatlas.report.realism import Realism, Side, Standing
@@ -22,6 +23,7 @@ __all__ = [
     "TRIED",
     "VERDICTS",
     "Comparison",
+    "Context",
     "Gate",
     "LetterVerdict",
     "Realism",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from leakatlas import limits, reading
 from leakatlas.errors import InvalidInput, Undecided
+from leakatlas.report.context import Context
 from leakatlas.report.gate import parse_gate
-from leakatlas.report.realism import Realism, Standing, standings, strongest
+from leakatlas.report.realism import Realism, Standing, sides, standings, strongest
 from leakatlas.report.run import Run
+from leakatlas.report.tally import Tally, tally
 from leakatlas.report.words import Verdict
 
 SCHEMA = "leakatlas/report/3"
@@ -78,6 +80,7 @@ class Report:
         unwritten: Why the report could not be written to the output folder; empty if it was.
         seconds: Wall time of this audit, resumed parts not counted twice.
         realism: One record a setting, with the runs that make the other of the two verdicts.
+        context: What the audit is about, as whoever answers for it said.
     """
 
     runs: tuple[Run, ...]
@@ -91,6 +94,7 @@ class Report:
     seconds: float
     unwritten: str = ""
     realism: tuple[Realism, ...] = ()
+    context: Context = field(default_factory=Context)
 
     def verdicts(self) -> tuple[LetterVerdict, ...]:
         """One verdict for each letter, from the runs whose knowledge it holds.
@@ -112,6 +116,14 @@ class Report:
         Conditions and exit codes rest on :meth:`verdicts`, what was configured.
         """
         return standings(self.runs, self.realism, self.letters)
+
+    def recovered(self) -> dict[str, tuple[Tally | None, Tally | None]]:
+        """For each letter how much came out as deployed and as an upper bound, beside a guess."""
+        deployed, bound = sides(self.runs, self.realism)
+        return {
+            letter: (tally(deployed, letter), tally([*deployed, *bound], letter))
+            for letter in self.letters
+        }
 
     def undecided(self) -> tuple[str, ...]:
         """Why silence of this audit is no answer; empty if all that was asked was tried.
@@ -197,9 +209,16 @@ class Report:
             "schema": SCHEMA,
             "letters": list(self.letters),
             "verdicts": [
-                {**vars(v), **s.to_json()}
+                {
+                    **vars(v),
+                    **s.to_json(),
+                    "recovered": [
+                        found and found.to_json() for found in self.recovered()[v.letter]
+                    ],
+                }
                 for v, s in zip(self.verdicts(), self.standings(), strict=True)
             ],
+            "context": self.context.to_json(),
             "undecided": list(self.undecided()),
             "worst_case": self.worst_case(),
             "runs": [run.to_json() for run in self.runs],

@@ -62,6 +62,12 @@ class Realism:
             f"{r['update']} update; granted: {', '.join(r['granted']) or 'nothing'}"
         )
 
+    def cadence(self) -> str:
+        """Images and local computation behind one update, in a few words."""
+        r = self.record
+        local = f", {r['epochs']} x batches of {r['batch_size']}" if "epochs" in r else ""
+        return f"{r['algorithm']} on {r['examples']} images{local}, {r['loss']}"
+
     def seconds(self) -> float:
         """Wall time of the runs on the other side."""
         return sum(run.seconds for run in self.runs)
@@ -117,6 +123,7 @@ def _name(run: Run | None) -> dict[str, str] | None:
 COINCIDE = "nothing separates the two: this client grants the adversary all that an oracle would"
 EXACT = "images come out exactly as deployed, so nothing is left for an upper bound to add"
 EQUAL = "with all that was granted, no attack reached a stronger verdict"
+NOTHING_RAN = "no attack within this adversary's reach ran"
 OUT_OF_REACH = (
     "only the strongest attacks are repeated for the other verdict, and none of them is within "
     "this adversary's reach"
@@ -136,12 +143,26 @@ def standings(
         realism: The records; without any, runs count as they were deployed.
         letters: Threat models asked for.
     """
-    oracle = {found.setting for found in realism if found.configured != "as deployed"}
-    deployed = [run for run in runs if run.setting not in oracle]
-    bound = [run for run in runs if run.setting in oracle]
-    for found in realism:
-        (deployed if found.setting in oracle else bound).extend(found.runs)
+    deployed, bound = ([run for _, run in side] for side in sides(runs, realism))
     return tuple(_standing(letter, deployed, bound, realism) for letter in letters)
+
+
+def sides(
+    runs: Sequence[Run], realism: Sequence[Realism]
+) -> tuple[list[tuple[str, Run]], list[tuple[str, Run]]]:
+    """Runs as deployed, and those of upper bounds, each with the setting that it belongs to.
+
+    Args:
+        runs: Of the settings as configured.
+        realism: The records.
+    """
+    oracle = {found.setting for found in realism if found.configured != "as deployed"}
+    deployed = [(run.setting, run) for run in runs if run.setting not in oracle]
+    bound = [(run.setting, run) for run in runs if run.setting in oracle]
+    for found in realism:
+        side = deployed if found.setting in oracle else bound
+        side.extend((found.setting, run) for run in found.runs)
+    return deployed, bound
 
 
 def _standing(
@@ -157,7 +178,8 @@ def _standing(
     if not ran:
         if low == "exact leak":
             return Standing(letter, low, below, low, below, EXACT)
-        reasons = [found.reason for found in apart if found.reason] or [OUT_OF_REACH]
+        reasons = [found.reason for found in apart if found.reason]
+        reasons = reasons or [OUT_OF_REACH if below is not None else NOTHING_RAN]
         reason = "; ".join(dict.fromkeys(reasons))
         return Standing(letter, low, below, "not tested", None, f"not run: {reason}")
     if below is None:
@@ -165,7 +187,12 @@ def _standing(
         extra = f" (as deployed not run: {'; '.join(dict.fromkeys(reasons))})" if reasons else ""
         return Standing(letter, low, below, high, above, f"{words}{extra}")
     if rank(high) == rank(low):
-        return Standing(letter, low, below, high, above, f"{EQUAL} ({words})")
+        repeated = strongest(bound, letter)
+        assert repeated is not None, "it ran"
+        short = ""
+        if repeated.seconds < below.seconds - 1:
+            short = f"; it had {repeated.seconds:.0f} s, as deployed {below.seconds:.0f} s"
+        return Standing(letter, low, below, high, above, f"{EQUAL} ({words}{short})")
     return Standing(letter, low, below, high, above, words)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from leakatlas.metrics.score import Scores
+from leakatlas.report.context import Context
 from leakatlas.report.realism import Side
+from leakatlas.report.tally import Tally
 from leakatlas.report.words import Status, Verdict
 
 
@@ -61,6 +63,10 @@ class VerdictPart(_Part):
     upper_bound: Verdict
     upper_bound_by: dict[str, str] | None
     between: str
+    recovered: Annotated[
+        list[Tally | None],
+        Field(min_length=2, max_length=2, description="As deployed, and as an upper bound."),
+    ]
 
 
 class RealismPart(_Part):
@@ -84,6 +90,7 @@ class ReportFile(_Part):
     undecided: list[str]
     worst_case: dict[str, list[float]]
     runs: list[RunPart]
+    context: Context
     realism: list[RealismPart]
     comparisons: list[ComparisonPart]
     diagnoses: dict[str, dict[str, Any]]

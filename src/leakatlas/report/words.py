@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from leakatlas.metrics.score import Scores
@@ -29,6 +30,16 @@ VERDICTS: tuple[Verdict, ...] = (
 """From weakest to strongest. ``not tested`` (nothing was tried), ``not scored`` (tried, and no
 truth is at hand to hold the result against) and ``not demonstrated`` (tried, nothing came out)
 never stand for one another, and none of them means safe."""
+
+TONE: Mapping[str, str] = {
+    "exact leak": "exact",
+    "recognisable": "seen",
+    "label leak only": "label",
+    "not demonstrated": "none",
+    "not tested": "untested",
+    "not scored": "untested",
+}
+"""Style class of each verdict; none of them is green, because nothing here proves safety."""
 
 RECOGNISABLE_PSNR = 20.0
 """PSNR in dB from which a candidate that beats every null baseline counts as recognisable."""

@@ -23,38 +23,20 @@ from leakatlas.report.data import Comparison, Report
 from leakatlas.report.realism import Standing
 from leakatlas.report.run import Run
 from leakatlas.report.schema import report_schema
+from leakatlas.report.summary import KNOWLEDGE_WORDS, summary
 from leakatlas.report.words import (
     RECOGNISABLE_PSNR,
+    TONE,
     VERDICTS,
     Verdict,
     beside,
     rank,
     recognisable,
 )
-from leakatlas.threat import LETTERS, Knowledge
-
-TONE = {
-    "exact leak": "exact",
-    "recognisable": "seen",
-    "label leak only": "label",
-    "not demonstrated": "none",
-    "not tested": "untested",
-    "not scored": "untested",
-}
-"""Style class of each verdict; none of them is green, because nothing here proves safety."""
+from leakatlas.threat import LETTERS
 
 PICTURES = "reconstructions"
 """Folder of the reconstructions as PNG files."""
-
-KNOWLEDGE_WORDS = {
-    Knowledge.UPDATES: "updates",
-    Knowledge.BASIC: "pixel space",
-    Knowledge.TRAINING: "training details",
-    Knowledge.SURROGATE: "similar data",
-    Knowledge.DISTRIBUTION: "client statistics",
-    Knowledge.MANIPULATION: "tampers with the model",
-    Knowledge.SELECTION: "chooses clients",
-}
 
 
 def write_report(report: Report, folder: Path) -> Path:
@@ -135,6 +117,7 @@ def render_page(report: Report) -> str:
     return environment.get_template("report.html.j2").render(
         report=report,
         headline=_headline(report),
+        summary=summary(report),
         letters=[_letter_row(standing) for standing in report.standings()],
         galleries=_galleries(report),
         unscored=_unscored(report),

@@ -1,0 +1,55 @@
+"""(epsilon, delta) beside what was measured: right, and for every defense that declares it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from leakatlas.audit.formal import ACCOUNTANT, guarantees
+from leakatlas.catalogue import registry
+from leakatlas.defenses.formal.dp._accounting import gaussian_delta
+from leakatlas.fl import FedAVG, FedSGD, Protocol, Trait
+
+PLAIN: Protocol = FedSGD()
+
+
+def of(key: str, protocol: Protocol = PLAIN, rounds: int = 1, **parameters: Any) -> dict[str, Any]:
+    (found,) = guarantees(
+        [registry.defense(key, **parameters)], protocol, rounds=rounds, delta=1e-5
+    )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("key", "parameters", "unit"),
+    [
+        ("client_dp", {"unit": "update"}, "one client's whole contribution"),
+        ("client_dp", {"unit": "example"}, "one example"),
+        ("central_dp", {}, "one client"),
+    ],
+)
+def test_epsilon_solves_the_privacy_curve(key: str, parameters: Any, unit: str) -> None:
+    found = of(key, rounds=4, noise_multiplier=2.0, **parameters)
+    # Four rounds of z = 2 are one Gaussian mechanism of z = 1.
+    assert gaussian_delta(found["epsilon"], 1.0) == pytest.approx(1e-5)
+    assert (found["unit"], found["accountant"], found["rounds"]) == (unit, ACCOUNTANT, 4)
+
+
+def test_every_local_epoch_is_a_release_of_an_example() -> None:
+    noisy: Any = {"unit": "example", "noise_multiplier": 2.0}
+    two = of("client_dp", FedAVG(epochs=2), **noisy)
+    assert two["epsilon"] > of("client_dp", FedAVG(epochs=1), **noisy)["epsilon"]
+    assert two["epsilon"] == of("client_dp", FedAVG(epochs=1), rounds=2, **noisy)["epsilon"]
+
+
+def test_defenses_without_privacy_budgets_claim_none() -> None:
+    quiet = [registry.defense("clipping"), registry.defense("client_dp", noise_multiplier=0.0)]
+    assert guarantees(quiet, PLAIN, rounds=1, delta=1e-5) == []
+
+
+def test_every_defense_that_declares_differential_privacy_is_accounted_for() -> None:
+    for key in registry.defense_keys():
+        defense = registry.defense(key)
+        if Trait.DP_NOISE in defense.active_traits():
+            assert of(key)["epsilon"] is not None, key
