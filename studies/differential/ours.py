@@ -20,12 +20,13 @@ from leakatlas.attacks.analytic.isolation.scale_mia import Parts, write_bins
 from leakatlas.attacks.analytic.isolation.seer import SEER, schedule
 from leakatlas.attacks.analytic.sparsification.fishing import CLASS, CUT, Move, set_head
 from leakatlas.attacks.optimization.basic.cpa import CPA, Mixture, whiten
+from leakatlas.attacks.optimization.basic.dia import DIA
 from leakatlas.attacks.optimization.basic.sme import SME
 from leakatlas.bench.examine import errors
 from leakatlas.bench.harness import run_trial
 from leakatlas.blocks import init, labels, matching, priors, readout, surgery
 from leakatlas.data import CIFAR10, Box, patches
-from leakatlas.fl import FedAVG, ModelRef, Scenario, edits, replay, stage, stream
+from leakatlas.fl import FedAVG, FedSGD, ModelRef, Scenario, edits, replay, stage, stream
 from leakatlas.threat import Grant
 
 
@@ -141,6 +142,37 @@ def inverting_gradients() -> dict[str, float]:
         "cosine distance": float(distance.detach()),
         "total variation": float(variation.detach()),
         "slope of the objective": along(slope),
+    }
+
+
+def dia_inputs() -> dict[str, Any]:
+    """A client of two images whose network drops a quarter, and where the attack starts."""
+    settings = {"size": 8, "widths": (48, 32), "act": "gelu", "dropout": 0.25}
+    reference = ModelRef("builtin", "fc", settings)
+    scenario = Scenario(
+        model=reference, letter="C", examples=2, protocol=FedSGD(mode="train"),
+        grants=frozenset({Grant.LABELS}),
+    )  # fmt: skip
+    model, victims = reference.build().double(), patches(8, 2)
+    scene = stage(scenario, model=model, victims=victims, box=CIFAR10)
+    generator = stream("dia", "run", 0)
+    start = init.normal((1, 2, 3, 8, 8), generator=generator, like=draw(0, 1))
+    masks = [
+        torch.bernoulli(torch.full((1, 2, width), 0.75), generator=generator).double()[0]
+        for width in (48, 32)
+    ]
+    view = scene.view([scene.federation.play_round()])
+    return {"view": view, "model": model, "y": victims.labels, "x": start[0], "masks": masks}
+
+
+def dia() -> dict[str, float]:
+    """The update, and objective and images after twenty steps with the released settings."""
+    view = dia_inputs()["view"]
+    found = DIA(steps=20)(view, seed=0)
+    return {
+        "update": sum(along(t) for t in view.update.tensors.values()),
+        "objective, 20 steps": found.notes["objective"],
+        "images, 20 steps": along(found.images),
     }
 
 
@@ -352,6 +384,7 @@ def trap_weights() -> dict[str, float]:
 OURS: dict[str, Callable[[], dict[str, float]]] = {
     "april": april,
     "cpa": cpa,
+    "dia": dia,
     "dlg": dlg,
     "fishing": fishing,
     "inverting_gradients": inverting_gradients,

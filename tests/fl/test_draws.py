@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from leakatlas.data import ImageSet
+from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import FedAVG, FedSGD, ModelRef, Protocol, Scenario, Stage, View, draws, stage
 from leakatlas.threat import Grant
 from tests.conftest import relative_error
@@ -85,6 +86,23 @@ def test_draws_of_leaves_model_and_random_state_alone() -> None:
     assert torch.equal(model[0].running_mean, before)  # type: ignore[arg-type]  # as above
     assert torch.equal(torch.get_rng_state(), state)
     assert len(draws.draws_of(_model().train(), torch.zeros(2, 3, 2, 2).double())) > 5
+
+
+def test_places_are_those_of_the_draws_with_their_rates() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Dropout(0.2), nn.Dropout(0.75))
+    x, state = torch.zeros(3, 3, 2, 2), torch.get_rng_state()
+    found = draws.places(model.train(), x)
+    assert [place.shape for place in found] == [(3, 5), (3, 5)]
+    assert [place.high for place in found] == pytest.approx([1.25, 4.0])
+    assert [place.keep for place in found] == pytest.approx([0.8, 0.25])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert draws.places(model.eval(), x) == ()
+
+
+def test_a_draw_without_a_mask_has_no_place() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.AlphaDropout(0.5)).train()
+    with pytest.raises(UnsupportedModel, match="no mask to take hold of"):
+        draws.places(model, torch.zeros(1, 3, 2, 2))
 
 
 def test_a_mask_may_be_a_variable_of_its_own() -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from leakatlas.errors import InvalidParameter
+from leakatlas.fl.draws import places
 from leakatlas.models import CNN6, ConvNet, FCNet, Generator, LeNet, ResNet, ViT, build
 from leakatlas.models.structure import linear_layers, parameter_count
 from leakatlas.models.vit import Attention
@@ -48,6 +49,18 @@ def test_convnet_norms_add_only_their_own_parameters() -> None:
     plain = parameter_count(ConvNet())
     for norm in ("batch", "group", "instance"):
         assert parameter_count(ConvNet(norm=norm)) == plain + 2 * (32 + 64 + 64 + 128)
+
+
+@pytest.mark.parametrize(("name", "masks"), [("fc", 2), ("vit", 5)])
+def test_dropout_draws_in_train_mode_and_adds_no_parameter(name: str, masks: int) -> None:
+    plain, dropping = build(name), build(name, dropout=0.25)
+    assert parameter_count(plain) == parameter_count(dropping)
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(plain.eval()(x), dropping.eval()(x))
+    assert [place.keep for place in places(dropping.train(), x)] == pytest.approx([0.75] * masks)
+    assert places(plain.train(), x) == ()
+    with pytest.raises(InvalidParameter, match=r"dropout=1.*\[0, 1\)"):
+        build(name, dropout=1)
 
 
 def test_convnet_side_must_fit_its_pools() -> None:

@@ -16,12 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from leakatlas.errors import UnsupportedModel
 
 Draws = tuple[Tensor, ...]
 """Of one forward pass, in order: masks (already scaled), or seeds (int64 scalars)."""
@@ -151,6 +154,43 @@ def _batched(tensor: Tensor) -> bool:
     return bool(torch._C._functorch.is_batchedtensor(tensor))
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a forward pass draws a mask; public with the architecture.
+
+    Args:
+        shape: Of the mask.
+        high: What an entry that is kept is multiplied by, 1 / (1 - p) for dropout.
+        keep: The probability to be kept, 1 - p.
+    """
+
+    shape: tuple[int, ...]
+    high: float
+    keep: float
+
+
+class _Surveying(_Mode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Place] = []
+
+    def draw(self, make: Callable[[], Tensor], expectation: Callable[[], Tensor]) -> Tensor:
+        mean = expectation().detach()
+        high = 1.0
+        for _ in range(64):  # a small mask may be empty by chance
+            if (highest := float(make().detach().max())) > 0:
+                high = highest
+                break
+        self.found.append(Place(tuple(mean.shape), high, float(mean.mean()) / high))
+        return mean
+
+    def seed(self) -> int:
+        raise UnsupportedModel(
+            "This model draws within a function of torch (multi-head attention, alpha dropout), "
+            "where there is no mask to take hold of; write the dropout out as nn.Dropout."
+        )
+
+
 class _Recording(_Mode):
     def __init__(self) -> None:
         super().__init__()
@@ -217,10 +257,31 @@ def draws_of(model: nn.Module, x: Tensor) -> Draws:
         model: Its buffers and the global random state are left as they were.
         x: Any inputs of the right shape.
     """
+    mode = _Recording()
+    _pass(model, x, mode)
+    return tuple(mode.found)
+
+
+def places(model: nn.Module, x: Tensor) -> tuple[Place, ...]:
+    """Where one forward pass in the model's present mode draws, in order.
+
+    Args:
+        model: Its buffers and the global random state are left as they were.
+        x: Any inputs ``(N, C, H, W)``; masks are as many as examples.
+
+    Raises:
+        UnsupportedModel: If something is drawn that is no mask.
+    """
+    mode = _Surveying()
+    _pass(model, x, mode)
+    return tuple(mode.found)
+
+
+def _pass(model: nn.Module, x: Tensor, mode: _Mode) -> None:
+    """One forward pass under ``mode`` that leaves nothing behind."""
     held = {name: b.detach().clone() for name, b in model.named_buffers()}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), recorded() as found:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), mode:
         model(x)
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(held[name])
-    return tuple(found)

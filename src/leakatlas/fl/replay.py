@@ -414,6 +414,15 @@ def simulate_client(
     )  # fmt: skip
 
 
+class Client(typing.Protocol):
+    """``(x, y, drawn=draws of every local step) -> update``."""
+
+    def __call__(
+        self, x: Tensor, y: Tensor, *, drawn: Sequence[Draws] | None = None
+    ) -> dict[str, Tensor]:
+        """What the client would have sent; forward passes draw ``drawn``, if it is given."""
+
+
 def client(
     model: nn.Module,
     protocol: FedSGD | FedAVG,
@@ -424,8 +433,10 @@ def client(
     drawn: Sequence[Drawn] | Literal["mean", "new"] = "mean",
     augment: Augment | None = None,
     own: bool = False,
-) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+) -> Client:
     """The whole of a client's work as a pure function ``(x, y) -> update``, in ``update``'s units.
+
+    A caller may bring masks of its own for every call, differentiable ones too.
 
     Args:
         model: Holding what the client received, in its mode; parameters that take no gradient are
@@ -435,7 +446,7 @@ def client(
             positions and norms from it.
         defenses: Whose mirrors are applied, in the client's order.
         order: Example indices of every local step; in the candidates' order if None.
-        drawn: What forward passes draw.
+        drawn: What forward passes draw where a call brings no draws.
         augment: How the client transforms its images, by step; not at all if None.
         own: See :func:`gradient`.
 
@@ -451,11 +462,14 @@ def client(
     before = {name: trained[name].detach() for name in update.tensors}
     loss, batch_map = _mirrored(model, protocol, update, defenses)
 
-    def run(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    default = drawn
+
+    def run(x: Tensor, y: Tensor, *, drawn: Sequence[Draws] | None = None) -> dict[str, Tensor]:
         quantity = simulate_client(
             model, trained, held, x, y, protocol,
             batches=order if isinstance(protocol, FedAVG) else None,
-            loss=loss, batch_map=batch_map, augment=augment, own=own, drawn=drawn,
+            loss=loss, batch_map=batch_map, augment=augment, own=own,
+            drawn=default if drawn is None else drawn,
         )  # fmt: skip
         if update.kind != "gradient" and isinstance(protocol, FedSGD):
             quantity = {name: -protocol.lr * quantity[name] for name in update.tensors}

@@ -389,7 +389,7 @@ class View:
     @overload
     def replayer(
         self, *, round: int = -1, adaptive: bool = True, one_step: Literal[False] = False
-    ) -> Callable[[Tensor, Tensor], dict[str, Tensor]]: ...
+    ) -> replay.Client: ...
 
     @overload
     def replayer(
@@ -416,9 +416,10 @@ class View:
 
         Returns:
             ``(x, y) -> {name: tensor}`` in the units of that round's update, differentiable in
-            ``x`` ``(N, C, H, W)`` and, if it holds probabilities, in ``y`` ``(N, K)``. With
-            ``one_step``, ``(x, y, at=weights)``, differentiable in the weights too; the received
-            ones if ``at`` is left out.
+            ``x`` ``(N, C, H, W)`` and, if it holds probabilities, in ``y`` ``(N, K)``; a call may
+            bring masks of its own for every local step (``drawn=``). With ``one_step``,
+            ``(x, y, at=weights)``, differentiable in the weights too; the received ones if ``at``
+            is left out.
 
         Raises:
             NotGranted: If the update is a delta, the protocol is not granted, and more than one

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from leakatlas.models.parts import activation, require_positive, seeded
+from leakatlas.models.parts import activation, require_positive, require_rate, seeded
 
 
 class FCNet(nn.Module):
@@ -22,6 +22,7 @@ class FCNet(nn.Module):
         widths: Units of each hidden layer; none for a linear classifier.
         bias: Whether the linear layers have biases.
         act: Name of the activation.
+        dropout: Rate p after every hidden activation; no layer at all if 0.
         seed: Seed of the weights.
     """
 
@@ -34,9 +35,11 @@ class FCNet(nn.Module):
         widths: Sequence[int] = (256, 128),
         bias: bool = True,
         act: str = "relu",
+        dropout: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        require_rate("FCNet", dropout)
         require_positive("FCNet", in_channels=in_channels, size=size, classes=classes)
         for width in widths:
             require_positive("FCNet", widths=width)
@@ -45,6 +48,7 @@ class FCNet(nn.Module):
             units = in_channels * size * size
             for width in widths:
                 layers += [nn.Linear(units, width, bias=bias), activation(act)]
+                layers += [nn.Dropout(dropout)] if dropout else []
                 units = width
             self.hidden = nn.Sequential(*layers)
             self.fc = nn.Linear(units, classes, bias=bias)

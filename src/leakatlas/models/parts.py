@@ -79,6 +79,16 @@ def require_positive(model: str, **values: int) -> None:
             raise InvalidParameter(f"{model}({name}={value!r}): expected a positive integer.")
 
 
+def require_rate(model: str, dropout: float) -> None:
+    """Refuse a dropout rate outside [0, 1).
+
+    Raises:
+        InvalidParameter: Naming the model and what it takes.
+    """
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise InvalidParameter(f"{model}(dropout={dropout!r}): expected a rate in [0, 1).")
+
+
 def require_size(model: str, size: int, *, at_least: int = 1, multiple_of: int = 1) -> None:
     """Refuse an image side that the architecture cannot take.
 

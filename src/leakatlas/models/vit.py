@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from leakatlas.errors import InvalidParameter, UnknownName
-from leakatlas.models.parts import activation, require_positive, require_size, seeded
+from leakatlas.models.parts import activation, require_positive, require_rate, require_size, seeded
 
 
 class Attention(nn.Module):
@@ -35,19 +35,20 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and a two-layer perceptron, each with a residual."""
+    """Pre-norm attention and a two-layer perceptron, each with dropout and a residual."""
 
-    def __init__(self, dim: int, heads: int, hidden: int, act: str) -> None:
+    def __init__(self, dim: int, heads: int, hidden: int, act: str, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attention = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), activation(act), nn.Linear(hidden, dim))
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, T, dim)`` to ``(N, T, dim)``."""
-        x = x + self.attention(self.norm1(x))
-        y: Tensor = x + self.mlp(self.norm2(x))
+        x = x + self.drop(self.attention(self.norm1(x)))
+        y: Tensor = x + self.drop(self.mlp(self.norm2(x)))
         return y
 
 
@@ -57,20 +58,21 @@ class DirectBlock(nn.Module):
     "Architecture A" of APRIL (Lu et al., 2022); its attention determines its input in closed form.
     """
 
-    def __init__(self, dim: int, heads: int, hidden: int, act: str) -> None:
+    def __init__(self, dim: int, heads: int, hidden: int, act: str, dropout: float = 0.0) -> None:
         super().__init__()
         self.attention = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), activation(act), nn.Linear(hidden, dim))
+        self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, T, dim)`` to ``(N, T, dim)``."""
-        x = self.attention(x)
-        y: Tensor = x + self.mlp(self.norm2(x))
+        x = self.drop(self.attention(x))
+        y: Tensor = x + self.drop(self.mlp(self.norm2(x)))
         return y
 
 
-_FIRST_BLOCKS: dict[str, Callable[[int, int, int, str], nn.Module]] = {
+_FIRST_BLOCKS: dict[str, Callable[[int, int, int, str, float], nn.Module]] = {
     "prenorm": Block,
     "april": DirectBlock,
 }
@@ -91,6 +93,7 @@ class ViT(nn.Module):
         act: Name of the perceptrons' activation.
         first_block: "prenorm", or "april" for a first block whose attention reads the embedded
             tokens directly (:class:`DirectBlock`).
+        dropout: Rate p on the embedded tokens and on what every block adds to them.
         seed: Seed of the weights.
     """
 
@@ -107,6 +110,7 @@ class ViT(nn.Module):
         mlp_ratio: int = 2,
         act: str = "gelu",
         first_block: str = "prenorm",
+        dropout: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -122,6 +126,7 @@ class ViT(nn.Module):
             heads=heads,
             mlp_ratio=mlp_ratio,
         )
+        require_rate("ViT", dropout)
         require_size("ViT", size, at_least=patch, multiple_of=patch)
         if dim % heads:
             raise InvalidParameter(
@@ -133,9 +138,10 @@ class ViT(nn.Module):
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
             self.positions = nn.Parameter(torch.zeros(1, tokens, dim))
             self.blocks = nn.Sequential(
-                _FIRST_BLOCKS[first_block](dim, heads, mlp_ratio * dim, act),
-                *(Block(dim, heads, mlp_ratio * dim, act) for _ in range(depth - 1)),
+                _FIRST_BLOCKS[first_block](dim, heads, mlp_ratio * dim, act, dropout),
+                *(Block(dim, heads, mlp_ratio * dim, act, dropout) for _ in range(depth - 1)),
             )
+            self.drop = nn.Dropout(dropout)
             self.norm = nn.LayerNorm(dim)
             self.fc = nn.Linear(dim, classes)
             for parameter in (self.cls_token, self.positions):
@@ -145,6 +151,6 @@ class ViT(nn.Module):
         """Logits ``(N, classes)`` of images ``(N, C, H, W)``."""
         patches: Tensor = self.embed(x).flatten(2).transpose(1, 2)
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), patches], dim=1)
-        encoded: Tensor = self.norm(self.blocks(tokens + self.positions))
+        encoded: Tensor = self.norm(self.blocks(self.drop(tokens + self.positions)))
         logits: Tensor = self.fc(encoded[:, 0])
         return logits

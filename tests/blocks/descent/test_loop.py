@@ -179,6 +179,24 @@ def test_the_first_signed_adam_step_moves_every_pixel_by_lr() -> None:
     torch.testing.assert_close(end.last["x"], 0.1 * TARGET.sign(), rtol=1e-6, atol=0)
 
 
+def test_a_transform_may_be_named_for_one_variable() -> None:
+    def objective(variables: Variables, t: Tensor) -> Tensor:
+        del t
+        return sum((3 * v).sum() for v in variables.values()) + torch.zeros(())
+
+    start = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    moved = descent.descend(
+        objective, start, optimizer=descent.sgd(1.0), steps=1, watch=Watch(),
+        transform={"a": descent.signed},
+    )  # fmt: skip
+    assert moved.last["a"].tolist() == [-1, -1] and moved.last["b"].tolist() == [-3, -3]
+    with pytest.raises(InvalidParameter, match="Transforms are given for c; the variables are a"):
+        descent.descend(
+            objective, start, optimizer=descent.sgd(1.0), steps=1, watch=Watch(),
+            transform={"c": descent.signed},
+        )  # fmt: skip
+
+
 def test_in_turn_moves_one_group_at_a_time() -> None:
     def objective(variables: Variables, t: Tensor) -> Tensor:
         del t

@@ -24,6 +24,7 @@ from leakatlas.blocks.descent.objective import Objective, Variables
 from leakatlas.blocks.descent.optimizers import Factory
 from leakatlas.blocks.descent.steps import Hook, Schedule, Transform
 from leakatlas.blocks.watch import Step, Watch
+from leakatlas.errors import InvalidParameter
 
 Shared = Callable[[Variables, Step], Mapping[str, Tensor]]
 """``(variables of all candidates, step) -> constants``."""
@@ -72,7 +73,7 @@ def descend(
     candidates: int | None = None,
     shared: Shared | None = None,
     schedule: Schedule | None = None,
-    transform: Transform | None = None,
+    transform: Transform | Mapping[str, Transform] | None = None,
     after: Sequence[Hook] = (),
     done: Callable[[Tensor], bool] | None = None,
     generators: Sequence[torch.Generator] = (),
@@ -92,7 +93,7 @@ def descend(
             step from all candidates: what they agree on, say.
         schedule: ``progress in [0, 1) -> factor`` on the optimizer's learning rates.
         transform: Applied to each variable's gradient, such as
-            :func:`~leakatlas.blocks.descent.signed`.
+            :func:`~leakatlas.blocks.descent.signed`; or one for each variable that has any.
         after: Hooks after every step, in order: noise, projection.
         done: ``best criterion -> whether to end``, asked at every report.
         generators: Those that hooks draw from; a resumed run goes on with them.
@@ -178,7 +179,7 @@ class _Run:
         start: Variables,
         optimizer: Factory,
         candidates: int | None,
-        transform: Transform | None,
+        transform: Transform | Mapping[str, Transform] | None,
         watch: Watch,
     ) -> None:
         self.leaves = {n: t.detach().clone() for n, t in start.items()}
@@ -187,7 +188,7 @@ class _Run:
         self.rate_of = self._rate_of()
         """The learning rate of each variable, before the schedule."""
         self.executor = Executor(objective, candidates, watch.conduct.execution)
-        self.transform = transform
+        self.transforms = _by_name(transform, self.leaves)
         self.watch = watch
         self.asked = 0
         """Evaluations that the optimizer asked for in the present step."""
@@ -240,7 +241,7 @@ class _Run:
         gradients, total = self.evaluate()
         for name, leaf in self.leaves.items():
             step = gradients[name]
-            step = self.transform(step) if self.transform is not None else step
+            step = self.transforms[name](step) if name in self.transforms else step
             leaf.grad = torch.where(_rows(self.alive, leaf), step, 0.0)
         return total.sum()
 
@@ -352,6 +353,26 @@ def _one_by_one(
         torch.cat([traces, idle.expand(longest, -1)], dim=1),
         ended[-1].execution,
     )
+
+
+def _by_name(
+    transform: Transform | Mapping[str, Transform] | None, variables: Variables
+) -> Mapping[str, Transform]:
+    """The transform of every variable that has one.
+
+    Raises:
+        InvalidParameter: If one is named for something that is no variable.
+    """
+    if transform is None:
+        return {}
+    if not isinstance(transform, Mapping):
+        return dict.fromkeys(variables, transform)
+    if not transform.keys() <= variables.keys():
+        raise InvalidParameter(
+            f"Transforms are given for {', '.join(transform)}; the variables are "
+            f"{', '.join(variables)}."
+        )
+    return transform
 
 
 def _rows(mask: Tensor, like: Tensor) -> Tensor:
