@@ -17,7 +17,7 @@ from leakatlas.metrics.assignment import pairwise_mse
 from leakatlas.metrics.images import psnr_of_mse
 
 RECOGNISABLE = 20.0
-CLIENTS, EXAMPLES, HELD_OUT, ROUNDS = 8, 100, 500, 15
+CLIENTS, EXAMPLES, HELD_OUT, ROUNDS = 8, 100, 500, 10
 RATES = (0.3, 0.1)
 TRAINING = "parquet:cifar10/train.parquet"
 

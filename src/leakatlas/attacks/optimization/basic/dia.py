@@ -43,7 +43,7 @@ from torch import Tensor
 from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
 from leakatlas.blocks import descent, init, matching, observed, priors
 from leakatlas.blocks.watch import Watch
-from leakatlas.fl import View, draws
+from leakatlas.fl import FedAVG, View, draws
 from leakatlas.params import NonNegative, Positive, PositiveInt
 from leakatlas.threat import Knowledge
 
@@ -179,9 +179,9 @@ def masks_of(view: View) -> tuple[tuple[draws.Place, ...], ...]:
     if view.has("dropout_masks"):
         return ()
     sizes = [view.num_examples]
-    if view.update.kind != "gradient":
-        each = torch.arange(view.num_examples).split(view.protocol.batch_size)
-        sizes = [len(part) for part in each] * view.protocol.epochs
+    if view.update.kind != "gradient" and isinstance(protocol := view.protocol, FedAVG):
+        each = torch.arange(view.num_examples).split(protocol.batch_size)
+        sizes = [len(part) for part in each] * protocol.epochs
     model = view.model
     like = next(model.parameters())
     found = {n: draws.places(model, like.new_zeros((n, *view.input_shape))) for n in set(sizes)}
