@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d
 
 from leakatlas import models
 from leakatlas.attacks.analytic.closed_form.april import APRIL
@@ -21,12 +22,24 @@ from leakatlas.attacks.analytic.isolation.seer import SEER, schedule
 from leakatlas.attacks.analytic.sparsification.fishing import CLASS, CUT, Move, set_head
 from leakatlas.attacks.optimization.basic.cpa import CPA, Mixture, whiten
 from leakatlas.attacks.optimization.basic.dia import DIA
+from leakatlas.attacks.optimization.basic.dlfa import DLFA, order_prior, outside
+from leakatlas.attacks.optimization.basic.e2egi import stage_lengths, stage_rates
 from leakatlas.attacks.optimization.basic.sme import SME
 from leakatlas.bench.examine import errors
 from leakatlas.bench.harness import run_trial
-from leakatlas.blocks import init, labels, matching, priors, readout, surgery
+from leakatlas.blocks import batchnorm, init, labels, matching, priors, readout, surgery
 from leakatlas.data import CIFAR10, Box, patches
-from leakatlas.fl import FedAVG, FedSGD, ModelRef, Scenario, edits, replay, stage, stream
+from leakatlas.fl import (
+    FedAVG,
+    FedSGD,
+    ModelRef,
+    Scenario,
+    batchnorm_statistics,
+    edits,
+    replay,
+    stage,
+    stream,
+)
 from leakatlas.threat import Grant
 
 
@@ -83,6 +96,48 @@ def cpa() -> dict[str, float]:
         (slope,) = torch.autograd.grad(torch.stack(list(terms.values())).sum(), u)
         figures |= {f"{name} of {kind}": float(term.detach()) for name, term in terms.items()}
         figures[f"slope of {kind}"] = along(slope)
+    return figures
+
+
+def dlfa_inputs() -> dict[str, Any]:
+    """Two epochs of four images for a network of three layers, and an update to match."""
+    model = models.build("fc", size=8, classes=10, widths=(12, 9), act="relu").double()
+    settings = {"size": 8, "classes": 10, "widths": (12, 9), "act": "relu"}
+    scenario = Scenario(
+        model=ModelRef("builtin", "fc", settings),
+        letter="C",
+        examples=4,
+        protocol=FedAVG(epochs=2, batch_size=2, lr=0.05),
+    )
+    scene = stage(scenario, model=model, victims=patches(8, 4), box=CIFAR10)
+    return {
+        "view": scene.view([scene.federation.play_round()]),
+        "x": draw(90, 8, 3, 8, 8),
+        "y": torch.tensor([1, 7, 0, 3]).repeat(2),
+        "responses": draw(91, 96, 3, 3, 3) / 27**0.5,
+    }
+
+
+def dlfa() -> dict[str, float]:
+    """The objective with either prior on the order, at f = 2, and its slope."""
+    given = dlfa_inputs()
+    view, x = given["view"], given["x"].requires_grad_()
+    attack = DLFA()
+    match = attack.matching_term(view, 2)(attack.simulate(view, 2)(x, given["y"]))
+    variation, leaving = priors.tv_circular(x), outside(x, view.box)
+    figures = {
+        "matching": float(match.detach()),
+        "variation": float(variation.detach()),
+        "range": float(leaving.detach()),
+    }
+    for name, s, weight in (
+        ("mean", lambda part: part.mean(0), 1_000.0),
+        ("responses", lambda part: conv2d(part, given["responses"], padding=1).amax(0), 6.075),
+    ):
+        disorder = order_prior(x, 2, s, "l2")
+        total = 2 * match + 1e-3 * variation + 2 * leaving + weight * disorder
+        figures[f"order, {name}"] = float(disorder.detach())
+        figures[f"slope, {name}"] = along(torch.autograd.grad(total, x, retain_graph=True)[0])
     return figures
 
 
@@ -205,6 +260,67 @@ def sme() -> dict[str, float]:
             f"images, {steps} steps": along(found.images),
         }
     return figures
+
+
+def e2egi_inputs() -> dict[str, Any]:
+    """A ConvNet with BN in train mode, two images, a random start, and a head's gradient."""
+    model = models.build("convnet-bn", width=4, size=16).double().train()
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(65)).double()
+    head = draw(66, 10, 6).abs() - torch.tensor([3.0, 0, 1, 0, 0, 2, 0, 0, 0, 0]).double()[:, None]
+    return {"model": model, "x": x, "y": [3, 5], "start": draw(67, 2, 3, 16, 16), "head": head,
+            "group": draw(68, 2, 3, 16, 16), "batch": 6}  # fmt: skip
+
+
+def e2egi() -> dict[str, float]:
+    """The objective with exact statistics and its slope; labels; rates of the stages."""
+    given = e2egi_inputs()
+    model, target = given["model"], torch.tensor(given["y"])
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = {name: b.detach() for name, b in model.named_buffers()}
+    statistics = batchnorm_statistics(model, {**parameters, **buffers}, given["x"])
+    g = replay.gradient(model, parameters, buffers, given["x"], target, create_graph=False)
+    x = given["start"].requires_grad_()
+    distance = matching.cosine(replay.gradient(model, parameters, buffers, x, target), g)
+    total = distance + 0.0114 * priors.tv_mean(x)
+    total = total + 0.0357 * batchnorm.prior(model, statistics)(x)
+    total = total + 0.01 * (x - given["group"]).square().mean()
+    (slope,) = torch.autograd.grad(total, x)
+    counts = labels.e2egi(given["head"], given["batch"]).double()
+    lengths = stage_lengths(100, 10)
+    rates = torch.tensor(stage_rates(lengths, 0.1046, 1e-3), dtype=torch.float64)
+    return {
+        "cosine distance": float(distance.detach()),
+        "objective": float(total.detach()),
+        "slope of the objective": along(slope),
+        "label counts": along(counts),
+        "rates of the stages": along(rates),
+    }
+
+
+def fl_gradinv_inputs() -> dict[str, Any]:
+    """A ConvNet with BN, target statistics by layer, and images."""
+    model = models.build("convnet-bn", width=4, size=16).double().train()
+    layers = batchnorm.running_statistics(model)
+    target = {
+        name: (draw(70 + i, len(mean)), draw(80 + i, len(mean)).abs())
+        for i, (name, (mean, _)) in enumerate(layers.items())
+    }
+    return {"model": model, "target": target, "x": draw(69, 3, 3, 16, 16)}
+
+
+def fl_gradinv() -> dict[str, float]:
+    """Distance of batch statistics, both total variations, and their slopes."""
+    given = fl_gradinv_inputs()
+    x = given["x"].requires_grad_()
+    distance = batchnorm.prior(given["model"], given["target"])(x)
+    norms, means = priors.tv_four(x), priors.tv_four(x, "l1")
+    return {
+        "statistics": float(distance.detach()),
+        "slope of statistics": along(torch.autograd.grad(distance, x)[0]),
+        "variation, norms": float(norms.detach()),
+        "variation, means": float(means.detach()),
+        "slope of variation": along(torch.autograd.grad(norms, x)[0]),
+    }
 
 
 def fishing_inputs() -> nn.Module:
@@ -385,8 +501,11 @@ OURS: dict[str, Callable[[], dict[str, float]]] = {
     "april": april,
     "cpa": cpa,
     "dia": dia,
+    "dlfa": dlfa,
     "dlg": dlg,
+    "e2egi": e2egi,
     "fishing": fishing,
+    "fl_gradinv": fl_gradinv,
     "inverting_gradients": inverting_gradients,
     "loki": loki,
     "mkor": mkor,

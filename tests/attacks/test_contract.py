@@ -333,12 +333,19 @@ def test_a_letter_without_what_is_needed_is_refused_and_the_others_are_not(key: 
     attack = _make(key)
     for letter, model in LETTERS.items():
         stage = build_stage(letter=letter, grants=attack.grants(), **CASES[key].scene)
-        missing = attack.needs & ~model.knowledge
+        missing = attack.knowledge() & ~model.knowledge
         if not missing:
             attack.check(stage.view())
             continue
         with pytest.raises(NotGranted, match=f"needs {', '.join(missing.names()).upper()}, which"):
             attack.check(stage.view())
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_no_preset_needs_more_than_its_class_declares(key: str) -> None:
+    cls = registry.load_attack(key)
+    presets = [cls(), cls.tuned(), *cls.variants().values()]
+    assert not any(preset.knowledge() & ~cls.needs for preset in presets)
 
 
 @pytest.mark.parametrize("key", TABLED)
@@ -355,14 +362,14 @@ def test_every_grant_that_the_parameters_need_is_asked_for(key: str) -> None:
 def test_what_is_needed_and_read_fits_the_rows_letter_or_is_explained(key: str) -> None:
     attack = _make(key)
     letter = threat_model(catalogue.attack(key).threat_model)
-    beyond: list[str] = list((attack.needs & ~letter.knowledge).names())
+    beyond: list[str] = list((attack.knowledge() & ~letter.knowledge).names())
     undeclared: list[str] = []
     for name in sorted(_found(key).reads | _play(key).tamper_reads):
         knowledge, grant = SOURCES[name]
         granted = grant is not None and grant in attack.grants()
         if not (knowledge & letter.knowledge or granted):
             beyond.append(name)
-        if not (knowledge & (attack.needs | Knowledge.UPDATES) or granted):
+        if not (knowledge & (attack.knowledge() | Knowledge.UPDATES) or granted):
             undeclared.append(name)
     assert not beyond or attack.departs_from_letter
     for name in undeclared:  # read if it is there, done without if it is not

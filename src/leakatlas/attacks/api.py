@@ -164,6 +164,10 @@ class Attack(Configured, ABC):
     """Parameters that count iterations along the run's schedule; those that it lacks are passed
     over."""
 
+    def knowledge(self) -> Knowledge:
+        """The knowledge that these parameters need: :attr:`needs`, or less where options say so."""
+        return self.needs
+
     def grants(self) -> frozenset[Grant]:
         """Grants that these parameters need."""
         return frozenset()
@@ -258,7 +262,7 @@ class Attack(Configured, ABC):
         held = view.knowledge
         if Grant.PIXEL_RANGE in view.grants:
             held |= Knowledge.BASIC
-        return self.needs & ~held
+        return self.knowledge() & ~held
 
     @final
     def check(self, view: View) -> None:

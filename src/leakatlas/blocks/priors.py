@@ -40,6 +40,15 @@ def tv_four(x: Tensor, kind: Literal["l2", "l1"] = "l2") -> Tensor:
     return torch.stack([measure(d) for d in directions]).sum()
 
 
+def tv_circular(x: Tensor) -> Tensor:
+    """Squared differences to the right and below, the last pixel's to the first [Dimitrov, 2022].
+
+    Summed over pixels and channels, averaged over images.
+    """
+    across, down = x - x.roll(-1, -1), x - x.roll(-1, -2)
+    return (across.square() + down.square()).flatten(1).sum(1).mean()
+
+
 def l2_norm(x: Tensor) -> Tensor:
     r"""Mean over the batch of :math:`\lVert x_i \rVert_2`."""
     return norm(x, tuple(range(1, x.dim()))).mean()

@@ -111,6 +111,26 @@ def ssim(x_hat: Tensor, x: Tensor, *, border: Literal["valid", "reflect"] = "val
     return torch.tensor(values, dtype=torch.float64, device=x.device)
 
 
+def rdlv(x_hat: Tensor, x: Tensor, prior: Tensor) -> Tensor:
+    """Relative data leakage value of each original, ``(N,)`` [Hatamizadeh et al., 2023].
+
+    By how much the best reconstruction is more like the original than a prior image is, relative
+    to the latter: ``max_r (SSIM(x_hat_r, x_i) - SSIM(prior, x_i)) / SSIM(prior, x_i)``. 0 means
+    that nothing beyond the prior was learned. Their filter drops updates above 1.
+
+    Args:
+        x_hat: Reconstructions ``(M, C, H, W)``, in any order.
+        x: Originals ``(N, C, H, W)``.
+        prior: The image of the domain ``(C, H, W)``.
+
+    Returns:
+        NaN where the prior has no similarity above 0, to which nothing is relative.
+    """
+    base = ssim(prior.expand_as(x), x)
+    best = torch.stack([ssim(one.expand_as(x), x) for one in x_hat]).amax(0)
+    return torch.where(base > 0, (best - base) / base, torch.nan)
+
+
 def ms_ssim(x_hat: Tensor, x: Tensor) -> Tensor:
     """Multi-scale SSIM with the paper's five scales and weights (torchmetrics).
 
