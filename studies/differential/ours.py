@@ -24,10 +24,12 @@ from leakatlas.attacks.optimization.basic.cpa import CPA, Mixture, whiten
 from leakatlas.attacks.optimization.basic.dia import DIA
 from leakatlas.attacks.optimization.basic.dlfa import DLFA, order_prior, outside
 from leakatlas.attacks.optimization.basic.e2egi import stage_lengths, stage_rates
+from leakatlas.attacks.optimization.basic.hf_gradinv import HFGradInv, quantised
 from leakatlas.attacks.optimization.basic.sme import SME
 from leakatlas.bench.examine import errors
 from leakatlas.bench.harness import run_trial
 from leakatlas.blocks import batchnorm, init, labels, matching, priors, readout, surgery
+from leakatlas.blocks.labels.profiles import fitness
 from leakatlas.data import CIFAR10, Box, patches
 from leakatlas.fl import (
     FedAVG,
@@ -173,6 +175,42 @@ def dlg() -> dict[str, float]:
         "distance": float(distance.detach()),
         "slope of the image": along(of_x),
         "slope of the label logits": along(of_logits),
+    }
+
+
+def hf_gradinv_inputs() -> dict[str, Any]:
+    """A ConvNet with BN in eval mode, two images, a random start, and synthetic head rows."""
+    model = models.build("convnet-bn", width=4, size=16).double().eval()
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(92)).double()
+    return {"model": model, "x": x, "y": [3, 5], "start": draw(93, 2, 3, 16, 16),
+            "first": 6, "slope": draw(94, 1, 3, 16, 16), "rows": draw(95, 3, 20).abs(),
+            "profile": draw(96, 1, 20).abs(), "counts": [2, 1, 4]}  # fmt: skip
+
+
+def hf_gradinv() -> dict[str, float]:
+    """The windowed cosine without random masks, both priors, the shaped slope, a fitness."""
+    given = hf_gradinv_inputs()
+    model, target = given["model"], torch.tensor(given["y"])
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    buffers = {name: b.detach() for name, b in model.named_buffers()}
+    g = replay.gradient(model, parameters, buffers, given["x"], target, create_graph=False)
+    x = given["start"].requires_grad_()
+    mine = replay.gradient(model, parameters, buffers, x, target)
+    window = list(g)[given["first"] - 1 :]
+    distance = matching.subset(matching.cosine, window)(mine, g)
+    statistics = HFGradInv().bn_prior(model)(x)
+    variation = priors.tv_padded(x)
+    total = distance + 5e-3 * variation + 1e-4 * statistics
+    fit = given["rows"] @ given["profile"][0]
+    counts = torch.tensor([given["counts"]])
+    scale = float(given["rows"].norm() * given["profile"].norm())
+    return {
+        "windowed cosine": float(distance.detach()),
+        "variation": float(variation.detach()),
+        "statistics": float(statistics.detach()),
+        "slope of the objective": along(torch.autograd.grad(total, x)[0]),
+        "shaped slope": along(quantised(given["slope"])),
+        "fitness of counts": float(fitness(counts, fit)) / scale,
     }
 
 
@@ -506,6 +544,7 @@ OURS: dict[str, Callable[[], dict[str, float]]] = {
     "e2egi": e2egi,
     "fishing": fishing,
     "fl_gradinv": fl_gradinv,
+    "hf_gradinv": hf_gradinv,
     "inverting_gradients": inverting_gradients,
     "loki": loki,
     "mkor": mkor,

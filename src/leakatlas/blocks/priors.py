@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from leakatlas.blocks.matching import norm
 
@@ -47,6 +48,16 @@ def tv_circular(x: Tensor) -> Tensor:
     """
     across, down = x - x.roll(-1, -1), x - x.roll(-1, -2)
     return (across.square() + down.square()).flatten(1).sum(1).mean()
+
+
+def tv_padded(x: Tensor) -> Tensor:
+    """Mean over all values of ``|right - here| + |below - here|``, zeros outside [breaching].
+
+    Beyond the last column and row there are zeros, so edges are pulled towards 0.
+    """
+    right = F.pad(x, (0, 1))[..., 1:] - x
+    below = F.pad(x, (0, 0, 0, 1))[..., 1:, :] - x
+    return (right.abs() + below.abs()).mean()
 
 
 def l2_norm(x: Tensor) -> Tensor:
