@@ -35,6 +35,11 @@ SPACING = 1.15
 """From one kept report to the next: the factor between their numbers."""
 
 
+MOST_KEPT = 2**24
+"""Numbers that the iterates of a run take together, 64 MiB in float32; beyond it, every second one
+is let go."""
+
+
 class Trail:
     """The best iterates of a run so far, each kept with the CPU seconds that it took.
 
@@ -71,6 +76,8 @@ class Trail:
 
     def _keep(self, images: Tensor) -> None:
         self.points.append((time.process_time() - self._begun, images.detach().cpu().clone()))
+        while len(self.points) * images.numel() > MOST_KEPT and len(self.points) > 3:
+            self.points = [*self.points[:-1:2], self.points[-1]]
 
 
 @dataclass

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from leakatlas.blocks import descent
+from leakatlas.blocks import descent, watch
 from leakatlas.blocks.descent import Value, Variables
 from leakatlas.blocks.watch import Conduct, Trail, Watch
 from leakatlas.data import Box
@@ -393,6 +393,17 @@ def test_of_several_candidates_the_one_of_the_lowest_criterion_is_shown() -> Non
     ((_, shown),) = trail.points
     nearest = (starts["x"] - TARGET).flatten(1).norm(dim=1).argmin()
     assert torch.equal(shown, starts["x"][nearest])
+
+
+def test_large_iterates_are_thinned_out_and_the_last_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "MOST_KEPT", 100)
+    trail = Trail()
+    for number in range(40):
+        trail.add(torch.full((10,), float(number)))
+    trail.end(torch.full((10,), 40.0))
+    shown = [float(x[0]) for _, x in trail.points]
+    assert 3 <= len(shown) <= 10 and shown == sorted(shown)
+    assert (shown[0], shown[-1]) == (0.0, 40.0)
 
 
 def test_a_way_of_other_shape_than_what_came_out_is_not_kept() -> None:
