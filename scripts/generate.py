@@ -1,9 +1,9 @@
 """Write the generated documents, or check that they are up to date.
 
 Usage: ``python scripts/generate.py [--check]``. Generated are the rows' pages, the threat models'
-pages and the tables under ``docs/``, the JSON Schemas of the rows and of study files, the page and
-the thresholds of lint, and the tables in README.md if it has the markers. With ``--check`` nothing
-is written and stale files are named (exit code 1).
+pages and the tables under ``docs/``, the JSON Schemas of the rows, of study files and of an audit's
+YAML, the page of its keys, the page and the thresholds of lint, and the tables in README.md if it
+has the markers. With ``--check`` nothing is written and stale files are named (exit code 1).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from leakatlas.audit import keys
 from leakatlas.bench import schema
 from leakatlas.catalogue import pages, results
 from leakatlas.site import lint_page
@@ -26,7 +27,14 @@ def generated(root: Path) -> dict[str, str]:
     """Every generated file, by its path, and its text."""
     study_schema = json.dumps(schema.json_schema(), indent=1, ensure_ascii=False) + "\n"
     measured = results.load(root / "results")
-    return {**pages.generated(root), **lint_page.generated(measured), STUDY_SCHEMA: study_schema}
+    audit_schema = json.dumps(keys.json_schema(), indent=1, ensure_ascii=False) + "\n"
+    return {
+        **pages.generated(root),
+        **lint_page.generated(measured),
+        STUDY_SCHEMA: study_schema,
+        f"src/leakatlas/audit/{keys.SCHEMA_FILE}": audit_schema,
+        keys.PAGE: keys.page(),
+    }
 
 
 def stale(root: Path) -> list[str]:

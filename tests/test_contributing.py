@@ -21,7 +21,7 @@ GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 FILES = re.compile(r"# ([\w./-]+)\n")
 COPIED = (
-    "src", "tests", "docs", "scripts", "results", "studies",
+    "src", "tests", "docs", "examples", "scripts", "results", "studies",
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "pyproject.toml",
 )  # fmt: skip
 KEYS = "lantern or dimmer"

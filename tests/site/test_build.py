@@ -8,7 +8,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from leakatlas import catalogue, site
+from leakatlas.catalogue import results
 from leakatlas.errors import InvalidInput
+from leakatlas.site import guide
 
 
 class Anchors(HTMLParser):
@@ -47,7 +49,8 @@ def test_every_page_is_written_and_small(tmp_path: Path) -> None:
     written = site.build(tmp_path)
     assert written[0] == tmp_path / "index.html"
     rows = len(catalogue.attacks()) + len(catalogue.defenses()) + len(catalogue.threat_models())
-    assert len(written) == 7 + rows == len(list(tmp_path.rglob("*.html")))
+    chapters = guide.pages(results.repository_root())
+    assert len(written) == 7 + rows + len(chapters) == len(list(tmp_path.rglob("*.html")))
     assert (tmp_path / "index.html").stat().st_size < 1_000_000
     assert all(path.stat().st_size < 1_000_000 for path in written)
 
@@ -111,3 +114,25 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "out" / "assets").touch()
     with pytest.raises(InvalidInput, match="cannot be written to"):
         site.build(tmp_path / "out")
+
+
+def test_the_guide_and_every_example_are_pages(built: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    for path in (root / "docs" / "guide").glob("*.md"):
+        name = "index" if path.stem == "README" else path.stem
+        text = (built / "guide" / f"{name}.html").read_text(encoding="utf-8")
+        assert 'aria-current="page"' in text and "<!-- generated" not in text
+    for path in (root / "examples").glob("*.py"):
+        page = built / "guide" / f"example-{path.stem.replace('_', '-')}.html"
+        assert path.read_text(encoding="utf-8").splitlines()[-1] in page.read_text("utf-8")
+    assert 'href="guide/index.html"' in (built / "index.html").read_text(encoding="utf-8")
+
+
+def test_html_in_the_guide_is_text(tmp_path: Path) -> None:
+    folder = tmp_path / "docs" / "guide"
+    folder.mkdir(parents=True)
+    evil = "# One <b>x</b>\n\n<script>alert(1)</script> [away](../../secret.md) [x](javascript:y)\n"
+    (folder / "README.md").write_text(evil)
+    (page,) = guide.pages(tmp_path)
+    assert "<script>" not in page.html and "<b>" not in page.html and "href" not in page.html
+    assert guide.pages(None) == [] == guide.pages(tmp_path / "docs")

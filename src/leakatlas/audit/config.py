@@ -25,7 +25,7 @@ from leakatlas.threat import Grant, Vantage, threat_models
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class ModelConfig(_Strict):
@@ -73,23 +73,33 @@ class AuditConfig(_Strict):
     """The whole file."""
 
     model: ModelConfig
+    """Which model is attacked."""
     data: DataConfig = DataConfig()
+    """Which images are at stake, and what is public."""
     protocol: dict[str, Any] = Field(default_factory=lambda: {"algorithm": "fedsgd"})
     """``algorithm: fedsgd | fedavg`` and its parameters, ``loss`` and ``shared`` among them."""
     clients: int = Field(default=1, gt=0)
+    """How many clients the images are dealt to, evenly."""
     targets: tuple[int, ...] = (0,)
+    """Which of them are attacked, one after the other."""
     defenses: tuple[dict[str, Any], ...] = ()
     """In force: ``- {key: clipping, max_norm: 1.0}``."""
     alternatives: dict[str, tuple[dict[str, Any], ...]] = Field(default_factory=dict)
     """Defense sets to compare with what is in force, by name."""
     threat: str = "A-H"
+    """Adversaries, as letters and ranges: ``A-E``, ``B,F``."""
     vantage: Literal["wire", "server", "aggregate", "peer"] = "server"
+    """Where they look."""
     grants: tuple[str, ...] = ()
+    """Facts that they are given on top of their letters, such as ``labels``."""
     attacks: tuple[str, ...] | None = None
     """Keys; every implemented one if left out."""
     attack_parameters: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Changes to the presets, by key: ``{inverting_gradients: {steps: 500}}``."""
     budget: str = "5m"
+    """``30s``, ``10m``, ``1h``, or ``paper`` for the published presets without a limit."""
     seed: int = 0
+    """Of everything random."""
     execution: Execution = "auto"
     """How optimisation attacks compute slopes; ``eager`` repeats long runs bit for bit."""
     rehearsal: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from leakatlas.cli import audit, bench, capture, catalogue, lint
+from leakatlas.cli import audit, bench, capture, catalogue, init, lint
 from leakatlas.cli.codes import Guarded
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ audit.register(app)
 bench.register(app)
 lint.register(app)
 capture.register(app)
+init.register(app)
 catalogue.register(app)
 
 

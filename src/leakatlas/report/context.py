@@ -14,7 +14,7 @@ Line = Annotated[str, StringConstraints(max_length=600)]
 class Context(BaseModel):
     """Purpose, roles and scope of the processing; printed as given, never interpreted."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     purpose: Line = ""
     """Why the data are processed."""

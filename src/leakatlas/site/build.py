@@ -25,7 +25,7 @@ from leakatlas.catalogue import (
 )
 from leakatlas.catalogue.schema import LETTERS, Attack, Defense, Reference
 from leakatlas.errors import InvalidInput
-from leakatlas.site import measured_page, pictures, prose
+from leakatlas.site import guide, measured_page, pictures, prose
 
 ASSETS = ("style.css", "site.js")
 
@@ -84,6 +84,8 @@ def build(out: Path, *, results_folder: Path | None = None) -> list[Path]:
     folder = results_folder or results.default_folder()
     measured = results.load(folder)
     environment = _environment()
+    chapters = guide.pages(results.repository_root())
+    environment.globals["guided"] = bool(chapters)
     try:
         (out / "assets").mkdir(parents=True, exist_ok=True)
         for name in ASSETS:
@@ -91,7 +93,7 @@ def build(out: Path, *, results_folder: Path | None = None) -> list[Path]:
             with resources.as_file(asset) as path:
                 shutil.copyfile(path, out / "assets" / name)
         written = []
-        for name, template, context in _pages(measured, folder):
+        for name, template, context in _pages(measured, folder) + guide.contexts(chapters):
             if context.get("picture") is not None:
                 pictures.copy(context["picture"], folder, out)
             path = out / name

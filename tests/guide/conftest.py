@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from leakatlas.audit import compare, effort, utility
+from leakatlas.audit.budget import Budget
+
+MADE = Budget.of
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fills a budget's time is cut short, and no budget ends, however busy the machine."""
+    for room in (effort, compare):
+        monkeypatch.setattr(room, "REHEARSED", 0.0)
+    monkeypatch.setattr(effort, "LONGEST", 20)
+    monkeypatch.setattr(utility, "FEDAVG_ROUNDS", 1)
+
+    def ample(*given: Any, **named: Any) -> Budget:
+        return replace(MADE(*given, **named), seconds=3_600.0)
+
+    monkeypatch.setattr(Budget, "of", ample)
