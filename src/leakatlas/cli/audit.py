@@ -17,7 +17,10 @@ from rich.table import Table
 from leakatlas.cli.codes import FINE, GATE_FAILED, UNDECIDED
 
 if TYPE_CHECKING:  # torch takes a second to load; --help should not wait for it
-    from leakatlas.audit import Diagnosis
+    from collections.abc import Sequence
+
+    from leakatlas.audit import Diagnosis, Plan
+    from leakatlas.report import Report
 
 OUT = Path("leak-report")
 OUTLOOKS = {"applicable": "green", "unknown": "yellow"}
@@ -68,31 +71,59 @@ def audit(
     tried for a letter, an attack crashed or lacked something, stopped early); 4: a defect of
     LeakAtlas. Ctrl-C keeps what was computed; the same command continues it.
     """
-    # torch takes a second to load; --help and mistakes in the command line should not wait for it.
-    from dataclasses import replace
-
-    from leakatlas.audit import (
-        Silent,
-        Watch,
-        carry_out,
-        make_plan,
-        parse_budget,
-        parse_execution,
-        parse_gate,
-        read_config,
-    )
-    from leakatlas.audit.bundled import bundled_plan
-    from leakatlas.cli.progress import Bars, not_tried, realism_lines, verdict_table
+    from leakatlas.audit import parse_gate
     from leakatlas.report import beside
-    from leakatlas.threat import threat_models
 
     gates = [parse_gate(text) for text in fail_on or []]
+    plan, asked = _planned(config, budget, threat, seed, execution, rehearsal, out)
+    gates += [parse_gate(text) for text in asked]
+    console = Console(stderr=True)
+    report = _carried_out(plan, out, console, silent=as_json)
+    failed = [gate for gate in gates if gate.holds(report.worst_case())]
+    if as_json:
+        typer.echo(json.dumps(report.to_json()))
+    else:
+        _show(report, out, console)
+    for gate in failed:
+        value = gate.value(report.worst_case())
+        assert value is not None, "a gate holds on figures only"
+        shown = beside(value, gate.threshold, 3, kind="g")
+        console.print(f"[bold red]Failed:[/] {escape(gate.text)} (it is {shown}).", highlight=False)
+    reasons = report.undecided()
+    for reason in reasons:
+        console.print(f"[bold yellow]Undecided:[/] {escape(reason)}.", highlight=False)
+    if failed:
+        raise typer.Exit(GATE_FAILED)
+    raise typer.Exit(UNDECIDED if reasons and not allow_undecided else FINE)
+
+
+# torch takes a second to load; --help and mistakes in the command line should not wait for it: what
+# needs it is imported where it is used.
+
+
+def _planned(
+    config: Path | None,
+    budget: str | None,
+    threat: str | None,
+    seed: int | None,
+    execution: str | None,
+    rehearsal: bool | None,
+    out: Path,
+) -> tuple[Plan, Sequence[str]]:
+    """The plan of a file under the options of the command line, and the file's own conditions."""
+    from dataclasses import replace
+
+    from leakatlas.audit import make_plan, parse_budget, parse_execution, read_config
+    from leakatlas.audit.bundled import bundled_plan
+    from leakatlas.threat import threat_models
+
     command = ["leakatlas", "audit", *([str(config)] if config else [])]
+    conditions: Sequence[str] = ()
     if config is None:
         plan = bundled_plan()
     else:
         settings = read_config(config)
-        gates += [parse_gate(text) for text in settings.fail_on]
+        conditions = settings.fail_on
         plan = make_plan(settings, base=config.parent, command="")
     if budget is not None:
         plan = replace(plan, seconds=parse_budget(budget))
@@ -109,8 +140,14 @@ def audit(
     if rehearsal is not None:
         plan = replace(plan, rehearsal=rehearsal)
         command += ["--rehearsal" if rehearsal else "--no-rehearsal"]
-    plan = replace(plan, command=shlex.join([*command, "--out", str(out)]))
-    console = Console(stderr=True)
+    return replace(plan, command=shlex.join([*command, "--out", str(out)])), conditions
+
+
+def _carried_out(plan: Plan, out: Path, console: Console, *, silent: bool) -> Report:
+    """The report; a first signal ends the audit after its step, a second one at once."""
+    from leakatlas.audit import Silent, Watch, carry_out
+    from leakatlas.cli.progress import Bars
+
     stop = Watch()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -121,39 +158,29 @@ def audit(
 
     previous = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if as_json:
-            report = carry_out(plan, out=out, listener=Silent(), stop=stop)
-        else:
-            bars = Bars(console)
-            with bars.progress:
-                report = carry_out(plan, out=out, listener=bars, stop=stop)
+        if silent:
+            return carry_out(plan, out=out, listener=Silent(), stop=stop)
+        bars = Bars(console)
+        with bars.progress:
+            return carry_out(plan, out=out, listener=bars, stop=stop)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    failed = [gate for gate in gates if gate.holds(report.worst_case())]
-    if as_json:
-        typer.echo(json.dumps(report.to_json()))
-    else:
-        console.print(verdict_table(report))
-        for found in report.realism:
-            for line in realism_lines(found):
-                console.print(line, style="dim", markup=False, highlight=False)
-        console.print(f"Report: {escape(str(out / 'report.html'))}")
-        if not report.complete:
-            console.print("Stopped early; the same command continues.")
-        if left_out := not_tried(report):
-            console.print(f"[dim]{left_out}[/]", highlight=False)
-    for gate in failed:
-        value = gate.value(report.worst_case())
-        assert value is not None, "a gate holds on figures only"
-        shown = beside(value, gate.threshold, 3, kind="g")
-        console.print(f"[bold red]Failed:[/] {escape(gate.text)} (it is {shown}).", highlight=False)
-    reasons = report.undecided()
-    for reason in reasons:
-        console.print(f"[bold yellow]Undecided:[/] {escape(reason)}.", highlight=False)
-    if failed:
-        raise typer.Exit(GATE_FAILED)
-    raise typer.Exit(UNDECIDED if reasons and not allow_undecided else FINE)
+
+
+def _show(report: Report, out: Path, console: Console) -> None:
+    """Verdicts, what separates them, and what was not tried."""
+    from leakatlas.cli.progress import not_tried, realism_lines, verdict_table
+
+    console.print(verdict_table(report))
+    for found in report.realism:
+        for line in realism_lines(found):
+            console.print(line, style="dim", markup=False, highlight=False)
+    console.print(f"Report: {escape(str(out / 'report.html'))}")
+    if not report.complete:
+        console.print("Stopped early; the same command continues.")
+    if left_out := not_tried(report):
+        console.print(f"[dim]{left_out}[/]", highlight=False)
 
 
 def doctor(
