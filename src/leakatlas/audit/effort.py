@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from leakatlas.attacks.api import ActiveAttack, Attack, Outlook
-from leakatlas.audit import process, strangers
+from leakatlas.audit import control, process, strangers
 from leakatlas.audit.jobs import Job, finished, not_run, run_job
 from leakatlas.audit.labels import Reader, needed
 from leakatlas.audit.listener import Listener
@@ -80,7 +80,8 @@ class Readied:
         """The attack with as many iterations as fit into ``seconds``."""
         if self.pace is None:
             return self.attack
-        return self.attack.lasting(fits(seconds, self.pace, self.fixed or LONGEST))
+        own = control.part(self.attack) * seconds
+        return self.attack.lasting(fits(own, self.pace, self.fixed or LONGEST))
 
 
 def iterates(attack: Attack) -> bool:

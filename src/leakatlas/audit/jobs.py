@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from leakatlas.attacks.api import Attack, cache_folder
-from leakatlas.audit import kept, process
+from leakatlas.audit import control, kept, process
 from leakatlas.audit.listener import Listener
 from leakatlas.audit.plan import Plan, Setting
 from leakatlas.audit.start import Start
@@ -26,7 +26,7 @@ from leakatlas.errors import (
     UnsupportedModel,
 )
 from leakatlas.fl import Stage
-from leakatlas.metrics.score import score
+from leakatlas.metrics.score import Scores, score
 from leakatlas.report import Run, pictures_of, verdict
 
 
@@ -98,7 +98,7 @@ def run_job(
     # Not beside the finished runs: they hold the originals, and the attack knows this path.
     progress = None if cache is None else cache_folder() / "progress" / cache.name
     watch = Watch(
-        allowance,
+        None if allowance is None else control.part(job.attack) * allowance,
         lambda fraction, note: listener.run(name, fraction, note),
         parent=stop,
         conduct=Conduct(execution=plan.execution, checkpoints=progress),
@@ -169,14 +169,32 @@ def _scored(job: Job, blank: Run, live: Stage, plan: Plan, watch: Watch) -> Run:
         return replace(tried, verdict="not scored", pictures=shown)
     oracle = "labels" in trial.found.reads
     vectors = trial.truth.labels.dim() > 1  # targets of several entries are no labels to count
-    scores = score(
-        trial.images if len(trial.images) else None,
-        trial.truth.images.to(trial.images.dtype),
-        public=job.setting.public.images.to(trial.images.dtype),
-        labels=None if vectors else trial.truth.labels,
-        recovered_labels=None if oracle or vectors else labels,
-        classes=live.classes,
-    )
+
+    def scored(baselines: Mapping[str, torch.Tensor]) -> Scores:
+        return score(
+            trial.images if len(trial.images) else None,
+            trial.truth.images.to(trial.images.dtype),
+            public=job.setting.public.images.to(trial.images.dtype),
+            labels=None if vectors else trial.truth.labels,
+            recovered_labels=None if oracle or vectors else labels,
+            classes=live.classes,
+            baselines=baselines,
+        )
+
+    scores = scored({})
+    if control.wanted(job.attack, scores):
+        try:
+            other = control.other_batch(
+                job.setting, live, job.attack, target=job.target, seed=plan.seed,
+                watch=watch.again(), adversary=process.adversary(plan),
+            )  # fmt: skip
+        except Unavailable as problem:
+            tried = replace(tried, reason=str(problem))
+        else:
+            if len(other):
+                scores = scored({control.BASELINE: other.to(trial.images.dtype)})
+            if verdict(scores) != "recognisable":
+                tried = replace(tried, reason=control.PRIOR)
     return replace(
         tried,
         verdict=verdict(scores),

@@ -170,9 +170,11 @@ def _carried_out(plan: Plan, out: Path, console: Console, *, silent: bool) -> Re
 
 def _show(report: Report, out: Path, console: Console) -> None:
     """Verdicts, what separates them, and what was not tried."""
-    from leakatlas.cli.progress import not_tried, realism_lines, verdict_table
+    from leakatlas.cli.progress import disowned, not_tried, realism_lines, verdict_table
 
     console.print(verdict_table(report))
+    for line in disowned(report):
+        console.print(line, markup=False, highlight=False)
     for found in report.realism:
         for line in realism_lines(found):
             console.print(line, style="dim", markup=False, highlight=False)

@@ -98,6 +98,16 @@ def not_tried(report: Report) -> str:
     return f"Attacks that did not fit a set-up: {said}; the report says why." if said else ""
 
 
+def disowned(report: Report) -> list[str]:
+    """What controls on another batch say against runs that came to their end, in plain text."""
+    said = [
+        f"{run.attack} under {run.letter} on {run.setting}: {run.reason}."
+        for run in report.runs
+        if run.status == "complete" and run.reason
+    ]
+    return list(dict.fromkeys(said))
+
+
 class Cells:
     """A bar for a study with the time left, and a line for each cell that did not end well.
 

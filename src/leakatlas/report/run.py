@@ -25,7 +25,8 @@ class Run:
         target: Client attacked.
         defenses: Keys of the defenses in force.
         status: What became of it.
-        reason: Why, where it is not ``complete``.
+        reason: Why, where it is not ``complete``; of a complete run, what its control on another
+            batch says against it.
         verdict: What came out; ``not tested`` unless it was tried.
         wants: What the user could do so that a refused attack starts; empty where the chosen
             letters leave it out.
