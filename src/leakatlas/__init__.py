@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from leakatlas.fl import FedSGD as FedSGD
     from leakatlas.fl import Scenario as Scenario
     from leakatlas.fl import View as View
+    from leakatlas.integrations.loops import capture as capture
     from leakatlas.lint import lint as lint
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ _PUBLIC = {
     "View": ("leakatlas.fl", "View"),
     "attack": ("leakatlas.catalogue.registry", "attack"),
     "defense": ("leakatlas.catalogue.registry", "defense"),
+    "capture": ("leakatlas.integrations.loops", "capture"),
     "lint": ("leakatlas.lint", "lint"),
 }
 

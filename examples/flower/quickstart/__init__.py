@@ -1,0 +1,1 @@
+"""Flower's quickstart network on bundled photos, captured for an audit."""

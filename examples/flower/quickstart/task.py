@@ -1,0 +1,52 @@
+"""The network, the data and the local training of the quickstart."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from leakatlas.data import patches
+
+EXAMPLES = 8
+
+
+class Net(nn.Module):
+    """The small CNN of PyTorch's first tutorial, which most FL quickstarts train."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 5)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, 10)
+
+    def forward(self, x):
+        """Images ``(N, 3, 32, 32)`` to logits ``(N, 10)``."""
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = F.relu(self.fc1(x.flatten(1)))
+        return self.fc3(F.relu(self.fc2(x)))
+
+
+def net():
+    """The agreed architecture, with the weights that the server starts from."""
+    torch.manual_seed(0)
+    return Net()
+
+
+def load_data(partition):
+    """Images and labels of one client; nobody else has them."""
+    images = patches(32, n=64).images[partition * EXAMPLES : (partition + 1) * EXAMPLES]
+    labels = torch.arange(EXAMPLES) % 10
+    return images, labels
+
+
+def train(model, images, labels, epochs, batch_size, lr, momentum):
+    """Plain local training, in order."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    model.train()
+    for _ in range(epochs):
+        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()

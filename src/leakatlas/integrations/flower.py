@@ -1,0 +1,393 @@
+"""Capture and guard for Flower apps (``flwr`` 1.22 and newer, message API).
+
+A client records what goes by with a mod; where it stands in the list is what it sees::
+
+    app = ClientApp(mods=[capture_wire_mod, LocalDpMod(...), capture_raw_mod])
+
+``capture_wire_mod`` belongs first (outermost): it sees what the wire carries, after all others.
+``capture_raw_mod`` belongs last: it sees what training gave. Their difference is what the mods
+between them do. A server records every client with :class:`CapturingStrategy` around its own
+strategy. :func:`guard_mod` looks at what arrives and what would leave.
+
+The client's mods read their settings from the run configuration (``[tool.flwr.app.config]``),
+since they are made before it exists: ``leakatlas-folder`` (absolute), ``leakatlas-rounds`` and
+``leakatlas-clients`` (``"1,3"``; all if left out), ``leakatlas-limit-mb``. Nothing is added to any
+message. With SecAgg+ a client's wire holds masked integers: record ``aggregate`` at the server.
+
+Source: the API of flwr 1.22 to 1.42 (``flwr.clientapp``, ``flwr.serverapp.strategy``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MessageType,
+    MetricRecord,
+)
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from leakatlas import limits
+from leakatlas.errors import InvalidParameter, LeakAtlasError, shown
+from leakatlas.fl.recording import Exchange, Place, Recorder, Scalar
+from leakatlas.integrations.guard import Guard, judged
+
+log = logging.getLogger("leakatlas.flower")
+
+Next = Callable[[Message, Context], Message]
+Mod = Callable[[Message, Context, Next], Message]
+
+REFUSED = 451
+"""Code of the error that a guard answers with; Flower leaves codes from 100 on to applications."""
+
+EXAMPLES = ("num-examples", "num_examples")
+"""What clients call their number of examples in the metrics of a reply."""
+
+PREFIX = "leakatlas-"
+
+
+def tensors(record: ArrayRecord) -> dict[str, Tensor]:
+    """The arrays of a record by name, as they are: counters and single numbers too."""
+    return {name: torch.as_tensor(array.numpy()) for name, array in record.items()}
+
+
+def capture_wire_mod(message: Message, context: Context, call_next: Next) -> Message:
+    """Record what goes on the wire: first in the list of mods."""
+    return _captured("wire", message, context, call_next)
+
+
+def capture_raw_mod(message: Message, context: Context, call_next: Next) -> Message:
+    """Record what training gave, before any other mod: last in the list of mods."""
+    return _captured("raw", message, context, call_next)
+
+
+def _captured(place: Place, message: Message, context: Context, call_next: Next) -> Message:
+    if not _trains(message):
+        return call_next(message, context)
+    recorder = recorder_of(context.run_config)
+    # What arrived is taken before the client may change it in place.
+    arrived = _only(message, "arrived")
+    received = tensors(arrived) if arrived is not None else {}
+    received = {name: tensor.clone() for name, tensor in received.items()}
+    reply = call_next(message, context)
+    if reply.has_error() or arrived is None or (sent := _only(reply, "would leave")) is None:
+        return reply
+    client = str(context.node_id)
+    exchange = Exchange(
+        round=_round(message),
+        client=client,
+        place=place,
+        received=received,
+        sent={},
+        examples=_examples(reply),
+        settings=_settings(message, context),
+        framework=f"flwr {version('flwr')}",
+    )
+    _record(recorder, exchange, lambda: tensors(sent), _size(sent))
+    return reply
+
+
+def recorder_of(config: Mapping[str, Any]) -> Recorder:
+    """The recorder that a run configuration asks for.
+
+    Raises:
+        InvalidParameter: If ``leakatlas-folder`` is missing or relative, or a value makes no sense.
+    """
+    known = {"folder", "rounds", "clients", "limit-mb"}
+    given = {n.removeprefix(PREFIX): v for n, v in config.items() if n.startswith(PREFIX)}
+    if unknown := sorted(set(given) - known):
+        raise InvalidParameter(
+            f"The run configuration has {PREFIX}{unknown[0]}; known: "
+            + ", ".join(PREFIX + name for name in sorted(known))
+            + "."
+        )
+    folder = Path(str(given.get("folder", "")))
+    if not folder.is_absolute():
+        raise InvalidParameter(
+            f"{PREFIX}folder is {shown(given.get('folder', 'missing'))}; expected an absolute "
+            "path: Flower runs apps in folders of its own. Set it in [tool.flwr.app.config], or with "
+            f"flwr run --run-config '{PREFIX}folder=\"/where/captures/go\"'."
+        )
+    return Recorder(
+        folder=folder,
+        rounds=_rounds(given.get("rounds")),
+        clients=_clients(given.get("clients")),
+        limit=_limit(given.get("limit-mb")),
+    )
+
+
+def _clients(value: object) -> frozenset[str] | None:
+    return None if value is None else frozenset(part.strip() for part in str(value).split(","))
+
+
+def _rounds(value: object) -> frozenset[int] | None:
+    if value is None:
+        return None
+    try:
+        return frozenset(int(part) for part in str(value).split(","))
+    except ValueError:
+        raise InvalidParameter(
+            f"{PREFIX}rounds is {shown(value)}; expected whole numbers such as '1,3'."
+        ) from None
+
+
+def _limit(value: object) -> int:
+    if value is None:
+        return Recorder.limit
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise InvalidParameter(f"{PREFIX}limit-mb is {shown(value)}; expected a positive number.")
+    return int(value * limits.MIB)
+
+
+def _record(
+    recorder: Recorder, exchange: Exchange, sent: Callable[[], Mapping[str, Tensor]], size: int
+) -> None:
+    """Write an exchange; a folder that fails costs the capture, never the training."""
+    if not recorder.wants(exchange.round, exchange.client):
+        return
+    where = f"round {exchange.round} of client {exchange.client}"
+    try:
+        why = recorder.refuses(size + sum(t.nbytes for t in exchange.received.values()))
+        full = exchange if why else replace(exchange, sent=sent())
+        recorder.write(full, left_out=why)
+        if why:
+            log.warning("Not captured: %s, since %s.", where, why)
+    except LeakAtlasError as problem:
+        log.warning("Not captured: %s. %s", where, problem)
+
+
+def _size(record: ArrayRecord) -> int:
+    return sum(len(array.data) for array in record.values())
+
+
+def _trains(message: Message) -> bool:
+    return message.metadata.message_type.split(".")[0] == MessageType.TRAIN
+
+
+def _only(message: Message, what: str) -> ArrayRecord | None:
+    """The one record of arrays in a message; None, and a warning, where there is another number."""
+    records = list(message.content.array_records.values())
+    if len(records) == 1:
+        return records[0]
+    log.warning("Not captured: what %s has %d records of arrays, expected one.", what, len(records))
+    return None
+
+
+def _round(message: Message) -> int:
+    for config in message.content.config_records.values():
+        if "server-round" in config:
+            return int(str(config["server-round"]))
+    # Strategies name the group of a round's messages after it.
+    group = message.metadata.group_id
+    return int(group) if group.isdigit() else 0
+
+
+def _examples(reply: Message) -> int | None:
+    for metrics in reply.content.metric_records.values():
+        for name in EXAMPLES:
+            if isinstance(value := metrics.get(name), int | float):
+                return int(value)
+    return None
+
+
+def _settings(message: Message, context: Context) -> dict[str, Scalar]:
+    """Numbers and switches of the run; texts stay out: they may be secrets."""
+    found: dict[str, Scalar] = {}
+    for source in (context.run_config, *message.content.config_records.values()):
+        for name, value in source.items():
+            if isinstance(value, bool | int | float) and not name.startswith(PREFIX):
+                found[name] = value
+    if "partition-id" in context.node_config:
+        found["partition-id"] = int(str(context.node_config["partition-id"]))
+    return found
+
+
+class CapturingStrategy(Strategy):
+    """Records at the server what every client was sent and what it answered, around a strategy.
+
+    Args:
+        strategy: The one that decides; everything is passed on to it.
+        folder: Where captures go.
+        rounds: Which; all if None.
+        clients: Which node ids; all if None.
+        limit: Bytes that the folder may hold.
+        aggregate: Whether the mean that the strategy made is recorded too, as everybody sees it.
+        per_client: Whether single clients are; with SecAgg+ there is nothing to see of them.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        folder: Path | str,
+        *,
+        rounds: Iterable[int] | None = None,
+        clients: Iterable[int] | None = None,
+        limit: int = Recorder.limit,
+        aggregate: bool = True,
+        per_client: bool = True,
+    ) -> None:
+        self.strategy = strategy
+        self.recorder = Recorder(
+            folder=Path(folder),
+            rounds=None if rounds is None else frozenset(rounds),
+            clients=None if clients is None else frozenset(map(str, clients)),
+            limit=limit,
+        )
+        self.aggregate = aggregate
+        self.per_client = per_client
+        self._sent: dict[int, tuple[dict[str, Tensor], dict[str, Scalar]]] = {}
+        self._broadcast: dict[str, Tensor] = {}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The strategy's messages; what each client is sent is kept until it answers."""
+        messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
+        self._sent = {}
+        # A server may send every client something else; equal arrays are kept once.
+        copies: dict[str, dict[str, Tensor]] = {}
+        self._broadcast = _clones(arrays) if self.aggregate else {}
+        for message in messages:
+            client = str(message.metadata.dst_node_id)
+            if not (self.per_client and self.recorder.wants(server_round, client)):
+                continue
+            record = _only(message, "is sent")
+            if record is not None:
+                held = copies.get(record.object_id) or _clones(record)
+                copies[record.object_id] = held
+                self._sent[message.metadata.dst_node_id] = (held, _plain(message))
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Record the replies, then let the strategy aggregate them."""
+        # Both read them, and they may be a generator.
+        answers = list(replies)
+        good = [reply for reply in answers if not reply.has_error()]
+        for reply in good:
+            client = reply.metadata.src_node_id
+            if client not in self._sent or (sent := _only(reply, "came back")) is None:
+                continue
+            received, settings = self._sent[client]
+            exchange = self._exchange(server_round, str(client), "server", received, len(good))
+            exchange = replace(exchange, examples=_examples(reply), settings=settings)
+            _record(self.recorder, exchange, lambda sent=sent: tensors(sent), _size(sent))
+        arrays, metrics = self.strategy.aggregate_train(server_round, answers)
+        if self.aggregate and arrays is not None and good:
+            counts = [_examples(reply) for reply in good]
+            known = [count for count in counts if count is not None]
+            exchange = self._exchange(server_round, "all", "aggregate", self._broadcast, len(good))
+            total = sum(known) if len(known) == len(counts) else None
+            made = arrays
+            _record(
+                self.recorder, replace(exchange, examples=total), lambda: tensors(made), _size(made)
+            )
+        return arrays, metrics
+
+    def _exchange(
+        self, round: int, client: str, place: Place, received: Mapping[str, Tensor], cohort: int
+    ) -> Exchange:
+        return Exchange(
+            round=round, client=client, place=place, received=received, sent={}, cohort=cohort,
+            framework=f"flwr {version('flwr')}",
+        )  # fmt: skip
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The strategy's."""
+        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """The strategy's."""
+        return self.strategy.aggregate_evaluate(server_round, replies)
+
+    def summary(self) -> None:
+        """The strategy's, and where captures go."""
+        self.strategy.summary()
+        log.info("LeakAtlas captures go to %s.", self.recorder.folder)
+
+
+def _clones(record: ArrayRecord) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors(record).items()}
+
+
+def _plain(message: Message) -> dict[str, Scalar]:
+    return {
+        name: value
+        for config in message.content.config_records.values()
+        for name, value in config.items()
+        if isinstance(value, bool | int | float)
+    }
+
+
+def guard_mod(guard: Guard) -> Mod:
+    """A mod that examines what arrives and what would leave; first in the list of mods.
+
+    On an alarm the guard logs it, refuses the round (the server gets an error reply, and goes on
+    without this client), or sends an update defended by its named defense.
+
+    Args:
+        guard: What is examined, and what follows.
+    """
+
+    def mod(message: Message, context: Context, call_next: Next) -> Message:
+        if not _trains(message):
+            return call_next(message, context)
+        arrived = _only(message, "arrived")
+        if arrived is None:
+            return call_next(message, context)
+        client, received = str(context.node_id), _clones(arrived)
+        alarm = judged(guard, received, client=client)
+        if alarm and guard.on_alarm == "refuse":
+            return _refusal(message, client, alarm)
+        reply = call_next(message, context)
+        if reply.has_error() or (sent := _only(reply, "would leave")) is None:
+            return reply
+        if not alarm and (verdict := guard.leaving(received, tensors(sent))) is not None:
+            alarm = f"the update would give single examples away. {verdict}" * verdict.alarm
+        if not alarm:
+            return reply
+        if guard.on_alarm == "refuse":
+            return _refusal(message, client, alarm)
+        log.warning("Client %s, round %d: %s", client, _round(message), alarm)
+        if guard.on_alarm == "defend":
+            changed = guard.defended(received, tensors(sent), round=_round(message), client=client)
+            key = next(iter(reply.content.array_records))
+            reply.content[key] = ArrayRecord(torch_state_dict={n: changed[n] for n in sent})
+        return reply
+
+    return mod
+
+
+def _refusal(message: Message, client: str, alarm: str) -> Message:
+    log.error("Client %s refuses round %d: %s", client, _round(message), alarm)
+    reason = f"Client {client} refuses this round: {alarm}"
+    return Message(Error(code=REFUSED, reason=reason[:1000]), reply_to=message)
+
+
+__all__ = [
+    "REFUSED",
+    "CapturingStrategy",
+    "Guard",
+    "capture_raw_mod",
+    "capture_wire_mod",
+    "guard_mod",
+    "recorder_of",
+]

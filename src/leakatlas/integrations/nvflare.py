@@ -1,0 +1,165 @@
+"""Capture and lint as NVFlare filters (``nvflare`` 2.9).
+
+:class:`CaptureFilter` belongs into both chains of one side, with the same folder: it remembers the
+task data that arrived and pairs them with the result that leaves. It returns nothing, so that no
+filter history and no audit event is added. :class:`LintFilter` belongs into the task data of a
+client; by raising ``ContentBlockedException`` it keeps a tampered model from being trained on.
+
+Filters of a site (``local/privacy.json``) run before those of a job, and a job cannot opt out of
+them: a capture there sees the update before the job's own protection. The site must allow the
+package (``class_allow_list``). Arguments are plain values, as a site's JSON holds them.
+
+Source: the API of nvflare 2.9.0 (``nvflare.apis.dxo_filter``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from nvflare.apis.dxo import DXO, DataKind, MetaKey
+from nvflare.apis.dxo_filter import DXOFilter
+from nvflare.apis.filter import ContentBlockedException, FilterChainType, FilterContextKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from torch import Tensor
+
+from leakatlas import limits
+from leakatlas.errors import InvalidParameter, LeakAtlasError
+from leakatlas.fl import ModelRef
+from leakatlas.fl.recording import Exchange, Place, Recorder, Scalar
+from leakatlas.integrations.guard import Guard, judged
+
+log = logging.getLogger("leakatlas.nvflare")
+
+KINDS = [DataKind.WEIGHTS, DataKind.WEIGHT_DIFF]
+ROUND = "current_round"
+KEPT = "leakatlas_received"
+"""Under which name the context of a site keeps what arrived."""
+
+
+class CaptureFilter(DXOFilter):
+    """Records what a task brought and what its result takes away.
+
+    Args:
+        folder: Where captures go.
+        place: ``raw`` in a site's policy or before a job's protection, ``wire`` after it, both at
+            a client; ``server`` at the server.
+        rounds: Which; all if None.
+        clients: Which, by site name; all if None.
+        limit_mb: What the folder may hold.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        place: Place = "raw",
+        rounds: Sequence[int] | None = None,
+        clients: Sequence[str] | None = None,
+        limit_mb: float = 2048.0,
+    ) -> None:
+        super().__init__(supported_data_kinds=KINDS, data_kinds_to_filter=KINDS)
+        if place not in ("raw", "wire", "server"):
+            raise InvalidParameter(f"place is {place!r}; expected raw, wire or server.")
+        self.place = place
+        self.recorder = Recorder(
+            folder=Path(folder),
+            rounds=None if rounds is None else frozenset(rounds),
+            clients=None if clients is None else frozenset(clients),
+            limit=int(limit_mb * limits.MIB),
+        )
+
+    def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> None:
+        """Look, and change nothing."""
+        client = _client(fl_ctx, at_server=self.place == "server")
+        name = f"{KEPT}_{client}"
+        if self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA:
+            # Copies: later filters and the trainer may change arrays in place.
+            kept = (_round(dxo, shareable), tensors(dxo))
+            fl_ctx.set_prop(name, kept, private=True, sticky=True)
+            return
+        kept = fl_ctx.get_prop(name)
+        if kept is None:
+            log.warning("Not captured: no task data passed this filter before client %s's", client)
+            return
+        round, received = kept
+        if not self.recorder.wants(round, client):
+            return
+        exchange = Exchange(
+            round=round,
+            client=client,
+            place=self.place,
+            received=received,
+            sent=tensors(dxo),
+            kind="weights" if dxo.data_kind == DataKind.WEIGHTS else "delta",
+            settings=_settings(dxo),
+            framework=f"nvflare {version('nvflare')}",
+        )
+        size = sum(t.nbytes for held in (exchange.received, exchange.sent) for t in held.values())
+        try:
+            why = self.recorder.refuses(size)
+            self.recorder.write(exchange, left_out=why)
+        except LeakAtlasError as problem:
+            why = str(problem)
+        if why:
+            log.warning("Not captured: round %d of client %s, since %s.", round, client, why)
+
+
+class LintFilter(DXOFilter):
+    """Keeps a client from training on a model that looks tampered with.
+
+    Args:
+        model: ``package.module:factory`` of the agreed architecture; only names and weights are
+            examined without it.
+        on_alarm: ``refuse`` blocks the task, ``log`` says so and goes on.
+    """
+
+    def __init__(self, model: str | None = None, on_alarm: str = "refuse") -> None:
+        super().__init__(supported_data_kinds=KINDS, data_kinds_to_filter=[DataKind.WEIGHTS])
+        if on_alarm not in ("refuse", "log"):
+            raise InvalidParameter(f"on_alarm is {on_alarm!r}; expected refuse or log.")
+        reference = None if model is None else ModelRef("python", model)
+        self.guard = Guard(
+            # Whoever configures the site names this code.
+            model=None if reference is None else lambda: reference.build(trust_code=True),
+            on_alarm="refuse" if on_alarm == "refuse" else "log",
+        )
+
+    def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> None:
+        """Examine the weights.
+
+        Raises:
+            ContentBlockedException: On an alarm, with the evidence.
+        """
+        client = _client(fl_ctx, at_server=False)
+        alarm = judged(self.guard, tensors(dxo), client=client)
+        if not alarm:
+            return
+        said = f"Client {client} refuses round {_round(dxo, shareable)}: {alarm}"
+        if self.guard.on_alarm == "refuse":
+            raise ContentBlockedException(said)
+        log.warning("%s", said)
+
+
+def tensors(dxo: DXO) -> dict[str, Tensor]:
+    """Copies of the arrays by name; counters and single numbers too."""
+    return {name: torch.as_tensor(value).detach().clone() for name, value in dxo.data.items()}
+
+
+def _client(context: FLContext, *, at_server: bool) -> str:
+    peer = context.get_peer_context() if at_server else None
+    return str((peer or context).get_identity_name())
+
+
+def _round(dxo: DXO, shareable: Shareable) -> int:
+    found = dxo.get_meta_prop(MetaKey.CURRENT_ROUND, shareable.get_header(ROUND))
+    return int(found) if isinstance(found, int | str) and str(found).isdigit() else 0
+
+
+def _settings(dxo: DXO) -> dict[str, Scalar]:
+    steps: Any = dxo.get_meta_prop(MetaKey.NUM_STEPS_CURRENT_ROUND)
+    return {"steps": int(steps)} if isinstance(steps, int | float) else {}
