@@ -321,7 +321,7 @@ def _read_arrays(path: Path, facts: _Facts) -> Exchange:
             )
         split[side][name] = tensor
     known = {n: v for n, v in asdict(facts).items() if n not in ("format", "left_out")}
-    return Exchange(**known, **split)
+    return Exchange(received=split["received"], sent=split["sent"], **known)
 
 
 def _some(names: Sequence[str]) -> str:

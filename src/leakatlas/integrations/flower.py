@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def _captured(place: Place, message: Message, context: Context, call_next: Next)
         settings=_settings(message, context),
         framework=f"flwr {version('flwr')}",
     )
-    _record(recorder, exchange, lambda: tensors(sent), _size(sent))
+    _record(recorder, exchange, partial(tensors, sent), _size(sent))
     return reply
 
 
@@ -118,8 +119,8 @@ def recorder_of(config: Mapping[str, Any]) -> Recorder:
     if not folder.is_absolute():
         raise InvalidParameter(
             f"{PREFIX}folder is {shown(given.get('folder', 'missing'))}; expected an absolute "
-            "path: Flower runs apps in folders of its own. Set it in [tool.flwr.app.config], or with "
-            f"flwr run --run-config '{PREFIX}folder=\"/where/captures/go\"'."
+            "path: Flower runs apps in folders of its own. Set it in [tool.flwr.app.config], or "
+            f"with flwr run --run-config '{PREFIX}folder=\"/where/captures/go\"'."
         )
     return Recorder(
         folder=folder,
@@ -174,7 +175,8 @@ def _size(record: ArrayRecord) -> int:
 
 
 def _trains(message: Message) -> bool:
-    return message.metadata.message_type.split(".")[0] == MessageType.TRAIN
+    kind: str = message.metadata.message_type  # "train", or "train.name of a function"
+    return kind.split(".")[0] == str(MessageType.TRAIN)
 
 
 def _only(message: Message, what: str) -> ArrayRecord | None:
@@ -285,16 +287,18 @@ class CapturingStrategy(Strategy):
             received, settings = self._sent[client]
             exchange = self._exchange(server_round, str(client), "server", received, len(good))
             exchange = replace(exchange, examples=_examples(reply), settings=settings)
-            _record(self.recorder, exchange, lambda sent=sent: tensors(sent), _size(sent))
+            _record(self.recorder, exchange, partial(tensors, sent), _size(sent))
         arrays, metrics = self.strategy.aggregate_train(server_round, answers)
         if self.aggregate and arrays is not None and good:
             counts = [_examples(reply) for reply in good]
             known = [count for count in counts if count is not None]
             exchange = self._exchange(server_round, "all", "aggregate", self._broadcast, len(good))
             total = sum(known) if len(known) == len(counts) else None
-            made = arrays
             _record(
-                self.recorder, replace(exchange, examples=total), lambda: tensors(made), _size(made)
+                self.recorder,
+                replace(exchange, examples=total),
+                partial(tensors, arrays),
+                _size(arrays),
             )
         return arrays, metrics
 
@@ -310,7 +314,10 @@ class CapturingStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """The strategy's."""
-        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
+        messages: Iterable[Message] = self.strategy.configure_evaluate(
+            server_round, arrays, config, grid
+        )
+        return messages
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]

@@ -1,0 +1,52 @@
+"""Tests of the adapters for frameworks that cannot share this project's environment.
+
+``python scripts/frameworks.py flower`` makes a virtual environment outside of the repository with
+the project and the extra of that name, runs ``tests/frameworks/test_flower.py`` in it, and ends
+with its exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+EXTRAS = {"flower": ["flwr[simulation]>=1.22"], "nvflare": ["nvflare>=2.9"]}
+TESTERS = ["pytest>=8", "hypothesis>=6.100"]
+
+
+def main() -> int:
+    """Build the environment and run the tests."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("framework", choices=sorted(EXTRAS))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "frameworks")
+    options = parser.parse_args()
+    folder = options.folder / options.framework
+    binary = str(folder / "bin" / "python")
+    uv = [sys.executable, "-m", "uv"]
+    wanted = [f"{ROOT}[{options.framework}]", *EXTRAS[options.framework], *TESTERS]
+    for command in (
+        [*uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)],
+        [*uv, "pip", "install", "--quiet", "--python", binary, *wanted],
+    ):
+        done = subprocess.run(command, cwd=ROOT, check=False)
+        if done.returncode:
+            return done.returncode
+    return subprocess.run(
+        [
+            binary, "-m", "pytest", "-q", "-p", "no:cacheprovider",
+            # What frameworks warn of is theirs to mend.
+            "-W", "default", f"tests/frameworks/test_{options.framework}.py",
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        check=False,
+    ).returncode  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""The Flower adapter against the real library: messages first, then the engine.
+
+Flower cannot share this project's environment (it wants an older typer and rich):
+``make test-flower`` builds one for it and runs this file there.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import leakatlas
+from leakatlas.errors import InvalidParameter
+from leakatlas.fl import FedAVG
+from leakatlas.fl.recording import protocol_of, read_recording
+
+pytest.importorskip("flwr", reason="make test-flower builds an environment with Flower")
+
+APP = Path(__file__).parents[2] / "examples" / "flower"
+NODES = 2
+
+
+@pytest.fixture(autouse=True)
+def app_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(APP))
+    try:
+        from flwr.supercore.task_identity import TaskIdentity
+    except ImportError:
+        return  # older releases make messages anywhere
+    # Newer ones make them in a running task only.
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def _context(folder: Path, **config: Any) -> Any:
+    from flwr.app import Context, RecordDict
+
+    settings = {
+        "local-epochs": 1, "batch-size": 4, "learning-rate": 0.05, "momentum": 0.0, "mode": "train",
+        "defense": "none", "guard": "off", "leakatlas-folder": str(folder), "secret": "token",
+    }  # fmt: skip
+    return Context(
+        run_id=1, node_id=77, node_config={"partition-id": 0}, state=RecordDict(),
+        run_config=settings | config,
+    )  # fmt: skip
+
+
+def _message(state: dict[str, torch.Tensor], number: int = 1) -> Any:
+    from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+
+    content = RecordDict(
+        {"arrays": ArrayRecord(state), "config": ConfigRecord({"server-round": number})}
+    )
+    return Message(content=content, dst_node_id=77, message_type=MessageType.TRAIN)
+
+
+def _task() -> Any:
+    import importlib
+
+    return importlib.import_module("quickstart.task")
+
+
+def _client() -> Any:
+    import importlib
+
+    return importlib.import_module("quickstart.client_app")
+
+
+def test_a_round_is_recorded_and_replayed_with_the_right_protocol_alone(tmp_path: Path) -> None:
+    task, client = _task(), _client()
+    reply = client.app(_message(task.net().state_dict()), _context(tmp_path))
+    assert not reply.has_error()
+    assert set(reply.content) == {"arrays", "metrics"}, "nothing is added to messages"
+
+    recording = read_recording(tmp_path, place="wire")
+    assert recording.last.settings["partition-id"] == 0
+    assert "secret" not in recording.last.settings
+    protocol = protocol_of(recording.last.settings, kind=recording.last.kind)
+    assert protocol == FedAVG(epochs=1, batch_size=4, lr=0.05)
+    batch, capture = task.load_data(0), recording.capture(task.net())
+    right = leakatlas.doctor(
+        task.net(), batch, captured=capture, protocol=protocol, threat="B"
+    ).replay
+    assert right.residual is not None
+    assert right.residual <= 1e-5
+    wrong = leakatlas.doctor(
+        task.net(), batch, captured=capture, protocol=FedAVG(batch_size=4, lr=0.05, momentum=0.9),
+        threat="B",
+    ).replay  # fmt: skip
+    assert not wrong.expected
+    assert "plain SGD" in wrong.explanation
+
+
+def test_the_two_places_differ_by_the_noise_between_them(tmp_path: Path) -> None:
+    import math
+
+    task, client = _task(), _client()
+    client.app(_message(task.net().state_dict()), _context(tmp_path, defense="local_dp"))
+    raw = read_recording(tmp_path, place="raw").last
+    wire = read_recording(tmp_path, place="wire").last
+    moved = {n: raw.sent[n] - raw.received[n] for n in raw.sent}
+    norm = math.sqrt(sum(float(t.double().square().sum()) for t in moved.values()))
+    # The mod clips the change to 1 first, then adds noise to every number.
+    clipped = {n: raw.received[n] + t * min(1.0, 1.0 / norm) for n, t in moved.items()}
+    noise = torch.cat([(wire.sent[n] - clipped[n]).double().flatten() for n in wire.sent])
+    promised = 0.01 * math.sqrt(2 * math.log(1.25 / 1e-5)) / 5.0
+    assert float(noise.std()) == pytest.approx(promised, rel=5 / math.sqrt(2 * len(noise)))
+    assert abs(float(noise.mean())) < 5 * promised / math.sqrt(len(noise))
+
+
+def test_a_guard_refuses_a_tampered_model_and_answers_with_an_error(tmp_path: Path) -> None:
+    from leakatlas.integrations.flower import REFUSED
+
+    task, client = _task(), _client()
+    clean = client.app(_message(task.net().state_dict()), _context(tmp_path, guard="refuse"))
+    assert not clean.has_error()
+    state = _tampered(task.net().state_dict())
+    reply = client.app(_message(state), _context(tmp_path, guard="refuse"))
+    assert reply.has_error()
+    assert reply.error.code == REFUSED
+    assert "refuses this round" in reply.error.reason
+    logged = client.app(_message(state), _context(tmp_path, guard="log"))
+    assert not logged.has_error()
+
+
+def _tampered(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    rows, width = state["fc1.weight"].shape
+    return {
+        **state,
+        "fc1.weight": torch.full((rows, width), 1.0 / width),
+        "fc1.bias": -torch.linspace(0.0, 0.5, rows),
+    }
+
+
+def test_a_guard_defends_what_leaves(tmp_path: Path) -> None:
+    from flwr.clientapp import ClientApp
+
+    from leakatlas.integrations.flower import Guard, guard_mod
+
+    task, client = _task(), _client()
+    defense = leakatlas.defense("clipping", max_norm=0.01)
+    guard = Guard(model=task.net, on_alarm="defend", defense=defense)
+    app = ClientApp(mods=[guard_mod(guard)])
+    app.train()(client.fit)
+    state = _tampered(task.net().state_dict())
+    reply = app(_message(state), _context(tmp_path))
+    sent = reply.content["arrays"].to_torch_state_dict()
+    moved = sum(float((sent[n] - t).double().square().sum()) for n, t in state.items()) ** 0.5
+    assert moved == pytest.approx(0.01, rel=1e-3)
+    honest = app(_message(task.net().state_dict()), _context(tmp_path))
+    free = honest.content["arrays"].to_torch_state_dict()
+    start = task.net().state_dict()
+    assert sum(float((free[n] - t).square().sum()) for n, t in start.items()) ** 0.5 > 0.02
+
+
+def test_a_failing_client_is_not_recorded_and_stays_an_error(tmp_path: Path) -> None:
+    from flwr.app import Error, Message
+    from flwr.clientapp import ClientApp
+
+    from leakatlas.integrations.flower import capture_wire_mod
+
+    app = ClientApp(mods=[capture_wire_mod])
+
+    @app.train()
+    def fit(message: Any, context: Any) -> Any:
+        return Message(Error(code=3, reason="no data"), reply_to=message)
+
+    reply = app(_message(_task().net().state_dict()), _context(tmp_path))
+    assert reply.error.code == 3
+    assert not list(tmp_path.glob("round-*"))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"leakatlas-folder": "captures"}, "absolute path"),
+        ({"leakatlas-rounds": "one"}, "whole numbers"),
+        ({"leakatlas-limit-mb": -1.0}, "positive number"),
+        ({"leakatlas-foldr": "/x"}, "known: leakatlas-clients"),
+    ],
+)
+def test_settings_that_make_no_sense_are_told(
+    tmp_path: Path, config: dict[str, Any], words: str
+) -> None:
+    from leakatlas.integrations.flower import recorder_of
+
+    with pytest.raises(InvalidParameter, match=words):
+        recorder_of({"leakatlas-folder": str(tmp_path)} | config)
+
+
+def test_only_chosen_rounds_are_recorded_and_a_small_limit_is_kept(tmp_path: Path) -> None:
+    task, client = _task(), _client()
+    state = task.net().state_dict()
+    for number in (1, 2):
+        chosen = _context(tmp_path / "rounds", **{"leakatlas-rounds": "2"})
+        client.app(_message(state, number), chosen)
+    assert [p.name for p in (tmp_path / "rounds").iterdir()] == ["round-00002"]
+    client.app(_message(state), _context(tmp_path / "small", **{"leakatlas-limit-mb": 0.1}))
+    facts = (tmp_path / "small" / "round-00001" / "wire-77.json").read_text(encoding="utf-8")
+    assert "limit" in facts
+    assert not list((tmp_path / "small").glob("*/*.safetensors"))
+
+
+# -- the engine ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A local superlink of this test's own, ended with it."""
+    home = tmp_path_factory.mktemp("flwr")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    (home / "config.toml").write_text(
+        '[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = ":local-in-memory:"\n',
+        encoding="utf-8",
+    )
+    binaries = Path(sys.executable).parent
+    yield {
+        **os.environ,
+        "PATH": f"{binaries}:{os.environ['PATH']}",
+        "FLWR_HOME": str(home),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": port,
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    subprocess.run(["pkill", "-f", f"flower-superlink.*--port {port}"], check=False)
+
+
+def _run(engine: dict[str, str], folder: Path, **config: str) -> str:
+    settings = {"leakatlas-folder": f'"{folder}"', **config}
+    words = " ".join(f"{name}={value}" for name, value in settings.items())
+    done = subprocess.run(
+        ["flwr", "run", str(APP), "local", "--stream", "--run-config", words],
+        env=engine, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_three_rounds_of_two_clients_under_the_real_engine(
+    engine: dict[str, str], tmp_path: Path
+) -> None:
+    _run(engine, tmp_path)
+    task = _task()
+    for place in ("wire", "raw", "server"):
+        recording = read_recording(tmp_path, place=place)  # type: ignore[arg-type]
+        assert [e.round for e in recording.exchanges] == [1, 2, 3], place
+    wire = read_recording(tmp_path, place="wire")
+    server = read_recording(tmp_path, place="server", client=wire.last.client)
+    assert all(torch.equal(t, server.last.sent[n]) for n, t in wire.last.sent.items())
+    part = int(wire.last.settings["partition-id"])
+    found = leakatlas.doctor(
+        task.net(), task.load_data(part), captured=wire.capture(task.net()),
+        protocol=protocol_of(wire.last.settings, kind="weights"), threat="B",
+    )  # fmt: skip
+    assert found.replay.residual is not None
+    assert found.replay.residual <= 1e-5
+    # What everybody sees is the mean of what the server saw.
+    mean = read_recording(tmp_path, place="aggregate").last
+    clients = {
+        e.name.split("-", 1)[1].removesuffix(".json") for e in tmp_path.glob("*/server-*.json")
+    }
+    assert len(clients) == NODES
+    sent = [read_recording(tmp_path, place="server", client=c).last.sent for c in sorted(clients)]
+    for name, tensor in mean.sent.items():
+        torch.testing.assert_close(tensor, sum(s[name] for s in sent) / NODES)
+
+
+def test_a_run_goes_on_without_the_client_that_refuses(
+    engine: dict[str, str], tmp_path: Path
+) -> None:
+    said = _run(engine, tmp_path, tamper="true", guard='"refuse"', **{"num-server-rounds": "1"})
+    assert "refuses this round" in said or "received 0 results" in said or "failures" in said
+    assert not list(tmp_path.glob("*/server-*.safetensors")), "no refused client was heard"
+    assert "Strategy execution finished" in said
