@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from torch import nn
 
-from leakatlas import data, models, yamlfiles
+from leakatlas import data, models, reading, yamlfiles
 from leakatlas.audit.plan import Plan, Setting, stand_in
 from leakatlas.blocks.watch import Execution, parse_budget
 from leakatlas.data import Box
@@ -18,6 +19,7 @@ from leakatlas.errors import InvalidInput, InvalidParameter, UnknownName, shown
 from leakatlas.fl import ModelRef, Protocol
 from leakatlas.fl.capture import Capture
 from leakatlas.fl.losses import with_code
+from leakatlas.fl.recording import described_by, read_recording
 from leakatlas.fl.state import load_into
 from leakatlas.fl.view import defense_from_json, protocol_from_json
 from leakatlas.report import Context
@@ -69,6 +71,21 @@ class DataConfig(_Strict):
     """As ``mean``."""
 
 
+class RecordedConfig(_Strict):
+    """A folder that one of :mod:`leakatlas.integrations` recorded, and what of it is attacked."""
+
+    folder: str
+    """Where the captures went."""
+    client: str | None = None
+    """Whose; the first one's if left out."""
+    place: Literal["raw", "wire", "server", "aggregate"] | None = None
+    """Where it was recorded; as an adversary sees it, if left out."""
+    rounds: tuple[int, ...] | None = None
+    """Which, oldest first; all that are there if left out."""
+    examples: int | None = Field(default=None, gt=0)
+    """Behind each update, where the framework did not say it."""
+
+
 class AuditConfig(_Strict):
     """The whole file."""
 
@@ -107,9 +124,10 @@ class AuditConfig(_Strict):
     upper_bound: bool = True
     """Whether the strongest attacks run once more with oracles (labels, batch statistics, eval
     mode), within the budget, for the second of the two verdicts."""
-    captured: str | None = None
-    """What a real client sent (``leakatlas capture`` makes the file), attacked instead of a
-    simulated round."""
+    captured: str | RecordedConfig | None = None
+    """What a real client sent, attacked instead of a simulated round: a file of ``leakatlas
+    capture``, or the folder that the capture of a framework wrote (``{folder: PATH, client: ID}``
+    chooses from it; the protocol is completed from what was recorded)."""
     context: Context = Context()
     """What the audit is about, for the first page of the report; every key is optional."""
     fail_on: tuple[str, ...] = ()
@@ -220,7 +238,11 @@ def make_plan(config: AuditConfig, *, base: Path, command: str) -> Plan:
 def make_setting(config: AuditConfig, *, base: Path) -> Setting:
     """The one set-up that the file describes."""
     reference = _model_ref(config.model, base)
-    capture = None if config.captured is None else Capture.load(base / config.captured)
+    model = reference.build(trust_code=True)  # the person who starts an audit names this file
+    described = config.protocol
+    capture, recorded = _captured(config, model, base)
+    if recorded is not None:
+        described = recorded
     known = config.data.victims != "none"
     if known and config.data.shape is not None:
         raise InvalidInput("data.shape belongs to victims: none; images bring their own shape.")
@@ -235,7 +257,6 @@ def make_setting(config: AuditConfig, *, base: Path) -> Setting:
         mean = config.data.mean or (0.0,) * channels
         std = config.data.std or (1.0,) * channels
         box = Box(mean=mean, std=std)
-    model = reference.build(trust_code=True)  # the person who starts an audit names this file
     notes: tuple[str, ...] = ()
     if config.model.weights is not None:
         name = config.model.weights
@@ -244,11 +265,11 @@ def make_setting(config: AuditConfig, *, base: Path) -> Setting:
     surrogate = config.data.surrogate
     return Setting(
         name=f"{config.model.builtin or config.model.python}, "
-        f"{config.protocol.get('algorithm', 'fedsgd')}",
+        f"{described.get('algorithm', 'fedsgd')}",
         model=model,
         model_ref=reference,
         victims=victims,
-        protocol=_protocol(config.protocol, base),
+        protocol=_protocol(described, base),
         clients=config.clients,
         targets=config.targets,
         defenses=tuple(_defense(d) for d in config.defenses),
@@ -262,6 +283,25 @@ def make_setting(config: AuditConfig, *, base: Path) -> Setting:
         weights=config.model.weights or "",
         weights_notes=notes,
     )
+
+
+def _captured(
+    config: AuditConfig, model: nn.Module, base: Path
+) -> tuple[Capture | None, Mapping[str, Any] | None]:
+    """The capture, and the protocol that a folder of exchanges and the file describe together."""
+    given = config.captured
+    if given is None:
+        return None, None
+    if isinstance(given, str):
+        if not reading.is_folder(base / given):
+            return Capture.load(base / given), None
+        given = RecordedConfig(folder=given)
+    recording = read_recording(base / given.folder, place=given.place, client=given.client)
+    if given.rounds is not None:
+        recording = recording.select(given.rounds)
+    said = config.protocol if "protocol" in config.model_fields_set else {}
+    described = described_by(recording.last.settings, kind=recording.last.kind, given=said)
+    return recording.capture(model, examples=given.examples), described
 
 
 def _images(config: AuditConfig, spec: str, base: Path, limit: int | None = None) -> data.ImageSet:

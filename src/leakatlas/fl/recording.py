@@ -328,10 +328,10 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
-def protocol_of(
+def described_by(
     settings: Mapping[str, Scalar], *, kind: Kind, given: Mapping[str, Any] | None = None
-) -> Protocol:
-    """The protocol that recorded settings describe.
+) -> dict[str, Any]:
+    """The description of a protocol that recorded settings and a person give together.
 
     Args:
         settings: As recorded; names are looked up in :data:`SETTINGS`.
@@ -341,26 +341,32 @@ def protocol_of(
     Raises:
         InvalidInput: If something that a replay needs is neither recorded nor given, by name.
     """
+    said = dict(given or {})
+    algorithm = said.pop("algorithm", "fedsgd" if kind == "gradient" else "fedavg")
     plain = {name.replace("-", "_").lower(): value for name, value in settings.items()}
+    names = SETTINGS if algorithm == "fedavg" else {"mode": SETTINGS["mode"]}
     known: dict[str, Any] = {}
-    for name, words in SETTINGS.items():
+    for name, words in names.items():
         found = next((plain[word] for word in words if word in plain), None)
         if found is not None:
-            known[name] = found
-    known |= given or {}
-    algorithm = known.pop("algorithm", "fedsgd" if kind == "gradient" else "fedavg")
-    if algorithm == "fedsgd":
-        allowed = {"lr", "mode", "reduction", "loss", "shared", "augment"}
-        return FedSGD.from_json({n: v for n, v in known.items() if n in allowed})
-    missing = [name for name in ("lr", "epochs", "batch_size") if name not in known]
-    if missing:
+            known[name] = found.lower() if isinstance(found, str) else found
+    known |= said
+    missing = [n for n in ("lr", "epochs", "batch_size") if n not in known]
+    if algorithm == "fedavg" and missing:
         recorded = ", ".join(sorted(settings)) or "nothing"
         raise InvalidInput(
             f"The capture does not say the client's {', '.join(missing)} (recorded settings: "
-            f"{recorded}). Give them: --protocol "
-            + " --protocol ".join(f"{name}=..." for name in missing)
-            + " (protocol: in YAML)."
+            f"{recorded}). Give them: "
+            + " ".join(f"--protocol {name}=..." for name in missing)
+            + ", or under protocol: in YAML."
         )
-    if "optimizer" in known:
-        known["optimizer"] = str(known["optimizer"]).lower()
-    return FedAVG.from_json(known)
+    return {"algorithm": algorithm, **known}
+
+
+def protocol_of(
+    settings: Mapping[str, Scalar], *, kind: Kind, given: Mapping[str, Any] | None = None
+) -> Protocol:
+    """The protocol of :func:`described_by`."""
+    described = described_by(settings, kind=kind, given=given)
+    kinds = {"fedavg": FedAVG, "fedsgd": FedSGD}
+    return kinds[described.pop("algorithm")].from_json(described)

@@ -1,0 +1,80 @@
+"""The one-line audit of what a framework's capture wrote: no YAML file needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leakatlas.errors import InvalidParameter, shown
+
+if TYPE_CHECKING:
+    from leakatlas.audit import AuditConfig
+
+HOW = "leakatlas audit --captured FOLDER --model file.py:factory [--truth DATA | --shape C,H,W]"
+
+
+def recorded_config(
+    captured: Path,
+    *,
+    model: str | None,
+    truth: str | None,
+    shape: str | None,
+    client: str | None,
+    protocol: Sequence[str],
+) -> AuditConfig:
+    """The configuration that the options say.
+
+    Args:
+        captured: A folder of captures, or a file of ``leakatlas capture``.
+        model: builtin name, or ``file.py:factory``.
+        truth: The private images behind it, as ``data.victims`` in YAML.
+        shape: Their shape, where they are not at hand.
+        client: Whose exchanges of the folder.
+        protocol: ``name=value`` each.
+
+    Raises:
+        InvalidParameter: If the model, or the images and their shape, are missing.
+    """
+    from leakatlas.audit import AuditConfig
+
+    if model is None:
+        raise InvalidParameter(f"--captured needs --model, which gives the names: {HOW}.")
+    if (truth is None) == (shape is None):
+        raise InvalidParameter(
+            f"--captured needs --truth, the images behind it, or --shape, theirs: {HOW}."
+        )
+    data: dict[str, Any] = {"victims": "none", "shape": _shape(shape)} if shape else {}
+    if truth is not None:
+        data = {"victims": truth, "limit": 10**6}  # all of them stood behind the update
+    where: str | dict[str, Any] = str(captured.absolute())
+    if client is not None:
+        where = {"folder": where, "client": client}
+    given = dict(_pair(text) for text in protocol)
+    return AuditConfig.model_validate(
+        {
+            "model": {"python" if ":" in model else "builtin": model},
+            "data": data,
+            "captured": where,
+            **({"protocol": given} if given else {}),
+        }
+    )
+
+
+def _shape(text: str) -> list[int]:
+    parts = text.replace("x", ",").split(",")
+    if len(parts) != 3 or not all(part.strip().isdigit() for part in parts):
+        raise InvalidParameter(f"--shape is {shown(text)}; expected C,H,W such as 3,32,32.")
+    return [int(part) for part in parts]
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise InvalidParameter(f"--protocol is {shown(text)}; expected name=value, such as lr=0.1.")
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    return name, {"true": True, "false": False}.get(value.lower(), value)
