@@ -37,7 +37,7 @@ def _record(folder: Path, **changes: object) -> None:
         round=4, client="site-1", place="raw", received=before, sent=model_state(net), examples=2,
         settings=SETTINGS,
     )  # fmt: skip
-    Recorder(folder=folder).write(Exchange(**{**vars(exchange), **changes}))  # type: ignore[arg-type]
+    Recorder(folder=folder).write(Exchange(**{**vars(exchange), **changes}))
 
 
 def _yaml(path: Path, **changes: object) -> Path:

@@ -253,7 +253,7 @@ def test_three_rounds_of_two_clients_under_the_real_engine(
     _run(engine, tmp_path)
     task = _task()
     for place in ("wire", "raw", "server"):
-        recording = read_recording(tmp_path, place=place)  # type: ignore[arg-type]
+        recording = read_recording(tmp_path, place=place)
         assert [e.round for e in recording.exchanges] == [1, 2, 3], place
     wire = read_recording(tmp_path, place="wire")
     server = read_recording(tmp_path, place="server", client=wire.last.client)

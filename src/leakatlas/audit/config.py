@@ -239,7 +239,7 @@ def make_setting(config: AuditConfig, *, base: Path) -> Setting:
     """The one set-up that the file describes."""
     reference = _model_ref(config.model, base)
     model = reference.build(trust_code=True)  # the person who starts an audit names this file
-    described = config.protocol
+    described: Mapping[str, Any] = config.protocol
     capture, recorded = _captured(config, model, base)
     if recorded is not None:
         described = recorded

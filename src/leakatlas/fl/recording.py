@@ -368,5 +368,5 @@ def protocol_of(
 ) -> Protocol:
     """The protocol of :func:`described_by`."""
     described = described_by(settings, kind=kind, given=given)
-    kinds = {"fedavg": FedAVG, "fedsgd": FedSGD}
-    return kinds[described.pop("algorithm")].from_json(described)
+    algorithm = described.pop("algorithm")
+    return FedAVG.from_json(described) if algorithm == "fedavg" else FedSGD.from_json(described)
