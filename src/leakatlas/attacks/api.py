@@ -12,7 +12,7 @@ import json
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, final
@@ -229,31 +229,49 @@ class Attack(Configured, ABC):
     ) -> dict[str, Tensor]:
         """What :meth:`prepare` learned, from the cache if the same was learned before.
 
-        The cache key covers the parameters, the attack's version, the surrogate images and the
-        model's weights, so a changed checkpoint is learned anew.
+        The surrogate images and the model's weights belong to the cache key, so a changed
+        checkpoint is learned anew.
         """
-        identity = json.dumps(
-            [self.key, self.version, self.to_json(), surrogate.fingerprint(),
-             state_hash(model_state(model))]
-        )  # fmt: skip
+        return self.learned_once(
+            [surrogate.fingerprint(), state_hash(model_state(model))],
+            lambda generator, watch: self.prepare(
+                surrogate, model, generator=generator, watch=watch
+            ),
+            watch=watch or Watch(),
+        )
+
+    @final
+    def learned_once(
+        self,
+        facts: Sequence[Any],
+        learn: Callable[[torch.Generator, Watch], dict[str, Tensor]],
+        *,
+        watch: Watch,
+    ) -> dict[str, Tensor]:
+        """What ``learn`` gives, from the cache if the same was learned before.
+
+        Args:
+            facts: All that the lesson rests on besides the attack's parameters and version, which
+                are part of the cache key anyway; plain JSON.
+            learn: ``(generator, watch) -> tensors by name``.
+            watch: Budget and progress.
+        """
+        identity = json.dumps([self.key, self.version, self.to_json(), *facts], sort_keys=True)
         file = cache_folder() / f"{self.key}-{hashlib.sha256(identity.encode()).hexdigest()}"
         file = file.with_suffix(".sealed")
         if (held := sealed.unseal(file)) is not None:
             return safetensors.torch.load(held)
-        watch = watch or Watch()
         with torch.random.fork_rng(devices=[]):
             # The cache key has no seed of the attack, so no draw may depend on one.
             torch.manual_seed(stream_seed(self.key, "prepare"))
-            learned = self.prepare(
-                surrogate, model, generator=stream(self.key, "prepare"), watch=watch
-            )
+            learned = learn(stream(self.key, "prepare"), watch)
         if watch.cut_short:  # half-learned: good for this run, not for the next
             return learned
         tensors = {n: t.detach().clone().contiguous() for n, t in learned.items()}
         try:
             sealed.seal(file, safetensors.torch.save(tensors))
         except OSError as problem:  # what was learned serves this run all the same
-            warnings.warn(f"{file} cannot be written ({problem.strerror}).", stacklevel=2)
+            warnings.warn(f"{file} cannot be written ({problem.strerror}).", stacklevel=3)
         return learned
 
     @final

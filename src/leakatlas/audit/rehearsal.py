@@ -37,8 +37,6 @@ from leakatlas.blocks.watch import Watch
 from leakatlas.data import ImageSet
 from leakatlas.errors import LeakAtlasError
 from leakatlas.fl import View, stream
-from leakatlas.fl.state import model_state, state_hash
-from leakatlas.fl.view import defense_json, protocol_json
 from leakatlas.metrics.assignment import assign, pairwise_mse
 from leakatlas.metrics.baselines import mean_image
 from leakatlas.metrics.images import psnr_of_mse
@@ -440,15 +438,8 @@ def _identity(
     """
     attack = next(iter(variants.values()))
     facts = {
-        "state": state_hash(model_state(view.model)),
-        "architecture": str(view.model),  # activations have no state
-        "training": view.model.training,
+        **view.circumstances(),
         "adversary": view.describe(),
-        "protocol": protocol_json(view.protocol) if view.has("protocol") else None,
-        "defenses": [defense_json(d) for d in view.defenses] if view.has("defenses") else None,
-        "update": [view.update.kind, view.update.sign, view.update.scale, view.update.reduction],
-        "cohort": view.rounds[-1].cohort,
-        "shape": view.batch_shape,
         "labels": multiplicity(view),
         "attack": [attack.key, attack.version],
         "variants": {name: variant.to_json() for name, variant in variants.items()},

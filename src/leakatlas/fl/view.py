@@ -526,6 +526,32 @@ class View:
         )
         return self._copy(rehearsal.own_fields(self._fields, model, x, y, played))
 
+    def circumstances(self) -> dict[str, Any]:
+        """What :meth:`rehearse` rests on besides the images, as plain JSON; a read of rounds alone.
+
+        Equal circumstances, images and seeds give equal rehearsals.
+
+        Raises:
+            NotGranted: If there is no readable update.
+        """
+        seen = self._fields["rounds"][-1]
+        update = self.update
+        protocol, box = self._fields.get("protocol"), self._fields.get("box")
+        model = self.model
+        return {
+            "state": state.state_hash(state.model_state(model)),
+            "architecture": str(model),  # activations have no state
+            "training": model.training,
+            "protocol": None if protocol is None else protocol_json(protocol),
+            "loss": loss_json(self._loss),
+            "defenses": [defense_json(d) for d in self._fields.get("defenses", ())],
+            "update": [update.kind, update.sign, update.scale, update.reduction],
+            "vantage": self.vantage.value,
+            "cohort": seen.cohort,
+            "shape": [self._fields["num_examples"], *self._fields["input_shape"]],
+            "box": None if box is None else box.to_json(),
+        }
+
     def without(self, name: str) -> View:
         """The same view with one field taken away, to test what an attack needs."""
         return self._copy({n: v for n, v in self._fields.items() if n != name})
