@@ -527,9 +527,9 @@ class View:
         return self._copy(rehearsal.own_fields(self._fields, model, x, y, played))
 
     def circumstances(self) -> dict[str, Any]:
-        """What :meth:`rehearse` rests on besides the images, as plain JSON; a read of rounds alone.
+        """What :meth:`rehearse` rests on besides the images, in plain JSON.
 
-        Equal circumstances, images and seeds give equal rehearsals.
+        Equal circumstances, images and seeds give equal rehearsals. A read of rounds and shapes.
 
         Raises:
             NotGranted: If there is no readable update.
@@ -548,7 +548,7 @@ class View:
             "update": [update.kind, update.sign, update.scale, update.reduction],
             "vantage": self.vantage.value,
             "cohort": seen.cohort,
-            "shape": [self._fields["num_examples"], *self._fields["input_shape"]],
+            "shape": list(self.batch_shape),
             "box": None if box is None else box.to_json(),
         }
 

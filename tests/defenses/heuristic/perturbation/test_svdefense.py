@@ -31,7 +31,8 @@ def _with_singular_values(*values: float, rows: int = 6, columns: int = 9) -> Te
     U = torch.linalg.qr(torch.randn(rows, rows, generator=draw, dtype=torch.float64))[0]
     V = torch.linalg.qr(torch.randn(columns, columns, generator=draw, dtype=torch.float64))[0]
     S = torch.tensor(values, dtype=torch.float64)
-    return (U[:, : len(S)] * S) @ V[: len(S)]
+    made: Tensor = (U[:, : len(S)] * S) @ V[: len(S)]
+    return made
 
 
 def test_the_rank_is_the_least_that_holds_the_energy() -> None:

@@ -3,18 +3,18 @@ r"""Learning to Invert: a network that maps defended updates straight to the ima
 Wu, Chen, Guo and Weinberger, "Learning To Invert: Simple Adaptive Attacks for Gradient Inversion in
 Federated Learning", UAI 2023. FedSGD; FedAVG alike, since only the client's work is imitated.
 
-The adversary plays the client on public images, at the received state, under the client's protocol
-and defenses (``view.rehearse``), and so holds as many pairs of an upload and its images as it likes.
-On them it fits a perceptron with two hidden layers and sigmoid outputs,
+The adversary plays the client on public images, at the received state, under the client's
+protocol and defenses (``view.rehearse``), and so holds pairs of an upload and its images. On them
+it fits a perceptron with two hidden layers and sigmoid outputs,
 
 .. math:: \min_\theta \; \mathbb{E} \; \min_{\pi} \frac1N \sum_{i=1}^N \frac1d
           \bigl\lVert f_\theta\bigl(H\, u(x_{1..N})\bigr)_{\pi(i)} - x_i \bigr\rVert^2 ,
 
-where u is what the client would send for its images, defense included, H adds the entries of large
-updates up in random bins, and the permutation pi (found by the Hungarian method) says that an update
-has no order. Whatever a defense does to an upload, the training data went through it too: that makes
-this the adaptive baseline of a defense. It differentiates through nothing, needs no mirror of the
-defense, and answers a victim with one forward pass.
+where u is what the client would send for its images, defense included, H adds the entries of
+large updates up in random bins, and the permutation pi (found by the Hungarian method) says that
+an update has no order. Whatever a defense does to an upload, the training data went through it
+too: that makes this the adaptive baseline of a defense. It differentiates through nothing, needs no
+mirror of the defense, and answers a victim with one forward pass.
 
 One lesson belongs to one state, protocol, defense and batch size; it is cached under them.
 
@@ -139,9 +139,7 @@ class LTI(Attack):
 
     # -- the lesson ------------------------------------------------------------------------------
 
-    def lesson(
-        self, view: View, *, generator: torch.Generator, watch: Watch
-    ) -> dict[str, Tensor]:
+    def lesson(self, view: View, *, generator: torch.Generator, watch: Watch) -> dict[str, Tensor]:
         """Imitate clients and fit the inverter to what they send.
 
         Args:
@@ -150,8 +148,8 @@ class LTI(Attack):
             watch: Budget and progress.
 
         Returns:
-            ``network/<name>`` weights, ``mean`` and ``scale`` of the entries, and, of the epoch that
-            was kept, ``held_out_psnr``, ``epoch`` and ``imitated_clients``.
+            ``network/<name>`` state of the inverter at its best epoch and ``shape`` of what it
+            gives; ``held_out_psnr``, ``epoch`` and ``imitated_clients``.
         """
         parts = watch.share((IMITATION, 1 - IMITATION))
         u, x = self.imitated(view, generator=generator, watch=next(parts))

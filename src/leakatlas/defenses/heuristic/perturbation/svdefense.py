@@ -137,7 +137,8 @@ def truncated(tensor: Tensor, threshold: float, channel_weight: float) -> Tensor
     weights = torch.where(alive, weights / weights.max(), torch.ones_like(weights)).unsqueeze(1)
     U, S, Vh = torch.linalg.svd(weights * M.double(), full_matrices=False)
     r = rank(S, threshold)
-    kept = (U[:, :r] * S[:r]) @ Vh[:r] / weights * alive.unsqueeze(1)  # a dead row, not rounding
+    kept: Tensor = (U[:, :r] * S[:r]) @ Vh[:r] / weights
+    kept = kept * alive.unsqueeze(1)  # rounding would make a dead row live
     return kept.to(tensor.dtype).reshape(tensor.shape)
 
 
@@ -153,4 +154,5 @@ def projected(tensor: Tensor, observed: Tensor) -> Tensor:
     _, S, Vh = torch.linalg.svd(M, full_matrices=False)
     floor = max(M.shape) * torch.finfo(observed.dtype).eps * S[0]
     V = Vh[floor < S].to(tensor.dtype)
-    return (matrix(tensor) @ V.T @ V).reshape(tensor.shape)
+    found: Tensor = matrix(tensor) @ V.T @ V
+    return found.reshape(tensor.shape)
