@@ -20,6 +20,7 @@ from leakatlas.attacks.analytic.isolation import mkor as mkor_row
 from leakatlas.attacks.analytic.isolation.scale_mia import Parts, write_bins
 from leakatlas.attacks.analytic.isolation.seer import SEER, schedule
 from leakatlas.attacks.analytic.sparsification.fishing import CLASS, CUT, Move, set_head
+from leakatlas.attacks.generative.direct.lti import LTI
 from leakatlas.attacks.optimization.basic.cpa import CPA, Mixture, whiten
 from leakatlas.attacks.optimization.basic.dia import DIA
 from leakatlas.attacks.optimization.basic.dlfa import DLFA, order_prior, outside
@@ -30,6 +31,7 @@ from leakatlas.bench.examine import errors
 from leakatlas.bench.harness import run_trial
 from leakatlas.blocks import batchnorm, init, labels, matching, priors, readout, surgery
 from leakatlas.blocks.labels.profiles import fitness
+from leakatlas.blocks.watch import Watch
 from leakatlas.data import CIFAR10, Box, patches
 from leakatlas.fl import (
     FedAVG,
@@ -361,6 +363,31 @@ def fl_gradinv() -> dict[str, float]:
     }
 
 
+def lti_inputs() -> dict[str, Any]:
+    """Gradients of single images, two to a client, their images, and the order of training."""
+    P, features, pixels = 40, 30, 12
+    v = draw(60, 2 * P, features, dtype=torch.float32)
+    x = draw(61, 2 * P, pixels, dtype=torch.float32).sigmoid()
+    return {"v": v, "x": x, "held_out": 4, "batch": 8, "epochs": 4, "hidden": 16, "lr": 1e-3}
+
+
+def lti() -> dict[str, float]:
+    """The held-out error and the weights after four epochs on clients of two images."""
+    given = lti_inputs()
+    attack = LTI(
+        epochs=given["epochs"], hidden=given["hidden"], lr=given["lr"], batch_size=given["batch"]
+    )
+    u, x = given["v"].unflatten(0, (-1, 2)).mean(1), given["x"].unflatten(0, (-1, 2))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        learned = attack.fit(u, x, generator=stream("lti", "differential"), watch=Watch())
+    weights = [t for n, t in learned.items() if n.startswith("network/body")]
+    return {
+        "held-out error": float(10 ** (-learned["held_out_psnr"] / 10)),
+        "weights, 4 epochs": sum(along(t) for t in weights),
+    }
+
+
 def fishing_inputs() -> nn.Module:
     """A ConvNet whose head is changed."""
     return models.build("convnet", width=4, size=16)
@@ -546,6 +573,7 @@ OURS: dict[str, Callable[[], dict[str, float]]] = {
     "fl_gradinv": fl_gradinv,
     "hf_gradinv": hf_gradinv,
     "inverting_gradients": inverting_gradients,
+    "lti": lti,
     "loki": loki,
     "mkor": mkor,
     "rgap": rgap,

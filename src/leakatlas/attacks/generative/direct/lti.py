@@ -37,6 +37,7 @@ Released code: ``wrh14/Learning_to_Invert``, ``main_learn_dlg.py`` and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -153,18 +154,32 @@ class LTI(Attack):
         """
         parts = watch.share((IMITATION, 1 - IMITATION))
         u, x = self.imitated(view, generator=generator, watch=next(parts))
-        learning = next(parts, watch)  # out of time: a single step
+        left = next(parts, watch)  # out of time: a single step
+        return self.fit(u, x, generator=generator, watch=left)
+
+    def fit(
+        self, u: Tensor, x: Tensor, *, generator: torch.Generator, watch: Watch
+    ) -> dict[str, Tensor]:
+        """The inverter of pairs, at the epoch that is best on those held out.
+
+        Args:
+            u: ``(P, F)`` uploads.
+            x: ``(P, N, D)`` pixels in [0, 1]; the first tenth of the pairs is held out.
+            generator: Of the order of training; weights come from the global one.
+            watch: Budget and progress.
+
+        Returns:
+            As :meth:`lesson`.
+        """
         mean, scale = self.standard(u)
         inverter = Inverter(u.shape[1], self.hidden, x.shape[1:], mean=mean, scale=scale)
         held = max(1, int(HELD_OUT * len(u))) if len(u) > 1 else 0
         seen, unseen = slice(held, None), slice(0, held or None)
-        best: dict[str, Tensor] = {}
-        lowest, kept = float("inf"), 0.0
         optimizer = torch.optim.Adam(inverter.parameters(), lr=self.lr)
         batches = _batches(len(u) - held, self.batch_size, generator)
         per_epoch = -(-(len(u) - held) // self.batch_size)
-        steps = self.epochs * per_epoch
-        for step in learning.steps(steps):
+        best = _Best(inverter)
+        for step in watch.steps(self.epochs * per_epoch):
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * (1.0 if step.progress < FALL else 0.1)
             chosen = next(batches)
@@ -172,20 +187,17 @@ class LTI(Attack):
             loss = unordered_mse(inverter(u[seen][chosen]), x[seen][chosen]).mean()
             torch.autograd.backward(loss)
             optimizer.step()
-            last = learning.stopped or step.index + 1 == steps
-            if (step.index + 1) % per_epoch == 0 or last or not best:
-                with torch.no_grad():
-                    error = float(unordered_mse(inverter(u[unseen]), x[unseen]).mean())
-                learning.note = f"held-out error {error:.4f}"
-                if error < lowest:
-                    lowest, kept = error, (step.index + 1) / per_epoch
-                    best = {n: t.detach().clone() for n, t in inverter.state_dict().items()}
-        psnr = -10 * torch.tensor(max(lowest, 1e-12), dtype=torch.float64).log10()
+            if (step.index + 1) % per_epoch == 0:
+                best.judge(u[unseen], x[unseen], (step.index + 1) // per_epoch)
+                watch.note = f"held-out error {best.error:.4f}"
+        if not best.state:  # out of time within the first epoch
+            best.judge(u[unseen], x[unseen], 0)
+        psnr = -10 * torch.tensor(max(best.error, 1e-12), dtype=torch.float64).log10()
         return {
-            **{f"network/{name}": tensor for name, tensor in best.items()},
+            **{f"network/{name}": tensor for name, tensor in best.state.items()},
             "shape": torch.tensor(x.shape[1:]),
             "held_out_psnr": psnr,
-            "epoch": torch.tensor(kept),
+            "epoch": torch.tensor(best.epoch),
             "imitated_clients": torch.tensor(len(u)),
         }
 
@@ -267,6 +279,22 @@ class Inverter(nn.Module):
         made = cls(features, hidden, shape, mean=weights["mean"], scale=weights["scale"])
         models.apply_state(made, weights, source="the learned inverter")
         return made.eval()
+
+
+class _Best:
+    """The state of smallest error on pairs that were held out."""
+
+    def __init__(self, inverter: Inverter) -> None:
+        self.inverter = inverter
+        self.error, self.epoch = math.inf, 0
+        self.state: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def judge(self, u: Tensor, x: Tensor, epoch: int) -> None:
+        error = float(unordered_mse(self.inverter(u), x).mean())
+        if error < self.error or not self.state:
+            self.error, self.epoch = error, epoch
+            self.state = {n: t.detach().clone() for n, t in self.inverter.state_dict().items()}
 
 
 # -- what it reads and what it is scored by ------------------------------------------------------
