@@ -149,12 +149,12 @@ def test_an_audit_runs_the_other_side_and_keeps_the_gate_on_what_was_configured(
     )
     report = carry_out(plan)
     (found,) = report.realism
-    assert [run.setting for run in found.runs] == ["s (upper bound)"]
+    assert [run.setting for run in found.runs] == ["upper bound: s"]
     assert "labels" in found.runs[0].reads and "labels" not in report.runs[0].reads
     assert {len(report.worst_case()["psnr"]), len(report.runs)} == {2, 1}
     plain = report.to_json()
     assert plain["realism"][0]["record"]["granted"] == []
-    assert plain["verdicts"][0]["upper_bound_by"]["setting"] in ("s", "s (upper bound)")
+    assert plain["verdicts"][0]["upper_bound_by"]["setting"] in ("s", "upper bound: s")
     without = carry_out(replace(plan, upper_bound=False))
     assert without.realism[0].reason == "left out (upper_bound: false)"
     assert without.standings()[0].bound == "not tested" and without.undecided() == ()

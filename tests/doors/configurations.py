@@ -56,6 +56,16 @@ CONFIGURATIONS: tuple[Any, ...] = (
         "budget": "10s",
         "seed": 0,
         "execution": "eager",
+        "upper_bound": False,
+        "context": {
+            "purpose": "classifying",
+            "controllers": ["A"],
+            "special_categories": True,
+            "adversaries": {"C": "the aggregator"},
+            "rounds": 3,
+            "delta": 1e-6,
+            "expires": "2030-01-31",
+        },
         "fail_on": ["P(psnr > 20 dB) > 0.05"],
     },
     {

@@ -31,7 +31,7 @@ def a_run(setting: str, letter: str, error: float, attack: str = "dlg") -> Run:
     )
 
 
-WEAK, STRONG, EXACTLY = a_run("s", "B", 0.5), a_run("s (upper bound)", "B", 0.05), 0.0
+WEAK, STRONG, EXACTLY = a_run("s", "B", 0.5), a_run("upper bound: s", "B", 0.05), 0.0
 APART = Realism("s", {}, separates=("labels are granted",))
 
 
@@ -43,14 +43,14 @@ def test_the_upper_bound_counts_every_run_and_names_what_separates() -> None:
 
 
 def test_an_upper_bound_that_came_out_lower_is_the_deployed_run() -> None:
-    strong, weak = replace(STRONG, setting="s"), replace(WEAK, setting="s (upper bound)")
+    strong, weak = replace(STRONG, setting="s"), replace(WEAK, setting="upper bound: s")
     (found,) = standings([strong], [replace(APART, runs=(weak,))], ["B"])
     assert found.bound_run is strong and found.bound == "recognisable"
     assert found.between.startswith("with all that was granted, no attack reached")
 
 
 def test_a_shorter_upper_bound_says_so() -> None:
-    long, short = replace(WEAK, seconds=20.0), replace(WEAK, setting="s (upper bound)", seconds=4)
+    long, short = replace(WEAK, seconds=20.0), replace(WEAK, setting="upper bound: s", seconds=4)
     (found,) = standings([long], [replace(APART, runs=(short,))], ["B"])
     assert "it had 4 s, as deployed 20 s" in found.between
 
@@ -83,7 +83,7 @@ def test_a_setting_with_oracles_is_the_upper_bound_itself() -> None:
     (without,) = standings([replace(STRONG, setting="s")], [replace(granted, reason="no")], ["B"])
     assert (without.deployed, without.bound) == ("not tested", "recognisable")
     assert "as deployed not run: no" in without.between
-    runs = (replace(WEAK, setting="s (as deployed)"),)
+    runs = (replace(WEAK, setting="as deployed: s"),)
     (both,) = standings([replace(STRONG, setting="s")], [replace(granted, runs=runs)], ["B"])
     assert (both.deployed, both.bound) == ("not demonstrated", "recognisable")
 

@@ -92,7 +92,7 @@ def pair_of(setting: Setting, *, wanted: bool = True) -> Pair:
         return Pair(setting, configured, None, tuple(words), reason)
     other = replace(
         setting,
-        name=f"{setting.name} ({'as deployed' if held else 'upper bound'})",
+        name=f"{'as deployed' if held else 'upper bound'}: {setting.name}",
         protocol=protocol,
         grants=setting.grants - set(held) | set(missing),
     )

@@ -169,31 +169,23 @@ class Cells:
 def verdict_table(report: Report) -> Table:
     """Both verdicts by threat model."""
     table = Table(title="Who can see what", title_justify="left")
-    for column in (
-        "",
-        "as deployed",
-        "attack",
-        "best image",
-        "upper bound",
-        "attack",
-        "best image",
-    ):
+    for column in ("", "as deployed", "diagnostic upper bound"):
         table.add_column(column)
     for found in report.standings():
-        table.add_row(
-            found.letter,
-            *_cells(found.deployed, found.deployed_run),
-            *_cells(found.bound, found.bound_run),
-        )
+        deployed = _cell(found.deployed, found.deployed_run)
+        table.add_row(found.letter, deployed, _cell(found.bound, found.bound_run))
     return table
 
 
-def _cells(verdict: Verdict, run: Run | None) -> tuple[str, str, str]:
+def _cell(verdict: Verdict, run: Run | None) -> str:
+    """A verdict, and below it what it rests on."""
+    text = f"[{STYLES[verdict]}]{verdict}[/]"
+    if run is None:
+        return text
     best = ""
-    if run is not None and run.scores is not None:
-        best = f"{beside(run.scores.psnr.max, RECOGNISABLE_PSNR)} dB"
-    attack = "" if run is None else escape(run.attack)
-    return f"[{STYLES[verdict]}]{verdict}[/]", attack, best
+    if run.scores is not None:
+        best = f", best image {beside(run.scores.psnr.max, RECOGNISABLE_PSNR)} dB"
+    return f"{text}\n[dim]{escape(run.attack)}{best}[/]"
 
 
 def realism_lines(found: Realism) -> list[str]:

@@ -55,9 +55,10 @@ class Realism:
         size = "x".join(str(side) for side in r["resolution"])
         augmented = f"{r['augmentation']} augmentations" if r["augmentation"] else "no augmentation"
         steps = f"{r['local_steps']} local step{'s' if r['local_steps'] > 1 else ''}"
+        images = f"{r['examples']} image{'s' if r['examples'] > 1 else ''}"
         shared = "" if r["shared"] == ["*"] else f", shares {', '.join(r['shared'])}"
         return (
-            f"{r['algorithm']}{local}, {steps} on {r['examples']} images of {size}, {augmented}; "
+            f"{r['algorithm']}{local}, {steps} on {images} of {size}, {augmented}; "
             f"model in {r['mode']} mode{kind}, weights {r['weights']}{shared}; "
             f"{r['update']} update; granted: {', '.join(r['granted']) or 'nothing'}"
         )
