@@ -22,7 +22,7 @@ LENET = {"size": 16, "classes": 8}
 SETTINGS = {"learning-rate": 0.05, "local-epochs": 2, "batch-size": 2}
 
 
-def _record(folder: Path, **changes: object) -> None:
+def record(folder: Path, **changes: object) -> None:
     """Two epochs of a client that holds the first two bundled photos."""
     net = build("lenet", **LENET)
     found = photos(16)
@@ -53,7 +53,7 @@ def _yaml(path: Path, **changes: object) -> Path:
 
 
 def test_a_folder_brings_its_protocol(tmp_path: Path) -> None:
-    _record(tmp_path / "captures")
+    record(tmp_path / "captures")
     config = read_config(_yaml(tmp_path / "audit.yaml"))
     plan = make_plan(config, base=tmp_path, command="")
     (setting,) = plan.settings
@@ -65,7 +65,7 @@ def test_a_folder_brings_its_protocol(tmp_path: Path) -> None:
 
 
 def test_what_is_unknown_is_asked_for_and_can_be_said(tmp_path: Path) -> None:
-    _record(tmp_path / "captures", settings={"lr": 0.05}, examples=None)
+    record(tmp_path / "captures", settings={"lr": 0.05}, examples=None)
     config = read_config(_yaml(tmp_path / "audit.yaml"))
     with pytest.raises(InvalidInput, match="epochs, batch_size"):
         make_plan(config, base=tmp_path, command="")

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from leakatlas.cli import recorded
 from leakatlas.cli.codes import FINE, GATE_FAILED, UNDECIDED
 
 if TYPE_CHECKING:  # torch takes a second to load; --help should not wait for it
@@ -64,6 +65,12 @@ def audit(
         typer.Option("--allow-undecided", help="Warn instead of exit code 3 where too little ran."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
+    captured: recorded.Captured = None,
+    model: recorded.Model = None,
+    truth: recorded.Truth = None,
+    shape: recorded.Shape = None,
+    client: recorded.Client = None,
+    protocol: recorded.Protocol = None,
 ) -> None:
     """Attack a set-up and report what leaks, to whom, and what would stop it.
 
@@ -75,7 +82,8 @@ def audit(
     from leakatlas.report import beside
 
     gates = [parse_gate(text) for text in fail_on or []]
-    plan, asked = _planned(config, budget, threat, seed, execution, rehearsal, out)
+    capture = recorded.Recorded(captured, model, truth, shape, client, protocol or ())
+    plan, asked = _planned(config, capture, budget, threat, seed, execution, rehearsal, out)
     gates += [parse_gate(text) for text in asked]
     console = Console(stderr=True)
     report = _carried_out(plan, out, console, silent=as_json)
@@ -103,6 +111,7 @@ def audit(
 
 def _planned(
     config: Path | None,
+    capture: recorded.Recorded,
     budget: str | None,
     threat: str | None,
     seed: int | None,
@@ -117,9 +126,12 @@ def _planned(
     from leakatlas.audit.bundled import bundled_plan
     from leakatlas.threat import threat_models
 
-    command = ["leakatlas", "audit", *([str(config)] if config else [])]
+    command = ["leakatlas", "audit", *([str(config)] if config else []), *capture.words()]
     conditions: Sequence[str] = ()
-    if config is None:
+    described = capture.config(config)
+    if described is not None:
+        plan = make_plan(described, base=Path(), command="")
+    elif config is None:
         plan = bundled_plan()
     else:
         settings = read_config(config)
@@ -190,6 +202,12 @@ def doctor(
         Path | None, typer.Argument(help="YAML file; the bundled set-up if left out.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    captured: recorded.Captured = None,
+    model: recorded.Model = None,
+    truth: recorded.Truth = None,
+    shape: recorded.Shape = None,
+    client: recorded.Client = None,
+    protocol: recorded.Protocol = None,
 ) -> None:
     """Check a set-up in seconds: is it consistent, and which attacks can work at all?
 
@@ -202,7 +220,11 @@ def doctor(
     from leakatlas.audit.realism import NOT_YET, pair_of, realism_of
     from leakatlas.cli.progress import realism_lines
 
-    if config is None:
+    capture = recorded.Recorded(captured, model, truth, shape, client, protocol or ())
+    described = capture.config(config)
+    if described is not None:
+        plan = make_plan(described, base=Path(), command="")
+    elif config is None:
         plan = bundled_plan()
     else:
         settings = read_config(config)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
 
 from leakatlas.errors import InvalidParameter, shown
 
@@ -12,6 +14,60 @@ if TYPE_CHECKING:
     from leakatlas.audit import AuditConfig
 
 HOW = "leakatlas audit --captured FOLDER --model file.py:factory [--truth DATA | --shape C,H,W]"
+
+Captured = Annotated[
+    Path | None,
+    typer.Option(help="Instead of a YAML file: the folder (or file) of a capture; needs --model."),
+]
+Model = Annotated[str | None, typer.Option(help="With --captured: builtin, or file.py:factory.")]
+Truth = Annotated[
+    str | None,
+    typer.Option(help="With --captured: the images behind it, such as folder:PATH@SIZE."),
+]
+Shape = Annotated[str | None, typer.Option(help="With --captured, without --truth: C,H,W.")]
+Client = Annotated[str | None, typer.Option(help="With --captured: whose exchanges.")]
+Protocol = Annotated[
+    list[str] | None,
+    typer.Option(help="With --captured: what was not recorded, such as lr=0.1; repeatable."),
+]
+
+
+class Recorded(NamedTuple):
+    """The options of an audit of a capture."""
+
+    captured: Path | None
+    model: str | None
+    truth: str | None
+    shape: str | None
+    client: str | None
+    protocol: Sequence[str]
+
+    def words(self) -> list[str]:
+        """As on the command line."""
+        single = [
+            (f"--{name}", str(value))
+            for name, value in self._asdict().items()
+            if value is not None and name != "protocol"
+        ]
+        repeated = [("--protocol", text) for text in self.protocol]
+        return [word for pair in (*single, *repeated) for word in pair]
+
+    def config(self, file: Path | None) -> AuditConfig | None:
+        """The configuration that they say; None if there is no ``--captured``.
+
+        Raises:
+            InvalidParameter: If they do not belong together, or something is missing.
+        """
+        if self.captured is None:
+            if self.words():
+                raise InvalidParameter(f"{self.words()[0]} belongs to --captured: {HOW}.")
+            return None
+        if file is not None:
+            raise InvalidParameter("Give a YAML file or --captured, not both.")
+        return recorded_config(
+            self.captured, model=self.model, truth=self.truth, shape=self.shape,
+            client=self.client, protocol=self.protocol,
+        )  # fmt: skip
 
 
 def recorded_config(
