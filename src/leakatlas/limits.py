@@ -49,13 +49,14 @@ def memory() -> int:
     return total
 
 
-def require_memory(who: str, needed: float, arithmetic: str) -> None:
+def require_memory(who: str, needed: float, arithmetic: str, *, way_out: str = "") -> None:
     """Refuse what cannot fit.
 
     Args:
         who: Who asks, such as "model 'fc'".
         needed: Bytes.
         arithmetic: How they come about, such as "1,000,000,000 classes x 128 units x 4 bytes".
+        way_out: A sentence for the end of the message.
 
     Raises:
         InvalidParameter: If this machine has less.
@@ -64,6 +65,7 @@ def require_memory(who: str, needed: float, arithmetic: str) -> None:
     if needed > held:
         raise InvalidParameter(
             f"{who} needs {size(needed)} of memory ({arithmetic}); this machine has {size(held)}."
+            + (f" {way_out}" if way_out else "")
         )
 
 

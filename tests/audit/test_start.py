@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,12 +11,13 @@ import torch
 
 import leakatlas
 from leakatlas import data, models
-from leakatlas.audit import Plan, Setting, Watch, carry_out, presets
+from leakatlas.audit import Plan, Setting, Watch, carry_out, examine, presets
 from leakatlas.audit.jobs import Job, run_job
 from leakatlas.audit.listener import Silent
 from leakatlas.audit.start import can_start
+from leakatlas.catalogue import registry
 from leakatlas.data import Box
-from leakatlas.fl import FedAVG, FedSGD, ModelRef, Protocol
+from leakatlas.fl import FedAVG, FedSGD, ModelRef, Protocol, unrolled
 from leakatlas.threat import LETTERS, Vantage
 
 FC = ModelRef("builtin", "fc", {"in_channels": 3, "size": 32, "classes": 8, "widths": [16]})
@@ -117,3 +120,32 @@ def test_grey_victims_meet_grey_strangers() -> None:
     assert report.runs[0].verdict == "exact leak"
     assert report.facts["settings"][0]["strangers"] is True
     assert torch.equal(digits.images, data.digits().subset([0]).images)
+
+
+def test_a_replay_beyond_the_memory_is_refused_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen = setting(FC, FedAVG(epochs=2, batch_size=1, lr=0.01))
+    chosen = replace(chosen, attacks=("inverting_gradients", "april", "mkor"))
+    monkeypatch.setattr(unrolled, "graph_bytes", lambda model, shape: 2**50)
+    attacks = presets(chosen.attacks, {}, published=False)
+    stage = chosen.stage(letter="C", seed=0)
+    found = examine(stage, attacks, letters=("C",)).outlooks
+    start = found["inverting_gradients"]
+    assert start.obstacle == "refused" and start.wants == unrolled.WAY_OUT
+    assert re.search(r"4 local steps needs 4\.5 PB .*4 graphs of a step", start.outlook.reason)
+    assert all("local steps needs" not in found[key].outlook.reason for key in ("april", "mkor"))
+    (refused,) = [r for r in carry_out(Plan(settings=(chosen,), letters=("C",), seconds=1.0)).runs
+                  if r.attack == "inverting_gradients"]  # fmt: skip
+    assert refused.status == "refused" and "this machine has" in refused.reason
+
+
+def test_attacks_say_whether_they_replay_the_client() -> None:
+    """april does so in one of its forms only, and is refused when it starts."""
+    replaying = {
+        key
+        for key in registry.attack_keys()
+        if "view.replayer()" in inspect.getsource(registry.load_attack(key).run)
+    }
+    assert replaying == {a.key for a in presets(None, {}, published=False) if a.replays}
+    assert "dlg" in replaying

@@ -158,6 +158,8 @@ class Attack(Configured, ABC):
     """Raised whenever results may change."""
     plain_loss_only: ClassVar[bool] = False
     """Whether the method rests on plain softmax cross-entropy; it refuses other losses."""
+    replays: ClassVar[bool] = False
+    """Whether every run goes through the client's local steps, which may need much memory."""
     departs_from_letter: ClassVar[str] = ""
     """Why ``needs`` differs from what the row's letter gives, if it does."""
     counts: ClassVar[tuple[str, ...]] = ("steps",)

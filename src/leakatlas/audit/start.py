@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from leakatlas.attacks.api import ActiveAttack, Attack, Outlook
-from leakatlas.errors import LeakAtlasError, NotGranted
-from leakatlas.fl import RoundRecord, Stage
+from leakatlas.errors import InvalidParameter, LeakAtlasError, NotGranted
+from leakatlas.fl import RoundRecord, Stage, unrolled
 from leakatlas.fl.capture import Replayed
 from leakatlas.report import Status
 
@@ -66,6 +66,8 @@ def can_start(
             attack.check(view)
             if records and view.update.kind == "delta":
                 _ = view.protocol
+            if records and attack.replays:
+                view.replayer()
             outlook = attack.outlook(view)
         except NotGranted as problem:
             outlook = Outlook("hopeless", str(problem))
@@ -75,6 +77,9 @@ def can_start(
                 return Start(letter, outlook, "refused", wants)
             refusals.append((len(missing.names()), Start("", outlook, "refused")))
             continue
+        except InvalidParameter as problem:  # this machine lacks the memory
+            outlook = Outlook("hopeless", str(problem))
+            return Start(letter, outlook, "refused", unrolled.WAY_OUT)
         except LeakAtlasError as problem:
             outlook = Outlook("hopeless", str(problem))
         # An attack may come from anywhere: its mistakes are its own result and end nothing else.

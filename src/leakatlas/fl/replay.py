@@ -272,8 +272,7 @@ def unroll(
     names = list(parameters)
     start = [parameters[name].detach() for name in names]
     zeros = [torch.zeros_like(p) for p in start]
-    slots = 2 if protocol.optimizer == "adam" else int(bool(protocol.momentum))
-    carried = [start, *([zeros] * slots)]  # weights, then the optimizer's memory
+    carried = [start, *([zeros] * slots(protocol))]  # weights, then the optimizer's memory
 
     def step(t: int, batch: Tensor, x: Tensor, y: Tensor, *flat: Tensor) -> list[Tensor]:
         """One local step on weights and memory, all in one flat list."""
@@ -306,6 +305,11 @@ def unroll(
         else:
             flat = step(t, batch, x, y, *flat)
     return {name: flat[i] - start[i] for i, name in enumerate(names)}
+
+
+def slots(protocol: FedAVG) -> int:
+    """Tensors that the local optimizer remembers for every weight."""
+    return 2 if protocol.optimizer == "adam" else int(bool(protocol.momentum))
 
 
 def _by_step(drawn: Sequence[Drawn] | Literal["mean", "new"], steps: int) -> list[Drawn]:

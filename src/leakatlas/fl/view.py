@@ -49,11 +49,11 @@ from leakatlas.errors import (
     UnsupportedModel,
     shown,
 )
-from leakatlas.fl import draws, rehearsal, replay, state
+from leakatlas.fl import draws, rehearsal, replay, state, unrolled
 from leakatlas.fl.augmentation import augmented
 from leakatlas.fl.hooks import Defense
 from leakatlas.fl.losses import PLAIN, Loss, as_loss, loss_json, with_code
-from leakatlas.fl.protocol import PROTOCOLS, FedSGD, Protocol
+from leakatlas.fl.protocol import PROTOCOLS, FedAVG, FedSGD, Protocol
 from leakatlas.fl.state import ModelRef
 from leakatlas.fl.update import Update
 from leakatlas.threat import Grant, Knowledge, Vantage, threat_model
@@ -425,6 +425,7 @@ class View:
             NotGranted: If the update is a delta, the protocol is not granted, and more than one
                 step is to be replayed.
             InvalidInput: If the update does not belong to the model.
+            InvalidParameter: If this machine's memory cannot hold so many local steps.
         """
         update = self.update_at(round)
         model = replay.without_running_statistics(self.model_at(round))
@@ -433,6 +434,8 @@ class View:
         protocol: Protocol = FedSGD(lr=1.0, reduction=update.reduction, loss=self._loss)
         if update.kind != "gradient" and (not one_step or self.has("protocol")):
             protocol = self.protocol
+        if isinstance(protocol, FedAVG) and not one_step:
+            unrolled.require_room(model, protocol, self.num_examples, self.input_shape)
         if one_step:
             return replay.one_step(
                 model,

@@ -95,6 +95,7 @@ class GIAS(Attack):
     """
 
     counts = ("latent_steps", "generator_steps")
+    replays = True
 
     latent_steps: PositiveInt = 500
     generator_steps: NonNegativeInt = 5_000

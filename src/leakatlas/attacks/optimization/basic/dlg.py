@@ -65,6 +65,8 @@ class DLG(Attack):
             no further start is made.
     """
 
+    replays = True
+
     steps: PositiveInt = 300
     inner: PositiveInt = 20
     lr: Positive = 1.0

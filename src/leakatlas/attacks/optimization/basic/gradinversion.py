@@ -77,6 +77,8 @@ class GradInversion(Attack):
         answer: Whether the best search or the consensus is returned.
     """
 
+    replays = True
+
     steps: PositiveInt = 20_000
     lr: Positive = 0.1
     warmup: NonNegativeInt = 50

@@ -69,6 +69,8 @@ class IDLG(Attack):
             start is made.
     """
 
+    replays = True
+
     rule: Literal["paper", "bias", "sum"] = "paper"
     steps: PositiveInt = 300
     inner: PositiveInt = 20

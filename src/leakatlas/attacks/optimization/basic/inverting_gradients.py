@@ -82,6 +82,7 @@ class InvertingGradients(Attack):
     """
 
     version: ClassVar[int] = 2
+    replays = True
 
     steps: PositiveInt = 4_800
     lr: Positive = 0.1
