@@ -2,8 +2,8 @@
 
 ``python scripts/compat.py`` makes one virtual environment for each combination outside of the
 repository, with ``uv`` and ``--resolution lowest-direct`` (or the highest), runs the tests that
-take seconds, and prints a table. ``--extra flower`` resolves and imports an extra in an
-environment of its own instead.
+take seconds, and prints a table. ``--extra flower`` installs an extra in an environment of its own
+instead, imports it beside LeakAtlas, and takes in what it hands over.
 """
 
 from __future__ import annotations
@@ -27,6 +27,21 @@ FAST = (
     "tests/attacks/optimization/basic/test_dlg.py", "tests/report",
 )  # fmt: skip
 """Tests that meet every dependency and take a minute or two."""
+
+USES = {
+    "flower": """
+import flwr.common, torch, leakatlas, leakatlas.audit
+from leakatlas.fl import Update
+net = torch.nn.Linear(4, 3)
+before = [t.numpy().copy() for t in net.state_dict().values()]
+sent = flwr.common.ndarrays_to_parameters([a + 1 for a in before])
+after = flwr.common.parameters_to_ndarrays(sent)
+update = Update.from_arrays(before, after, net, num_examples=2)
+assert update.kind == "delta" and torch.allclose(update.tensors["bias"], torch.ones(3))
+print("flwr", flwr.__version__, "imported; its arrays are an update")
+""",
+}
+"""What is tried with an extra: it hands over arrays as a client of it would."""
 
 TESTERS = ("pytest>=8", "hypothesis>=6.100")
 
@@ -76,6 +91,17 @@ def tested(folder: Path, python: str, resolution: str) -> str:
     return lines[-1] if lines else f"exit {done.returncode}"
 
 
+def used(folder: Path, python: str, extra: str) -> tuple[bool, str]:
+    """Whether an extra installs and can be used beside LeakAtlas, and what was said."""
+    problem = install(folder, python, "highest", f"{ROOT}[{extra}]")
+    if problem:
+        return False, "does not install: " + problem.strip().splitlines()[-1]
+    script = USES.get(extra, "import leakatlas.audit; print('installs')")
+    done = run(str(folder / "bin" / "python"), "-c", script, PYTHONPATH="")
+    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
+    return done.returncode == 0, said[-1] if said else f"exit {done.returncode}"
+
+
 def main() -> int:
     """Test every combination, or one extra."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -88,9 +114,9 @@ def main() -> int:
     for python in options.python or PYTHONS:
         if options.extra:
             folder = options.folder / f"{options.extra}-{python}"
-            said = install(folder, python, "highest", f"{ROOT}[{options.extra}]") or "installs"
-            failed |= said != "installs"
-            print(f"{python} {options.extra}: {said.strip().splitlines()[-1]}", flush=True)
+            fine, said = used(folder, python, options.extra)
+            failed |= not fine
+            print(f"{python} {options.extra}: {said}", flush=True)
             continue
         for resolution in options.resolution or ("lowest-direct", "highest"):
             said = tested(options.folder / f"{resolution}-{python}", python, resolution)

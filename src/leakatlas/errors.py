@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 LONGEST = 4_000
@@ -135,6 +136,29 @@ class AttackCrashed(LeakAtlasError, RuntimeError):
 
 class Unavailable(LeakAtlasError, RuntimeError):
     """What a run needs is not at hand: an optional package, a weight file, a data set, or time."""
+
+
+@contextmanager
+def needing(purpose: str, install: str = "") -> Iterator[None]:
+    """Around the import of a package that only some uses need.
+
+    Args:
+        purpose: What needs it, for the message.
+        install: What ``pip install`` takes to get it; its own name if left out.
+
+    Raises:
+        Unavailable: If the package is not installed, with the command that gets it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as problem:
+        package = (problem.name or "").partition(".")[0]
+        if package in ("", "leakatlas"):
+            raise
+        raise Unavailable(
+            f"{purpose[:1].upper()}{purpose[1:]} needs {package}, which is not installed: "
+            f"pip install '{install or package}'"
+        ) from None
 
 
 class CatalogueError(LeakAtlasError, ValueError):

@@ -14,7 +14,11 @@ from leakatlas.errors import InvalidParameter
 from leakatlas.fl import FedAVG, replay, unrolled
 from tests.conftest import build_stage
 
-MODELS = {"convnet": {"width": 4}, "fc": {"widths": (64,)}, "vit": {"dim": 16, "patch": 4}}
+MODELS: dict[str, dict[str, Any]] = {
+    "convnet": {"width": 4},
+    "fc": {"widths": (64,)},
+    "vit": {"dim": 16, "patch": 4},
+}
 
 
 def _moved(

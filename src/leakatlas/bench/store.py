@@ -14,21 +14,15 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from leakatlas.attacks.api import cache_folder
 from leakatlas.bench.record import Record
-from leakatlas.errors import InvalidInput
+from leakatlas.errors import InvalidInput, needing
 
 MOST_PARTS = 64
 """Parts that are left alone; more are merged when a store is next written to."""
 
-_COLUMNS = pa.schema(
-    [(name, pa.string()) for name in ("cell", "code", "study", "label", "status", "started")]
-    + [("order", pa.int64()), ("record", pa.string())]
-)
-"""What one may want to select by, and the whole record as JSON."""
+_TEXTS = ("cell", "code", "study", "label", "status", "started", "record")
+"""What one may want to select by, and the whole record as JSON; ``order`` stands beside them."""
 
 
 def default_folder() -> Path:
@@ -80,6 +74,9 @@ class Store:
         return sorted(self.folder.glob("*.parquet"))
 
     def _all(self, parts: Iterable[Path]) -> Iterable[tuple[int, Record]]:
+        with needing("the store of records", "pyarrow"):
+            import pyarrow as pa
+            import pyarrow.parquet as pq
         for part in parts:
             try:
                 table = pq.read_table(part, columns=["order", "record"])
@@ -95,6 +92,9 @@ class Store:
             yield from found
 
     def _write(self, records: list[tuple[int, Record]]) -> None:
+        with needing("the store of records", "pyarrow"):
+            import pyarrow as pa
+            import pyarrow.parquet as pq
         rows = [
             {
                 "cell": record.cell,
@@ -108,12 +108,13 @@ class Store:
             }
             for order, record in records
         ]
+        columns = pa.schema([*((n, pa.string()) for n in _TEXTS), ("order", pa.int64())])
         name = f"{time.time_ns()}-{uuid.uuid4().hex[:8]}"
         partial = self.folder / f"{name}.partial"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
-                pq.write_table(pa.Table.from_pylist(rows, schema=_COLUMNS), file)
+                pq.write_table(pa.Table.from_pylist(rows, schema=columns), file)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(partial.with_suffix(".parquet"))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from leakatlas.catalogue import loader
-from leakatlas.errors import CatalogueError, UnknownName
+from leakatlas.errors import CatalogueError, UnknownName, needing
 
 Kind = Literal["attack", "defense"]
 
@@ -116,7 +116,8 @@ def _load(kind: Kind, key: str) -> type[Any]:
         raise UnknownName(kind, key, _keys(kind)) from None
     if module_file(kind, row.key) is None:
         raise UnknownName(f"implemented {kind}", key, _keys(kind))
-    module = importlib.import_module(module_path(kind, row.key))
+    with needing(f"the {kind} {row.key!r}"):
+        module = importlib.import_module(module_path(kind, row.key))
     return class_of(module, row.key)
 
 

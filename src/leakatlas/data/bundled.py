@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from leakatlas import limits
 from leakatlas.data import pictures
 from leakatlas.data.images import ImageSet
-from leakatlas.errors import InvalidParameter, UnknownName
+from leakatlas.errors import InvalidParameter, UnknownName, needing
 
 STRANGERS = 256
 """How many public images an audit has without a surrogate of the user's."""
@@ -56,13 +56,15 @@ class _Photo:
 
 
 def _skimage(name: str) -> Any:
-    import skimage.data
+    with needing(f"the bundled picture {name!r}", "scikit-image"):
+        import skimage.data
 
     return getattr(skimage.data, name)()
 
 
 def _sklearn(name: str) -> Any:
-    import sklearn.datasets
+    with needing(f"the bundled picture {name!r}", "scikit-learn"):
+        import sklearn.datasets
 
     return sklearn.datasets.load_sample_image(name)
 
@@ -167,7 +169,8 @@ def digits(size: int = 8) -> ImageSet:
         size: Side; 8 is the side of the files.
     """
     _require_room("digits", 1797, 1, size)
-    import sklearn.datasets
+    with needing("the set of digits", "scikit-learn"):
+        import sklearn.datasets
 
     bunch = sklearn.datasets.load_digits()
     images = torch.from_numpy(bunch.images.astype(np.float32) / 16.0)[:, None]

@@ -13,24 +13,31 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from leakatlas import reading
 from leakatlas.data import bundled, pictures
 from leakatlas.data.folders import image_folder
 from leakatlas.data.images import ImageSet
 from leakatlas.data.stacks import Arrays, Classes, assemble, named, numbered
-from leakatlas.errors import InvalidInput, InvalidParameter, Unavailable, UnknownName, shown
+from leakatlas.errors import (
+    InvalidInput,
+    InvalidParameter,
+    Unavailable,
+    UnknownName,
+    needing,
+    shown,
+)
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 MAX_LABEL = 2**31
 
-# What pyarrow raises besides what reading can always meet.
-_ARROW = (pa.ArrowException, LookupError, TypeError, NotImplementedError, RuntimeError)
+# What pyarrow raises besides what reading can always meet, and its own ArrowException.
+_ARROW = (LookupError, TypeError, NotImplementedError, RuntimeError)
 
 # What torchvision's readers raise on damaged files.
 _FOREIGN = (LookupError, TypeError, AttributeError, AssertionError, EOFError, struct.error)
@@ -67,6 +74,8 @@ def parquet(
             f"{path}: expected an image column ({' or '.join(IMAGE_COLUMNS)}) and a label column "
             f"({', '.join(LABEL_COLUMNS)}); the file has {', '.join(columns) or 'no columns'}."
         )
+    import pyarrow as pa
+
     if not pa.types.is_integer(file.schema_arrow.field(label_column).type):
         raise InvalidInput(
             f"{path}: {label_column} must hold integers; it holds "
@@ -257,18 +266,25 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
     with reading.boundary(f"The Parquet file {shown(str(path))}"):
         if not path.is_file():
             raise InvalidInput(f"{path}: there is no such file.")
+    with needing(f"the Parquet file {shown(str(path))}", "pyarrow"):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
     way_out = "It may be truncated or no Parquet file."
-    with reading.boundary(f"The Parquet file {shown(str(path))}", *_ARROW, way_out=way_out):
+    expected = (pa.ArrowException, *_ARROW)
+    with reading.boundary(f"The Parquet file {shown(str(path))}", *expected, way_out=way_out):
         return pq.ParquetFile(path)
 
 
 def _rows(
     file: pq.ParquetFile, path: Path, image: str, label: str, limit: int | None
 ) -> Iterator[tuple[Any, int | None]]:
+    import pyarrow as pa
+
     left = file.metadata.num_rows if limit is None else min(limit, file.metadata.num_rows)
     batches = file.iter_batches(batch_size=min(max(left, 1), 1024), columns=[image, label])
     while left > 0:
-        with reading.boundary(f"{path}: damaged Parquet data, which", *_ARROW):
+        expected = (pa.ArrowException, *_ARROW)
+        with reading.boundary(f"{path}: damaged Parquet data, which", *expected):
             batch = next(batches, None)
             if batch is None or batch.num_rows == 0:
                 raise InvalidInput(f"{path}: damaged Parquet data: {left} rows are missing.")

@@ -7,9 +7,13 @@ import re
 from typing import Literal
 from xml.etree import ElementTree
 
-from latex2mathml import exceptions
-from latex2mathml.converter import convert_to_element
 from markupsafe import Markup
+
+from leakatlas.errors import needing
+
+with needing("the site", "leakatlas[site]"):
+    from latex2mathml import exceptions
+    from latex2mathml.converter import convert_to_element
 
 _TAG = re.compile(r"\\tag\{([^{}]*)\}")
 # What the converter would leave as a backslash, in commands that it knows.
