@@ -161,8 +161,6 @@ BESIDE = _beside()
 def configuration(folder: Path) -> object:
     """``leakatlas audit audit.yaml``, up to the first gradient."""
     config = read_config(folder / "audit.yaml")
-    if config.model.python not in (None, "net.py:make"):
-        return None  # code that the person named is run, whatever it is
     for condition in config.fail_on:
         parse_gate(condition)
     plan = make_plan(config, base=folder, command="")

@@ -28,9 +28,11 @@ EXPECTED = {
     "configuration/factory-that-exits": r"net\.py, line 2: it calls sys\.exit\(0\)",
     "configuration/factory-with-a-typo": r"net\.py, line 1: SyntaxError",
     "configuration/five-thousand-digits": r"line 1, column 7: a whole number of 5,000 digits",
+    "configuration/hub-load": r"'torch\.hub:load' was not run: of an installed package only",
     "configuration/int-tag": r"line 1, column 7: expected int; got 'abc'",
     "configuration/list-as-key-of-a-defense": r"needs its 'key' as text; got \{'key': \['x'\]\}",
     "configuration/no-targets": r"targets: expected at least one client",
+    "configuration/os-system": r"module 'os' is Python's own and was not run",
     "configuration/python-tag": r"the tag .*os\.mkdir' is not allowed",
     "configuration/rate-of-1e300": "answer",  # the client diverges, which its update shows
     "configuration/recursive-anchor": r"nested deeper than 32 levels",

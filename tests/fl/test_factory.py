@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
+import numpy
 import pytest
 from torch import nn
 
@@ -56,9 +60,58 @@ def test_what_a_users_code_does_wrong_is_told_with_file_and_line(
         ("..:make", "failed|not importable"),
         ("missing.py:make", "does not exist"),
         ("a\x00.py:make", "does not exist|failed"),
-        ("builtins:dict", "returned dict, expected a torch.nn.Module"),
+        ("builtins:dict", "is Python's own and was not run"),
     ],
 )
 def test_names_that_lead_nowhere(name: str, words: str) -> None:
     with pytest.raises(InvalidInput, match=words):
         factory.make(name, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "words"),
+    [
+        ("os:mkdir", {"path": "owned"}, "The model module 'os' is Python's own and was not run"),
+        ("subprocess:getoutput", {"cmd": "mkdir owned"}, "Python's own and was not run"),
+        ("builtins:exec", {}, "Python's own"),
+        ("pathlib:Path", {}, "Python's own"),
+        # imported elsewhere, it is still what it is
+        ("leakatlas.sealed:write_whole", {"file": "owned", "content": b""}, "was not run: of an"),
+        ("torch.serialization:pickle", {}, "Unknown|was not run"),
+        ("torch.hub:load", {"repo_or_dir": "a/b", "model": "m"}, "was not run: of an installed"),
+        ("torch:load", {"f": "owned", "weights_only": False}, "'-> nn.Module'"),
+        ("torch:save", {"obj": 1, "f": "owned"}, "was not run"),
+        ("numpy:save", {"file": "owned", "arr": [1]}, "was not run"),
+        ("torch.nn:init", {}, "Unknown|was not run"),
+    ],
+)
+def test_what_is_no_factory_of_models_is_not_run(
+    name: str,
+    kwargs: dict[str, object],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((InvalidInput, UnknownName), match=words):
+        factory.make(name, kwargs)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_of_the_standard_library_is_not_even_imported() -> None:
+    sys.modules.pop("antigravity", None)  # it would open a browser
+    with pytest.raises(InvalidInput, match="Python's own"):
+        factory.find("antigravity:fly", "loss")
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize("module", [subprocess, numpy])
+def test_an_installed_file_is_nobodys_own(module: ModuleType) -> None:
+    with pytest.raises(InvalidInput, match="belongs to Python or to an installed package"):
+        factory.make(f"{module.__file__}:getoutput", {"cmd": "mkdir owned"})
+
+
+def test_what_says_that_it_makes_a_model_is_run() -> None:
+    assert isinstance(factory.make("torch.nn:Identity", {}), nn.Module)
+    made = factory.make("torchvision.models:squeezenet1_1", {"num_classes": 3})  # '-> SqueezeNet'
+    assert isinstance(made, nn.Module)

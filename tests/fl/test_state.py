@@ -115,7 +115,7 @@ def test_a_python_file_is_a_reference(tmp_path: Path) -> None:
         ("python", "torch.nn", "is 'file.py:factory'"),
         ("python", "no_such_module_here:make", "not importable"),
         ("python", "missing.py:make", "does not exist"),
-        ("python", "builtins:dict", "returned dict, expected a torch.nn.Module"),
+        ("python", "builtins:dict", "is Python's own and was not run"),
     ],
 )
 def test_references_that_build_nothing(kind: str, name: str, message: str) -> None:

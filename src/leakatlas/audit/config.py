@@ -36,7 +36,8 @@ class ModelConfig(_Strict):
     builtin: str | None = None
     """A name of ``leakatlas.models``: convnet, lenet, resnet, vit, ..."""
     python: str | None = None
-    """``file.py:factory`` or ``package.module:factory``, a callable that returns the module."""
+    """``file.py:factory``, which is run, or ``package.module:factory``, which is run if it is a
+    class of modules or its return type says that it makes one."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the factory."""
     output: int | str | None = None

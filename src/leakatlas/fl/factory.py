@@ -3,6 +3,10 @@
 It is reached only when a person names it as code (``model: {python: file.py:factory}``,
 ``leakatlas lint file.py:factory``, ``trust_code=True``), never because a file says so. Whatever
 that code does wrong is told with its file and line.
+
+A file is its owner's, and runs. Much of what is installed, though, runs programs or loads code
+(``os:system``, ``torch.hub:load``): the standard library is never taken, by name or by file, and a
+factory in a package has to say that it makes a model, as a class of modules or by its return type.
 """
 
 from __future__ import annotations
@@ -10,9 +14,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import sysconfig
 import traceback
+import typing
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +31,22 @@ def make(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
     """The module that a factory returns.
 
     Args:
-        name: ``file.py:factory`` or ``package.module:factory``.
+        name: ``file.py:factory``, or ``package.module:factory`` for a class of modules or a
+            function whose return type is one.
         kwargs: Arguments of the factory.
 
     Raises:
-        InvalidInput: If the code cannot be found or run, or returns something else.
+        InvalidInput: If the code cannot be found or run, does not say that it makes a model, or
+            returns something else.
         UnknownName: If the file has no such factory.
     """
     factory = find(name, "model")
+    if not name.rpartition(":")[0].endswith(".py") and not _makes_models(factory):
+        raise InvalidInput(
+            f"{shown(name)} was not run: of an installed package only classes of torch.nn.Module "
+            "are, and functions whose return type says that they make one ('-> nn.Module'). Write "
+            "a function into a file of yours and name that: 'file.py:factory'."
+        )
     with _running(f"The model factory {shown(name)}", name.rpartition(":")[0]):
         model = factory(**kwargs)
     if not isinstance(model, nn.Module):
@@ -63,6 +77,11 @@ def find(name: str, kind: str) -> Callable[..., object]:
             file = Path(location)
             if not file.is_file():
                 raise InvalidInput(f"{who} does not exist (from {shown(name)}).")
+            if _installed(file):
+                raise InvalidInput(
+                    f"{who} belongs to Python or to an installed package and was not run; name "
+                    "what it makes as 'package.module:factory'."
+                )
             spec = importlib.util.spec_from_file_location(f"leakatlas_user_{file.stem}", file)
             if spec is None or spec.loader is None:
                 raise InvalidInput(f"{who} is not importable Python.")
@@ -71,6 +90,11 @@ def find(name: str, kind: str) -> Callable[..., object]:
             with _without_bytecode():
                 spec.loader.exec_module(module)
     else:
+        if location.partition(".")[0] in sys.stdlib_module_names:
+            raise InvalidInput(
+                f"{who} is Python's own and was not run: it holds no {kind}. A file of yours is "
+                f"named 'file.py:{what}'."
+            )
         try:
             with _running(who, location):
                 module = importlib.import_module(location)
@@ -86,6 +110,26 @@ def find(name: str, kind: str) -> Callable[..., object]:
         names = [name for name in vars(module) if not name.startswith("_")]
         raise UnknownName(f"{kind} {what} in {location}", attribute, names)
     return factory  # type: ignore[no-any-return]  # checked callable just above
+
+
+def _installed(file: Path) -> bool:
+    """Whether a file is part of Python or of a package, and nobody's own."""
+    places = sysconfig.get_paths()
+    here = file.resolve()
+    return any(
+        here.is_relative_to(Path(places[place]).resolve())
+        for place in ("stdlib", "platstdlib", "purelib", "platlib")
+    )
+
+
+def _makes_models(factory: Callable[..., object]) -> bool:
+    """Whether a callable says that it makes modules; nothing is called to find out."""
+    made: object = factory
+    if not isinstance(factory, type):
+        # Whatever a stranger's annotation cannot be read for, it says nothing.
+        with suppress(Exception):
+            made = typing.get_type_hints(factory).get("return")
+    return isinstance(made, type) and issubclass(made, nn.Module)
 
 
 @contextmanager
