@@ -40,6 +40,17 @@ def _adapters(cls: type[Any]) -> dict[str, TypeAdapter[Any]]:
     return _ADAPTERS[cls]
 
 
+def checked(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for some fields of a dataclass, each held against the type of its field.
+
+    Raises:
+        ValueError: If a value is of another type.
+        KeyError: If there is no such field.
+    """
+    known = _adapters(cls)
+    return {name: known[name].validate_python(value) for name, value in values.items()}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Configured:
     """A frozen set of checked parameters that round-trips through JSON."""

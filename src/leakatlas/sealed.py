@@ -12,6 +12,19 @@ import tempfile
 import warnings
 from pathlib import Path
 
+MALFORMED: tuple[type[Exception], ...] = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    RecursionError,
+    RuntimeError,
+    EOFError,
+)
+"""What reading a kept file meets whose content is not of the form in which it was kept."""
+
 
 class DamagedFile(UserWarning):
     """A kept file was not what had been written; it is not used."""

@@ -176,7 +176,7 @@ DIAGNOSED = tuple(
 )
 
 
-@door(one("audit.yaml", tampered(DIAGNOSED).map(as_json)), share=0.1, examples=6)
+@door(one("audit.yaml", tampered(DIAGNOSED).map(as_json)), share=0.5, examples=6)
 def doctor(folder: Path) -> object:
     """``leakatlas doctor audit.yaml``, as typed."""
     return command("doctor", str(folder / "audit.yaml"))

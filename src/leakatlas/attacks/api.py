@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, final
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import leakatlas
@@ -262,7 +263,10 @@ class Attack(Configured, ABC):
         file = cache_folder() / f"{self.key}-{hashlib.sha256(identity.encode()).hexdigest()}"
         file = file.with_suffix(".sealed")
         if (held := sealed.unseal(file)) is not None:
-            return safetensors.torch.load(held)
+            try:
+                return safetensors.torch.load(held)
+            except (*sealed.MALFORMED, SafetensorError):
+                sealed.discard(file, "it holds no tensors")
         with torch.random.fork_rng(devices=[]):
             # The cache key has no seed of the attack, so no draw may depend on one.
             torch.manual_seed(stream_seed(self.key, "prepare"))

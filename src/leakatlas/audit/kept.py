@@ -166,7 +166,7 @@ def load(stem: Path, budget: float | None) -> Run | None:
         if Path(str(problem.filename)) == beside:
             sealed.discard(file, "its pictures are missing")
         return None
-    except (ValueError, LookupError, TypeError, AttributeError, SafetensorError):
+    except (*sealed.MALFORMED, SafetensorError):
         sealed.discard(file, "it is no run as they are kept here")
         return None
     return run if run.tried and content["budget"] == budget else None

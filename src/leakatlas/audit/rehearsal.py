@@ -40,6 +40,7 @@ from leakatlas.fl import View, stream
 from leakatlas.metrics.assignment import assign, pairwise_mse
 from leakatlas.metrics.baselines import mean_image
 from leakatlas.metrics.images import psnr_of_mse
+from leakatlas.params import checked
 
 CEILING = 60.0
 """PSNR in dB at which an image of the rehearsal counts as rebuilt; an exact one is infinite."""
@@ -180,8 +181,7 @@ class Rehearsal:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Rehearsal:
         """The rehearsal whose :meth:`to_json` is ``values``."""
-        trials = tuple(Trial(**trial) for trial in values["trials"])
-        return cls(**{**values, "trials": trials})
+        return cls(**checked(cls, values))
 
 
 @dataclass(frozen=True)
@@ -467,6 +467,6 @@ def _kept(file: Path) -> Rehearsal | None:
         return None
     try:
         return Rehearsal.from_json(json.loads(content))
-    except (ValueError, TypeError, KeyError):
+    except sealed.MALFORMED:
         sealed.discard(file, "it is no rehearsal as they are kept here")
         return None

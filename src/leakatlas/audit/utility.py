@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from leakatlas import data
+from leakatlas import data, sealed
 from leakatlas.attacks.api import cache_folder
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import LeakAtlasError
 from leakatlas.fl import Client, Defense, FedAVG, Federation, FedSGD, ModelRef, Protocol, stream
+from leakatlas.params import checked
 
 CLIENTS = 10
 TRAIN = 1_000
@@ -56,8 +57,8 @@ def price_of(
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     file = cache_folder() / "prices" / f"{digest}.json"
     try:
-        return Utility(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # none, or damaged: measured again
+        return Utility(**checked(Utility, json.loads(file.read_text(encoding="utf-8"))))
+    except (OSError, *sealed.MALFORMED):  # none, or damaged: measured again
         pass
     watch = watch or Watch()
     found = accuracy_under(defenses, local=local, seed=seed, watch=watch)

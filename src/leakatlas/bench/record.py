@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from leakatlas.bench.picture import Column
+from leakatlas.params import checked
 
 Status = Literal["complete", "cut short", "failed", "error", "refused"]
 """``failed``: the attack says so. ``error``: it crashed, or was killed. ``refused``: it lacks what
@@ -75,13 +76,12 @@ class Record:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The record whose :meth:`to_json` is ``values``."""
-        plain = dict(values)
-        plain["images"] = tuple(plain["images"])
-        plain["columns"] = tuple(Column(**column) for column in plain.get("columns", ()))
-        plain["reads"] = tuple(plain["reads"])
-        plain["trace"] = tuple((float(s), float(p)) for s, p in plain["trace"])
-        return cls(**plain)
+        """The record whose :meth:`to_json` is ``values``.
+
+        Raises:
+            ValueError: If a value is not of its type (or another of :data:`.sealed.MALFORMED`).
+        """
+        return cls(**checked(cls, values))
 
     @property
     def substance(self) -> dict[str, Any]:

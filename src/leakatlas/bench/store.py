@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
+from leakatlas import sealed
 from leakatlas.attacks.api import cache_folder
 from leakatlas.bench.record import Record
 from leakatlas.errors import InvalidInput, needing
@@ -85,9 +86,10 @@ class Store:
                          for row in rows]  # fmt: skip
             except FileNotFoundError:
                 continue  # merged by another run meanwhile; its records are in a newer part
-            except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as problem:
+            except (pa.ArrowException, OSError, *sealed.MALFORMED) as problem:
+                words = " ".join(str(problem).split())[:300]
                 raise InvalidInput(
-                    f"{part} is damaged ({problem}); remove it, and its cells are run again."
+                    f"{part} is damaged ({words}); remove it, and its cells are run again."
                 ) from None
             yield from found
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from leakatlas.metrics.score import Scores
+from leakatlas.params import checked
 from leakatlas.report.words import TRIED, Status, Verdict, rank
 
 
@@ -87,13 +88,15 @@ class Run:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], pictures: Tensor | None = None) -> Run:
-        """The run whose :meth:`to_json` is ``values``."""
+        """The run whose :meth:`to_json` is ``values``.
+
+        Raises:
+            ValueError: If a value is not of its type (or another of :data:`.sealed.MALFORMED`).
+        """
         plain = dict(values)
         scores = plain.pop("scores")
-        plain["defenses"], plain["reads"] = tuple(plain["defenses"]), tuple(plain["reads"])
-        plain["confidence"] = tuple(plain["confidence"])
         return cls(
-            **plain,
+            **checked(cls, plain),
             scores=None if scores is None else Scores.from_json(scores),
             pictures=pictures,
         )

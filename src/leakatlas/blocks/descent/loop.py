@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from leakatlas import sealed
 from leakatlas.blocks.descent import saved
 from leakatlas.blocks.descent.execution import Executor
 from leakatlas.blocks.descent.objective import Objective, Variables
@@ -109,9 +110,18 @@ def descend(
     file = watch.conduct.next_file()
     wanted = saved.identity(start, steps, candidates) if file is not None else ""
     first = 0
-    if file is not None and (state := saved.load(file, wanted, generators)) is not None:
-        run.restore(state)
-        first = int(state["steps"])
+    state = None
+    if file is not None:
+        state = saved.load(file, wanted, generators, start, candidates)
+    if file is not None and state is not None:
+        try:
+            run.restore(state)
+        except sealed.MALFORMED:
+            sealed.discard(file, "its optimizer's part is of another optimizer")
+            run = _Run(objective, start, optimizer, candidates, transform, watch)
+            state = None
+    if state is not None:
+        first = state["steps"]
         if state["finished"]:
             return run.end(first)
     now = Step(first - 1, max(first - 1, 0) / steps)

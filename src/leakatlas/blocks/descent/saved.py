@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from leakatlas import sealed
+from leakatlas.blocks.descent.execution import EXECUTIONS
 
 FORMAT = "leakatlas/descent/2"
 
@@ -45,7 +46,13 @@ def save(file: Path, state: Mapping[str, Any], generators: Sequence[torch.Genera
         )
 
 
-def load(file: Path, wanted: str, generators: Sequence[torch.Generator]) -> dict[str, Any] | None:
+def load(
+    file: Path,
+    wanted: str,
+    generators: Sequence[torch.Generator],
+    start: Mapping[str, Tensor],
+    candidates: int | None,
+) -> dict[str, Any] | None:
     """The checkpoint in ``file``; sets the generators to where they were.
 
     None if there is none, or if it is damaged or of another run: it is then discarded with a
@@ -56,17 +63,59 @@ def load(file: Path, wanted: str, generators: Sequence[torch.Generator]) -> dict
         return None
     try:
         state = torch.load(io.BytesIO(content), weights_only=True)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+    except (*sealed.MALFORMED, pickle.UnpicklingError):
         state = None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         sealed.discard(file, "it is not a checkpoint of a descent")
         return None
-    if state["identity"] != wanted:
+    if state.get("identity") != wanted:
         sealed.discard(
             file, "it belongs to another run (another start, length or number of candidates)"
         )
         return None
-    torch.set_rng_state(state["noise"]["global"])
-    for generator, noise in zip(generators, state["noise"]["own"], strict=True):
-        generator.set_state(noise)
+    try:
+        _require_whole(state, start, () if candidates is None else (candidates,))
+        # Tried on generators of no importance first, so that it is all of them or none.
+        own = [torch.Generator(g.device).set_state(noise)
+               for g, noise in zip(generators, state["noise"]["own"], strict=True)]  # fmt: skip
+        torch.set_rng_state(state["noise"]["global"])
+    except sealed.MALFORMED:
+        sealed.discard(file, "it lacks a part of a checkpoint, or a part is of another kind")
+        return None
+    for generator, noise in zip(generators, own, strict=True):
+        generator.set_state(noise.get_state())
     return dict(state)
+
+
+def _require_whole(
+    state: Mapping[str, Any], start: Mapping[str, Tensor], shape: tuple[int, ...]
+) -> None:
+    """Refuse what no descent from ``start`` has left; the optimizer judges its own part."""
+    for part in ("leaves", "best"):
+        held = state[part]
+        if held.keys() != start.keys() or any(not _alike(held[n], start[n]) for n in start):
+            raise ValueError(part)
+    like = next(iter(start.values()))
+    criterion = torch.empty(shape, dtype=like.dtype)
+    trace = state["trace"]
+    if not all(_alike(value, criterion) for value in (state["lowest"], *trace)):
+        raise ValueError("criterion")
+    if not _alike(state["alive"], criterion.bool()):
+        raise ValueError("alive")
+    if type(state["steps"]) is not int or state["steps"] < 0:
+        raise ValueError("steps")
+    if type(state["finished"]) is not bool or type(state["undecided"]) is not bool:
+        raise ValueError("finished")
+    if state["finished"] and not trace:
+        raise ValueError("trace")
+    if type(trace) is not list or state["execution"] not in EXECUTIONS:
+        raise ValueError("execution")
+    if type(state["optimizer"]) is not dict:
+        raise ValueError("optimizer")
+
+
+def _alike(tensor: object, like: Tensor) -> bool:
+    return (
+        type(tensor) is Tensor and tensor.layout == torch.strided
+        and (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
+    )  # fmt: skip
