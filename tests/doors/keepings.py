@@ -185,7 +185,7 @@ def _states(draw: st.DrawFn) -> bytes:
             (torch.zeros(0), torch.zeros(2, 4), torch.zeros(2), torch.zeros(3, 3).bool(),
              torch.full((2, 4), torch.nan), torch.zeros(2, 4).long())
         )  # fmt: skip
-        other = draw(st.one_of(tensors, hostile.scalars, st.just([]), st.just({})))
+        other: Any = draw(st.one_of(tensors, hostile.scalars, st.just([]), st.just({})))
         if draw(st.booleans()) and isinstance(holder, dict):
             del holder[last]
         else:

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from leakatlas.defenses.formal.crypto.secure_aggregation import SecureAggregation, _quantization
-from leakatlas.defenses.formal.crypto.secure_aggregation._quantization import Header
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import (
     ClientContext,
@@ -29,6 +27,10 @@ from leakatlas.fl import (
 )
 from leakatlas.fl.hooks import Message
 from leakatlas.fl.training import train_locally
+
+if TYPE_CHECKING:  # it needs a package of its own, which rounds without it do not
+    from leakatlas.defenses.formal.crypto.secure_aggregation import SecureAggregation
+    from leakatlas.defenses.formal.crypto.secure_aggregation._quantization import Header
 
 
 class _Sum(Protocol):
@@ -82,11 +84,11 @@ def play_round(
 
 
 def _sum_of(federation: Federation) -> _Sum:
-    match federation.defenses:
-        case ():
-            return _Mean()
-        case (SecureAggregation() as defense,):
-            return _Ring(defense, len(federation.clients))
+    if not federation.defenses:
+        return _Mean()
+    if [defense.key for defense in federation.defenses] == ["secure_aggregation"]:
+        (defense,) = federation.defenses
+        return _Ring(cast("SecureAggregation", defense), len(federation.clients))
     raise InvalidInput(
         "A lean round plays secure aggregation and no other defense; got "
         f"{', '.join(defense.key for defense in federation.defenses)}."
@@ -125,11 +127,15 @@ class _Ring:
         self._header: Header | None = None
 
     def add(self, update: Update, context: ClientContext) -> None:
+        from leakatlas.defenses.formal.crypto.secure_aggregation._quantization import Header
+
         self._header = self._header or Header.of(update)
         words = self._defense.encode(update, self._header, self._clients, context)
         self._total = words if self._total is None else self._total + words
 
     def open(self, like: Update, clients: int) -> Update:
+        from leakatlas.defenses.formal.crypto.secure_aggregation import _quantization
+
         assert self._header is not None
         defense, weighted = self._defense, self._header.weighted
         clear = _quantization.from_ring(self._total, defense.ring)

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from leakatlas.cli import recorded
+from leakatlas.cli import plain, recorded
 from leakatlas.cli.codes import FINE, GATE_FAILED, UNDECIDED
+from leakatlas.cli.plain import escape
 
 if TYPE_CHECKING:  # torch takes a second to load; --help should not wait for it
     from collections.abc import Sequence
@@ -85,7 +85,7 @@ def audit(
     capture = recorded.Recorded(captured, model, truth, shape, client, protocol or ())
     plan, asked = _planned(config, capture, budget, threat, seed, execution, rehearsal, out)
     gates += [parse_gate(text) for text in asked]
-    console = Console(stderr=True)
+    console = plain.console(stderr=True)
     report = _carried_out(plan, out, console, silent=as_json)
     failed = [gate for gate in gates if gate.holds(report.worst_case())]
     if as_json:
@@ -229,7 +229,7 @@ def doctor(
     else:
         settings = read_config(config)
         plan = make_plan(settings, base=config.parent, command="")
-    console = Console()
+    console = plain.console()
     consistent = True
     found = {}
     for setting in plan.settings:
@@ -244,9 +244,11 @@ def doctor(
         if as_json:
             continue
         console.rule(escape(setting.name), align="left")
-        mark = "[green]consistent[/]" if replay.consistent else f"[yellow]{replay.culprit}[/]"
+        mark = (
+            "[green]consistent[/]" if replay.consistent else f"[yellow]{escape(replay.culprit)}[/]"
+        )
         if not replay.expected:
-            mark = f"[bold red]wrong: {replay.culprit}[/]"
+            mark = f"[bold red]wrong: {escape(replay.culprit)}[/]"
         words = f" {escape(replay.explanation)}" if replay.explanation else ""
         if replay.residual is None:
             console.print(f"Replay of the true batch:{words}.")
@@ -266,7 +268,9 @@ def doctor(
         for key, start in diagnosis.outlooks.items():
             style = OUTLOOKS.get(start.word, "red")
             reason = escape(start.outlook.reason)
-            table.add_row(key, start.letter or "-", f"[{style}]{start.word}[/]", reason)
+            table.add_row(
+                escape(key), escape(start.letter) or "-", f"[{style}]{start.word}[/]", reason
+            )
         console.print(table)
         _print_measures(console, diagnosis)
     if as_json:
@@ -288,10 +292,10 @@ def _print_measures(console: Console, diagnosis: Diagnosis) -> None:
             title, meaning = words_of(measure)
             note = f" [dim]({escape(measure.note)})[/]" if measure.note else ""
             table.add_row(
-                f"{title}\n[dim]{measure.name}[/]",
+                f"{escape(title)}\n[dim]{escape(measure.name)}[/]",
                 value_in_words(measure),
                 WORSE[measure.direction],
-                f"{meaning[:1].upper()}{meaning[1:]}.{note}\n[dim]Mind: "
+                f"{escape(meaning[:1].upper() + meaning[1:])}.{note}\n[dim]Mind: "
                 f"{escape(measure.assumption)}.[/]",
             )
         console.print(table)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from leakatlas.cli import plain
+from leakatlas.cli.plain import escape
 from leakatlas.errors import InvalidParameter, LeakAtlasError
 
 if TYPE_CHECKING:  # torch takes a second to load; --help should not wait for it
@@ -121,13 +122,15 @@ def _differential(row: str | None, folder: Path | None, as_json: bool) -> int:
             table.add_column(column, overflow="fold")
         for c in flat:
             numbers = (f"{c.official:.6g}", f"{c.ours:.6g}", f"{c.difference:.1e}")
-            table.add_row(c.row, c.name, *numbers, f"{c.tolerance:.0e}", "yes" if c.equal else "NO")
-        console = Console()
+            plain.row(
+                table, c.row, c.name, *numbers, f"{c.tolerance:.0e}", "yes" if c.equal else "NO"
+            )
+        console = plain.console()
         console.print(table)
         console.print(f"{len(flat)} figures compared, {len(apart)} apart.", highlight=False)
         for name in recorded:
             console.print(
-                f"{name}: recorded on {known[name].date}, cannot be compared again "
+                f"{escape(name)}: recorded on {escape(known[name].date)}, cannot be compared again "
                 "(its official figures need released files, or were not kept).", highlight=False,
             )  # fmt: skip
     return 1 if apart else 3 if recorded else 0
@@ -138,7 +141,7 @@ def _run(studies: list[Study], options: Options, as_json: bool) -> bool:
     from leakatlas.bench.runner import run_study, standing
     from leakatlas.cli.progress import Cells
 
-    console = Console(stderr=True)
+    console = plain.console(stderr=True)
     whole = True
     told = []
     for study in studies:
@@ -158,7 +161,8 @@ def _summary(console: Console, study: Study, after: Standing, options: Options) 
     facts = _facts(study, after)
     ends = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in facts["status"].items())
     console.print(
-        f"{study.name}: {len(after.cells)} cells, {ends or 'none run'}; {len(after.left)} left.",
+        f"{escape(study.name)}: {len(after.cells)} cells, {ends or 'none run'}; "
+        f"{len(after.left)} left.",
         highlight=False,
     )
     for reason in facts["reasons"]:
@@ -205,11 +209,12 @@ def _table(studies: list[Study], options: Options, *, only_stale: bool, as_json:
         table.add_column(column, overflow="fold")
     for f in facts:
         if "problem" in f:
-            table.add_row(f["study"], escape(f["problem"]))
+            plain.row(table, f["study"], f["problem"])
             continue
-        table.add_row(
-            f["study"], f["title"], *(str(f[k]) for k in ("cases", "cells", "left", "stale")),
+        plain.row(
+            table, f["study"], f["title"],
+            *(str(f[k]) for k in ("cases", "cells", "left", "stale")),
             str(f["status"].get("error", 0)),
         )  # fmt: skip
-    Console().print(table)
+    plain.console().print(table)
     return True

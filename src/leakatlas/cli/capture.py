@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+
+from leakatlas.cli import plain
+from leakatlas.cli.plain import escape
 
 
 def register(app: typer.Typer) -> None:
@@ -80,7 +81,7 @@ def capture(
     if as_json:
         typer.echo(json.dumps({"out": str(out), **facts_of(found)}))
         return
-    console = Console()
+    console = plain.console()
     facts = facts_of(found)
     for note in found.notes:
         console.print(f"Understood as {escape(note)}.", highlight=False)

@@ -14,10 +14,11 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from leakatlas import reading
+from leakatlas.cli import plain
+from leakatlas.cli.plain import escape
 from leakatlas.errors import InvalidInput, LeakAtlasError, UnknownName
 
 P = ParamSpec("P")
@@ -54,7 +55,9 @@ def _polite(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except LeakAtlasError as error:
-            Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+            plain.console(stderr=True).print(
+                f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True
+            )
             raise typer.Exit(2) from None
 
     return wrapped
@@ -138,7 +141,8 @@ def list_rows(
         grid.add_column(column, no_wrap=column in ("key", "no."), overflow="fold")
     for row in found:
         attack = row["kind"] == "attack"
-        grid.add_row(
+        plain.row(
+            grid,
             row["key"],
             "new" if row["number"] is None else str(row["number"]),
             f"{row['name']}, {row['year'] or 'n/a'}",
@@ -147,7 +151,7 @@ def list_rows(
             "+".join(row["algorithm"]) if attack else "",
             "yes" if row["implemented"] else "no",
         )
-    Console().print(grid)
+    plain.console().print(grid)
 
 
 def _holding(row: dict[str, Any]) -> str:
@@ -198,39 +202,37 @@ def show(
         )
     shown = row if printed else row.corrected()
     cells = tables.cells_of(shown)
-    console = Console()
-    grid = Table(title=f"{kind}: {tables.name_of(row)}", title_justify="left", show_header=False)
+    console = plain.console()
+    grid = Table(
+        title=escape(f"{kind}: {tables.name_of(row)}"), title_justify="left", show_header=False
+    )
     grid.add_column(style="bold")
     grid.add_column(overflow="fold")
     for column, cell in cells.items():
-        grid.add_row(column, escape(cell))
+        plain.row(grid, column, cell)
     if kind == "attack":
-        grid.add_row("Title", escape(loader.reference(row.reference).corrected().title))
-        grid.add_row("Idea", escape(row.summary))
+        plain.row(grid, "Title", loader.reference(row.reference).corrected().title)
+        plain.row(grid, "Idea", row.summary)
     if kind in ("attack", "defense"):
         for name, text in _standing(row):
-            grid.add_row(name, escape(text))
+            plain.row(grid, name, text)
         _show_code(grid, "attack" if kind == "attack" else "defense", row)
     for evidence in getattr(row, "evidence", ()):
         works = ", ".join(map(tables.mark, evidence.works))
-        grid.add_row(
-            f"\\[{works}] on {', '.join(evidence.letters)}",
-            escape(f"{evidence.stance}: {evidence.text}"),
+        plain.row(
+            grid,
+            f"[{works}] on {', '.join(evidence.letters)}",
+            f"{evidence.stance}: {evidence.text}",
         )
     for note in row.notes:
-        grid.add_row("Note", escape(note))
+        plain.row(grid, "Note", note)
     console.print(grid)
     if row.corrections:
         corrections = Table(title="Corrections", title_justify="left")
         for column in ("cell", "printed", "corrected", "reason"):
             corrections.add_column(column, overflow="fold")
         for change in tables.changes(row):
-            corrections.add_row(
-                change.column,
-                escape(change.printed),
-                escape(change.corrected),
-                escape(change.reason),
-            )
+            plain.row(corrections, change.column, change.printed, change.corrected, change.reason)
         console.print(corrections)
     if kind in ("attack", "defense"):
         _show_numbers(console, row, results.of_row(measured, kind, row.key))
@@ -276,18 +278,15 @@ def _show_code(grid: Table, kind: Any, row: Any) -> None:
     if found is None:
         grid.add_row("Module", "planned" if row.planned else "none")
         return
-    grid.add_row("Module", f"{registry.module_path(kind, row.key)}:{found.class_name}")
-    grid.add_row("Version", str(found.version))
+    plain.row(grid, "Module", f"{registry.module_path(kind, row.key)}:{found.class_name}")
+    plain.row(grid, "Version", str(found.version))
     if found.needs:
-        grid.add_row("Needs", ", ".join(found.needs))
+        plain.row(grid, "Needs", ", ".join(found.needs))
     if found.departs_from_letter:
-        grid.add_row("Departs from its letter", escape(found.departs_from_letter))
+        plain.row(grid, "Departs from its letter", found.departs_from_letter)
     for parameter in found.parameters:
         default = f" = {parameter.default}" if parameter.default else ""
-        grid.add_row(
-            f"  {parameter.name}",
-            escape(f"{parameter.annotation}{default}  {parameter.text}"),
-        )
+        plain.row(grid, f"  {parameter.name}", f"{parameter.annotation}{default}  {parameter.text}")
 
 
 def _show_numbers(console: Console, row: Any, measured: Any) -> None:
@@ -296,8 +295,8 @@ def _show_numbers(console: Console, row: Any, measured: Any) -> None:
         for column in ("measure", "value", "setting", "source"):
             grid.add_column(column, overflow="fold")
         for claim in row.reported:
-            grid.add_row(
-                claim.measure, f"{claim.value:g} {claim.unit}", claim.setting, claim.source
+            plain.row(
+                grid, claim.measure, f"{claim.value:g} {claim.unit}", claim.setting, claim.source
             )
         console.print(grid)
     if measured:
@@ -309,12 +308,13 @@ def _show_numbers(console: Console, row: Any, measured: Any) -> None:
                 interval = (
                     "" if measure.interval is None else "[{:.4g}, {:.4g}]".format(*measure.interval)
                 )
-                grid.add_row(
+                plain.row(
+                    grid,
                     measure.title,
                     f"{measure.value:.4g} {measure.unit}",
-                    escape(interval),
+                    interval,
                     str(measure.n),
-                    escape(result.again),
+                    result.again,
                     "carried over" * result.carried_over or ("stale" if result.stale else "fresh"),
                 )
         console.print(grid)
@@ -457,7 +457,7 @@ def validate(
     if as_json:
         _emit({"problems": [problem.to_json() for problem in problems], "stale": stale})
     else:
-        console = Console(soft_wrap=True)
+        console = plain.console(soft_wrap=True)
         for problem in problems:
             console.print(escape(str(problem)), highlight=False)
         for note in stale:
@@ -499,7 +499,7 @@ def build_site(
     if as_json:
         _emit({"index": str(out / "index.html"), "pages": len(pages)})
     else:
-        Console().print(f"{len(pages)} pages in {escape(str(out))}; open index.html.")
+        plain.console().print(f"{len(pages)} pages in {escape(str(out))}; open index.html.")
 
 
 @site_app.callback()

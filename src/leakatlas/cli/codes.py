@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from typer.core import TyperGroup
 
 import leakatlas
+from leakatlas.cli import plain
+from leakatlas.cli.plain import escape
 from leakatlas.errors import LeakAtlasError, Undecided
 
 FINE = 0
@@ -94,7 +94,7 @@ def _explained(problem: Exception) -> int:
 
 
 def _say(markup: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(markup)
+    plain.console(stderr=True, soft_wrap=True, highlight=False).print(markup)
 
 
 def write_trace(defect: BaseException) -> Path:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+
+from leakatlas.cli import plain
+from leakatlas.cli.plain import escape
 
 if TYPE_CHECKING:
     from leakatlas.data import Box, ImageSet
@@ -95,7 +97,7 @@ def lint(
         digest = state_hash(anatomy(received).state)
         typer.echo(json.dumps({**verdict.to_json(), "model": model, "state_sha256": digest}))
     else:
-        _show(verdict, model, Console())
+        _show(verdict, model, plain.console())
     raise typer.Exit(1 if verdict.alarm else 0)
 
 
@@ -185,10 +187,11 @@ def _show(verdict: Verdict, model: str, console: Console) -> None:
             table.add_column(column)
         for finding in verdict.findings:
             score = finding.score
-            table.add_row(
+            plain.row(
+                table,
                 score.statistic,
-                escape(score.place) or "model",
-                escape(score.words),
+                score.place or "model",
+                score.words,
                 f"{score.value:.3f}",
                 f"{finding.threshold:.3f}",
             )

@@ -6,7 +6,6 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,6 +18,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from leakatlas.cli import plain
+from leakatlas.cli.plain import escape
 from leakatlas.report import RECOGNISABLE_PSNR, Realism, Report, Run, Verdict, beside
 from leakatlas.report.realism import COINCIDE
 
@@ -45,7 +46,7 @@ class Bars:
         self.console = console
         self.progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            plain.Words(),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -70,7 +71,8 @@ class Bars:
         if run.scores is not None:
             best = f"{beside(run.scores.psnr.max, RECOGNISABLE_PSNR):>5} dB"
         self.console.print(
-            f"  [{STYLES[run.verdict]}]{run.verdict:<17}[/] {run.attack:<20} {run.letter:<2}"
+            f"  [{STYLES[run.verdict]}]{run.verdict:<17}[/] "
+            f"{escape(f'{run.attack:<20} {run.letter:<2}')}"
             f"{best:<9} {run.seconds:6.1f} s  [dim]{escape(run.setting)}[/]",
             highlight=False,
             no_wrap=True,
@@ -122,7 +124,7 @@ class Cells:
         self.console = console
         self.progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            plain.Words(),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -132,7 +134,7 @@ class Cells:
             transient=True,
             disable=quiet,
         )
-        self._all = self.progress.add_task(name, total=total)
+        self._all = self.progress.add_task(escape(name), total=total)
         self._running: dict[str, TaskID] = {}
         self._quiet = quiet
 
@@ -173,7 +175,7 @@ def verdict_table(report: Report) -> Table:
         table.add_column(column)
     for found in report.standings():
         deployed = _cell(found.deployed, found.deployed_run)
-        table.add_row(found.letter, deployed, _cell(found.bound, found.bound_run))
+        table.add_row(escape(found.letter), deployed, _cell(found.bound, found.bound_run))
     return table
 
 

@@ -115,7 +115,7 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
         flipped[place] ^= 1 << (place % 8)
         (tmp_path / "0001.pt").write_bytes(flipped)
         with pytest.warns(DamagedFile):
-            assert saved.load(tmp_path / "0001.pt", "", []) is None
+            assert saved.load(tmp_path / "0001.pt", "", [], START, 2) is None
         assert not (tmp_path / "0001.pt").exists()
 
 
