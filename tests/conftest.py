@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
@@ -19,6 +20,14 @@ from leakatlas.threat import Grant, Vantage
 
 BOX = Box(mean=(0.5, 0.45, 0.4), std=(0.25, 0.25, 0.2))
 """A pixel space in which a forgotten normalisation shows."""
+
+
+# No example is too slow on a busy machine, and every run of the gate tries the same ones.
+hypothesis.settings.register_profile(
+    "gate", deadline=None, derandomize=True, database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)  # fmt: skip
+hypothesis.settings.load_profile("gate")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -43,7 +43,7 @@ def test_a_finished_run_is_not_made_again(quick: Plan, tmp_path: Path) -> None:
 
 
 def other_budget(plan: Plan) -> Iterator[Plan]:
-    yield replace(plan, seconds=31.0)
+    yield replace(plan, seconds=601.0)
 
 
 def other_seed(plan: Plan) -> Iterator[Plan]:

@@ -110,7 +110,7 @@ def test_the_python_entry_takes_ten_lines(small_model: nn.Module, tmp_path: Path
         (photos.images, photos.labels),
         protocol=FedAVG(epochs=1, batch_size=2, lr=0.01),
         threat="A-C",
-        budget="10s",
+        budget="paper",
         attacks=["inverting_gradients"],
         attack_parameters={"inverting_gradients": {"steps": 3}},
     )

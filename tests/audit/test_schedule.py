@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -212,8 +211,9 @@ def test_every_set_of_defenses_meets_the_same_attacker(
     assert attackers[0] and attackers.count(attackers[0]) == 3
 
 
-def test_diagnosis_counts_as_spent() -> None:
-    begun = time.perf_counter() - 40.0
+def test_diagnosis_counts_as_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.perf_counter", lambda: 140.0)
+    begun = 100.0
     budget = Budget(begun, 100.0, compares=True)
     left = budget.attacks(Watch()).remaining()
     assert left is not None and left == pytest.approx(25.0, abs=5.0)

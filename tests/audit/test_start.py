@@ -116,7 +116,7 @@ def test_a_victim_among_the_strangers_is_left_out() -> None:
 def test_grey_victims_meet_grey_strangers() -> None:
     digits = data.digits().subset([0])
     model = models.build("fc", in_channels=1, size=8, classes=10, widths=[8])
-    report = leakatlas.audit(model, digits, threat="G", attacks=["robbing_the_fed"], budget="5s")
+    report = leakatlas.audit(model, digits, threat="G", attacks=["robbing_the_fed"], budget="paper")
     assert report.runs[0].verdict == "exact leak"
     assert report.facts["settings"][0]["strangers"] is True
     assert torch.equal(digits.images, data.digits().subset([0]).images)

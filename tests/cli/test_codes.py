@@ -26,7 +26,7 @@ QUICK: dict[str, Any] = {
     "data": {"victims": "photos", "limit": 1},
     "attacks": ["robbing_the_fed"],
     "threat": "G",
-    "budget": "20s",
+    "budget": "10m",
 }
 
 

@@ -169,7 +169,7 @@ def test_audits_take_their_batch_and_their_public_images_in_any_form() -> None:
         model,
         Examples(_picture),
         surrogate=(PIXELS.flip(0, 3).numpy(), LABELS.flip(0).numpy()),
-        attacks=["rgap"], threat="B", budget="2s", rehearsal=False,
+        attacks=["rgap"], threat="B", budget="paper", rehearsal=False,
     )  # fmt: skip
     assert report.runs
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from leakatlas import metrics
 from leakatlas import site as leakatlas_site
@@ -18,6 +18,12 @@ from leakatlas.bench import picture
 
 INSTALL = "apt-get update && apt-get install --yes --no-install-recommends chromium"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+PATIENCE = 300_000.0
+"""Milliseconds that a page may take on a busy machine; what never comes is a failure after them."""
+
+expect.set_options(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="session")
@@ -132,7 +138,7 @@ def visit(chromium: Browser, built: Path, request: pytest.FixtureRequest) -> Ite
     """A fresh page; anything it complained about fails the test afterwards."""
     context = chromium.new_context(viewport=request.param, color_scheme="light")
     found = Visit(context.new_page(), built)
-    found.page.set_default_timeout(10_000)
+    found.page.set_default_timeout(PATIENCE)
     found.watch()
     yield found
     context.close()

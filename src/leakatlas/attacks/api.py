@@ -40,6 +40,9 @@ Status = Literal["complete", "cut short", "failed"]
 run."""
 
 
+_NO_TENSORS: tuple[type[Exception], ...] = (*sealed.MALFORMED, SafetensorError)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The full description of a run: equal recipes mean equal results.
@@ -265,7 +268,7 @@ class Attack(Configured, ABC):
         if (held := sealed.unseal(file)) is not None:
             try:
                 return safetensors.torch.load(held)
-            except (*sealed.MALFORMED, SafetensorError):
+            except _NO_TENSORS:
                 sealed.discard(file, "it holds no tensors")
         with torch.random.fork_rng(devices=[]):
             # The cache key has no seed of the attack, so no draw may depend on one.

@@ -28,6 +28,8 @@ from leakatlas.fl import model_state, state_hash
 from leakatlas.fl.losses import Loss, PythonLoss
 from leakatlas.report import Run
 
+_DAMAGED: tuple[type[Exception], ...] = (*sealed.MALFORMED, SafetensorError)
+
 LOCK = ".lock"
 """Held by the process that writes into a folder; the system frees it when that process dies."""
 
@@ -166,7 +168,7 @@ def load(stem: Path, budget: float | None) -> Run | None:
         if Path(str(problem.filename)) == beside:
             sealed.discard(file, "its pictures are missing")
         return None
-    except (*sealed.MALFORMED, SafetensorError):
+    except _DAMAGED:
         sealed.discard(file, "it is no run as they are kept here")
         return None
     return run if run.tried and content["budget"] == budget else None

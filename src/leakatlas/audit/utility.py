@@ -28,6 +28,9 @@ FEDSGD_ROUNDS = 40
 MODEL = ModelRef("builtin", "fc", {"in_channels": 1, "size": 8, "classes": 10, "widths": [64]})
 
 
+_UNREADABLE: tuple[type[Exception], ...] = (*sealed.MALFORMED, OSError)
+
+
 @dataclass(frozen=True)
 class Utility:
     """Accuracy under a set of defenses.
@@ -58,7 +61,7 @@ def price_of(
     file = cache_folder() / "prices" / f"{digest}.json"
     try:
         return Utility(**checked(Utility, json.loads(file.read_text(encoding="utf-8"))))
-    except (OSError, *sealed.MALFORMED):  # none, or damaged: measured again
+    except _UNREADABLE:  # none, or damaged: measured again
         pass
     watch = watch or Watch()
     found = accuracy_under(defenses, local=local, seed=seed, watch=watch)

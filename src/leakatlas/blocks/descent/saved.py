@@ -18,6 +18,8 @@ from leakatlas.blocks.descent.execution import EXECUTIONS
 
 FORMAT = "leakatlas/descent/2"
 
+_UNREADABLE: tuple[type[Exception], ...] = (*sealed.MALFORMED, pickle.UnpicklingError)
+
 
 def identity(start: Mapping[str, Tensor], steps: int, candidates: int | None) -> str:
     """What a checkpoint must share with the run that goes on from it: start, length, candidates."""
@@ -63,7 +65,7 @@ def load(
         return None
     try:
         state = torch.load(io.BytesIO(content), weights_only=True)
-    except (*sealed.MALFORMED, pickle.UnpicklingError):
+    except _UNREADABLE:
         state = None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         sealed.discard(file, "it is not a checkpoint of a descent")
