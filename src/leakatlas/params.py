@@ -16,14 +16,17 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from leakatlas.errors import InvalidParameter, LeakAtlasError, shown
 
+LARGEST = 1e30
+"""No setting needs a larger number, and single precision holds none beyond 3e38."""
+
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=LARGEST, allow_inf_nan=False)]
 PositiveOrInf = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
-Real = Annotated[float, Field(allow_inf_nan=False)]
+Real = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 
 
 _ADAPTERS: dict[type[Any], dict[str, TypeAdapter[Any]]] = {}
