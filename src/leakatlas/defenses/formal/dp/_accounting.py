@@ -16,8 +16,6 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from scipy import special
-
 from leakatlas.errors import InvalidParameter, Unavailable
 
 Accountant = Literal["prv", "rdp"]
@@ -26,6 +24,8 @@ Accountant = Literal["prv", "rdp"]
 
 def gaussian_delta(epsilon: float, mu: float) -> float:
     """Smallest delta of the Gaussian mechanism with sensitivity / noise = ``mu``."""
+    from scipy import special  # a third of a second to import
+
     tail = math.exp(epsilon + float(special.log_ndtr(-mu / 2 - epsilon / mu)))
     return float(special.ndtr(mu / 2 - epsilon / mu)) - tail
 
