@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
+
+from leakatlas.cli import plain
+from leakatlas.cli.plain import escape
 
 SAMPLE = {"builtin": "lenet", "kwargs": {"size": 16, "classes": 8}}
 """What a file without ``--model`` audits: a small network that the package brings along."""
@@ -74,7 +75,7 @@ def init(
     packaged = resources.files("leakatlas.audit") / SCHEMA_FILE
     schema.write_text(packaged.read_text(encoding="utf-8"), encoding="utf-8")
     read_config(file)
-    console = Console()
+    console = plain.console()
     console.print(
         f"Written: {escape(str(file))}, and {escape(str(schema))} for your editor. Next: "
         f"leakatlas doctor {escape(str(file))}",
