@@ -163,3 +163,7 @@ def needing(purpose: str, install: str = "") -> Iterator[None]:
 
 class CatalogueError(LeakAtlasError, ValueError):
     """A row of the catalogue is malformed or contradicts another row."""
+
+
+class EndedAtOnce(SystemExit):
+    """The code under audit called ``os._exit``, which no command lets end its process."""

@@ -15,13 +15,12 @@ from torch import Tensor
 
 from leakatlas.attacks.api import Attack
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
-from leakatlas.audit import strangers
-from leakatlas.audit.rehearsal import Rehearsal, rehearse
+from leakatlas.audit.rehearsal import CROPS, Rehearsal, rehearse
 from leakatlas.bench import rival, scene
 from leakatlas.bench.cells import Cell
 from leakatlas.bench.schema import Images, OwnMeasure
 from leakatlas.blocks.watch import Conduct, Watch
-from leakatlas.data import CIFAR10, ImageSet
+from leakatlas.data import CIFAR10, ImageSet, strangers
 from leakatlas.metrics.images import psnr
 
 # Training images from here on have trained no network.
@@ -41,7 +40,7 @@ def measure(cell: Cell) -> Figures:
     wanted = {m.name for m in cell.case.measures if isinstance(m, OwnMeasure)}
     variants = InvertingGradients.variants()
     names, game = list(variants), Game(cell, variants)
-    photos = strangers.photos_like(game.victims)
+    photos = strangers(game.victims, CROPS)
     chosen, cost = game.rehearsed(photos)
     ours, spent = game.runs(chosen.variant)
     allowed = (sum(spent) + cost) / len(ours)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from leakatlas.attacks.api import Attack, Reconstruction, attack
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.audit import Plan, Watch, control
-from leakatlas.audit.effort import Readied
 from leakatlas.audit.jobs import Job, run_job
 from leakatlas.audit.listener import Silent
+from leakatlas.audit.ready import Readied
+from leakatlas.audit.schedule import Pace
 from leakatlas.blocks import readout
 from leakatlas.cli.progress import disowned
 from leakatlas.data import ImageSet
@@ -119,7 +120,7 @@ def test_decoys_are_strangers_to_both_sides_under_the_victims_labels(small_plan:
 
 def test_the_control_is_paid_from_the_allowance() -> None:
     assert control.part(InvertingGradients()) == 1.0 and control.part(Reads()) == 0.5
-    plain = Readied(InvertingGradients(), 0.01, None)
+    plain = Readied(InvertingGradients(), Pace(0.0, 0.01), None)
     assert plain.lasting(10.0).length == 850
 
     @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ def test_the_control_is_paid_from_the_allowance() -> None:
         ) -> dict[str, Tensor]:
             return {}
 
-    assert Readied(Generates(), 0.01, None).lasting(10.0).length == 425
+    assert Readied(Generates(), Pace(0.0, 0.01), None).lasting(10.0).length == 425
 
 
 def test_the_terminal_says_it(small_plan: Plan) -> None:

@@ -7,11 +7,11 @@ import torch
 
 from leakatlas import models
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
-from leakatlas.audit import strangers
 from leakatlas.audit.labels import BATCHES, Reader, candidates, needed
+from leakatlas.audit.rehearsal import CROPS
 from leakatlas.blocks.labels import METHODS
 from leakatlas.blocks.observed import known_labels
-from leakatlas.data import CIFAR10, photos
+from leakatlas.data import CIFAR10, photos, strangers
 from leakatlas.errors import InvalidParameter
 from leakatlas.fl import FedSGD, ModelRef, Scenario, View, stage
 from leakatlas.threat import Grant
@@ -32,7 +32,7 @@ def _view(count: int = 4, grants: frozenset[Grant] = frozenset()) -> View:
 
 def test_the_chosen_rule_beats_the_one_for_fresh_networks_on_a_trained_one() -> None:
     view = _view()
-    reader = Reader(view, strangers.photos_like(photos(32)))
+    reader = Reader(view, strangers(photos(32), CROPS))
     told = reader.to_json()
     assert told["rule"] in candidates() and told["batches"] == BATCHES
     assert told["overlap"] > 0.8

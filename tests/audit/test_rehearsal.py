@@ -17,12 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leakatlas import data
-from leakatlas.attacks.api import Attack
+from leakatlas.attacks.api import Attack, Reconstruction
+from leakatlas.attacks.generative.latent.gias import GIAS
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
-from leakatlas.audit import strangers
 from leakatlas.audit.rehearsal import (
     LEAST,
     Rehearsal,
+    halves,
     labelled,
     multiplicity,
     own_games,
@@ -30,7 +31,7 @@ from leakatlas.audit.rehearsal import (
     stages,
 )
 from leakatlas.blocks.watch import Watch
-from leakatlas.errors import NotGranted
+from leakatlas.errors import NotGranted, Unavailable
 from leakatlas.fl import FedAVG, View
 from leakatlas.sealed import DamagedFile
 from leakatlas.threat import Grant
@@ -57,7 +58,7 @@ def _view(seed: int = 0, **scene: Any) -> View:
 
 
 def _public() -> data.ImageSet:
-    return strangers.photos_like(data.photos(8))
+    return data.strangers(data.photos(8), 96)
 
 
 def _choice(found: Rehearsal) -> list[object]:
@@ -116,14 +117,13 @@ def test_a_saved_view_gives_the_same_choice_in_a_fresh_process(cache: Path, tmp_
         "import json, sys, torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
         "from leakatlas import data\n"
-        "from leakatlas.audit import strangers\n"
         "from leakatlas.audit.rehearsal import rehearse\n"
         "from leakatlas.attacks.optimization.basic.inverting_gradients import *\n"
         "from leakatlas.fl import View\n"
         "variants = {name: InvertingGradients.from_json(values)\n"
         "    for name, values in json.loads(sys.argv[2]).items()}\n"
         "found = rehearse(View.load(Path(sys.argv[1])), variants,\n"
-        "    strangers.photos_like(data.photos(8)), planned=10, images=1)\n"
+        "    data.strangers(data.photos(8), 96), planned=10, images=1)\n"
         "print(json.dumps([found.variant, found.null,\n"
         "    [(t.variant, t.iterations, t.psnr) for t in found.trials]]))\n"
     )
@@ -208,8 +208,50 @@ def test_own_images_are_public_ones_under_the_mean_image_as_null() -> None:
 
 def test_strangers_share_no_pixel_with_bundled_victims() -> None:
     for size in (8, 32):
-        public = strangers.photos_like(data.photos(size))
+        public = data.strangers(data.photos(size), 96)
         assert set(public.classes).isdisjoint(data.photos(size).classes)
         assert public.shape == (3, size, size)
     grey = data.digits()
-    assert strangers.photos_like(grey).shape == grey.shape
+    assert data.strangers(grey, 96).shape == grey.shape
+
+
+def test_a_learned_prior_never_meets_the_images_that_it_is_to_rebuild(cache: Path) -> None:
+    """Else a prior that memorised its surrogate would rebuild its own images best."""
+    surrogate = data.patches(8, 48, part="surrogate")
+    view = _view(letter="D", public=surrogate)
+    for game in own_games(view, surrogate, 2, seed=3):
+        held = {image.numpy().tobytes() for image in game.view.surrogate.images}
+        assert len(held) > 10
+        assert not held & {image.numpy().tobytes() for image in game.truth}
+    first, second = halves(surrogate)
+    assert len(first) + len(second) == len(surrogate)
+    # One prior for all games: it is learned once.
+    games = own_games(view, surrogate, 2, seed=3)
+    assert games[0].view.surrogate.fingerprint() == games[1].view.surrogate.fingerprint()
+
+
+def test_a_trial_that_was_cut_decides_nothing(cache: Path) -> None:
+    """The better variant is cut, and the other one is taken: half a schedule misleads."""
+
+    def run(attack: Attack, view: View, seed: int, watch: Watch) -> Reconstruction:
+        found = attack(view, seed=seed)
+        tuned = attack.to_json()["lr"] > 1e-6
+        return replace(found, status="cut short") if tuned else found
+
+    found = rehearse(_view(), VARIANTS, _public(), planned=10, images=1, run=run)
+    assert found.variant == "does not move"
+    assert not (cache / "rehearsals").exists()
+    only = {"tuned": VARIANTS["tuned"]}
+    with pytest.raises(Unavailable, match="within the first trial"):
+        rehearse(_view(), only, _public(), planned=10, images=1, run=run)
+
+
+def test_one_prior_serves_runs_of_any_length(cache: Path) -> None:
+    surrogate = data.patches(8, 32, part="surrogate")
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+    gias = replace(GIAS.tuned(), prior="surrogate", prior_epochs=1, prior_latent=8)
+    for attack in (gias, replace(gias, latent_steps=7)):
+        attack.artefact(surrogate, model)
+    assert len(list(cache.glob("gias-*"))) == 1
+    replace(gias, prior_latent=9).artefact(surrogate, model)
+    assert len(list(cache.glob("gias-*"))) == 2

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from leakatlas import data
+from leakatlas.attacks.analytic.isolation.seer import SEER
 from leakatlas.attacks.api import (
     ActiveAttack,
     Attack,
@@ -21,7 +23,9 @@ from leakatlas.attacks.api import (
     attack,
     nothing_found,
 )
-from leakatlas.audit import Plan, Watch, carry_out
+from leakatlas.audit import Plan, Silent, Watch, carry_out
+from leakatlas.audit.jobs import Job, run_job
+from leakatlas.blocks.watch import MORE_TIME
 from leakatlas.blocks.watch import Watch as Clock
 from leakatlas.catalogue import registry
 from leakatlas.errors import (
@@ -32,7 +36,8 @@ from leakatlas.errors import (
     UnknownName,
     UnsupportedModel,
 )
-from leakatlas.fl import View
+from leakatlas.fl import FedSGD, ModelRef, View
+from leakatlas.metrics.score import Scores, score
 from leakatlas.threat import Grant, Knowledge
 
 PASSIVE = Knowledge.UPDATES | Knowledge.BASIC
@@ -226,11 +231,87 @@ def test_a_cut_in_tampering_is_a_cut_of_the_run(
 ) -> None:
     monkeypatch.setattr(registry, "load_attack", lambda key: SlowToPrepare)
     setting = replace(small_plan.settings[0], attacks=("slow_to_prepare",))
-    plan = replace(
-        small_plan, settings=(setting,), letters=("G",), attack_parameters={}, seconds=0.05
-    )
-    run = carry_out(plan).runs[0]
+    plan = replace(small_plan, settings=(setting,), letters=("G",), attack_parameters={})
+    job = Job(setting, SlowToPrepare(), "G", 0, 1.0)
+    run = run_job(job, plan, 0.05, None, Silent(), Watch())
     assert run.status == "cut short" and "budget" in run.reason
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+def test_what_is_learned_in_too_little_time_is_a_cut_in_any_process(
+    small_plan: Plan, monkeypatch: pytest.MonkeyPatch, in_process: bool, cache: Path
+) -> None:
+    """SEER asks for a thousand steps of training; no machine makes twenty in this time."""
+    model = ModelRef("builtin", "convnet-bn", {"in_channels": 3, "size": 32, "classes": 8})
+    setting = replace(
+        small_plan.settings[0], attacks=("seer",), model=model.build(), model_ref=model,
+        victims=data.photos(32).subset(range(4)), protocol=FedSGD(mode="train"),
+    )  # fmt: skip
+    plan = replace(small_plan, settings=(setting,), in_process=in_process, attack_parameters={})
+    job = Job(setting, SEER.tuned(), "G", 0, 1.0)
+    run = run_job(job, plan, 0.05, None, Silent(), Watch())
+    assert run.status == "cut short" and "budget" in run.reason
+    assert run.notes["iterations_asked"] == 1_000 > run.notes["iterations_made"]
+    assert not list(cache.glob("seer-*"))  # half-learned: not for the next run
+
+
+def test_a_cut_run_leaves_the_audit_undecided_unless_all_came_out_already(scripted: Plan) -> None:
+    def cut(view: View, watch: Clock) -> Reconstruction:
+        found = nothing(view, watch)
+        return replace(found, status="cut short", reason="the time budget ended")
+
+    script(cut)
+    report = carry_out(replace(scripted, letters=("B",), in_process=True))
+    assert [run.status for run in report.runs if run.tried] == ["cut short"]
+    assert any("cut short: scripted on one photo" in reason for reason in report.undecided())
+    with pytest.raises(Undecided, match="cut short"):
+        report.exceeds("P(psnr > 20 dB) > 0.05")
+    (run,) = [run for run in report.runs if run.tried]
+    exact = replace(run, attack="robbing_the_fed", status="complete", scores=_exact())
+    assert not replace(report, runs=(run, exact)).undecided()
+    stronger = replace(exact, letter="G")  # who knows more proves nothing of the weaker one
+    assert replace(report, runs=(run, stronger)).undecided()
+    elsewhere = replace(exact, target=1)
+    assert replace(report, runs=(run, elsewhere)).undecided()
+    late = replace(run, status="refused", scores=None, wants=MORE_TIME)
+    assert replace(report, runs=(late, exact)).undecided() == ()
+    assert replace(report, runs=(late, stronger)).undecided()
+    lacking = replace(late, wants="give the grant labels")  # that is asked for, whatever came out
+    assert replace(report, runs=(lacking, exact)).undecided()
+
+
+def _exact() -> Scores:
+    image = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return score(image, image, public=torch.rand(4, 3, 8, 8))
+
+
+def test_an_active_attack_takes_every_target_in_turn(small_plan: Plan) -> None:
+    """Otherwise a gate over all images would count those of whom nobody took hold as safe."""
+    setting = replace(
+        small_plan.settings[0], victims=data.photos(32).subset(range(3)), clients=3,
+        targets=(0, 1, 2), attacks=("robbing_the_fed",),
+    )  # fmt: skip
+    report = carry_out(
+        replace(small_plan, settings=(setting,), letters=("G",), attack_parameters={})
+    )
+    assert [run.target for run in report.runs] == [0, 1, 2]
+    assert len(report.worst_case()["exact"]) == 3
+    assert report.exceeds("P(psnr > 20 dB) > 0.9")
+    assert report.spared() == ()
+
+
+def test_clients_that_nobody_attacked_are_said(small_plan: Plan, tmp_path: Path) -> None:
+    setting = replace(
+        small_plan.settings[0], victims=data.photos(32).subset(range(3)), clients=3,
+        targets=(2,), attacks=("robbing_the_fed",),
+    )  # fmt: skip
+    plan = replace(small_plan, settings=(setting,), letters=("G",), attack_parameters={})
+    report = carry_out(plan)
+    assert report.spared() == (
+        "one photo: 1 of 3 clients were attacked, and all figures are theirs",
+    )
+    report.save(tmp_path)
+    assert "1 of 3 clients were attacked" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

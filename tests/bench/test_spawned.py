@@ -161,7 +161,7 @@ def test_what_an_attack_prints_is_no_answer(other: Spawned) -> None:
 
 
 FINE = {"status": "complete", "reason": "", "notes": {}, "seconds": 0.0, "execution": "",
-        "reads": [], "cut_short": False}  # fmt: skip
+        "reads": [], "cut_short": False, "planned": None}  # fmt: skip
 
 
 @pytest.mark.parametrize(

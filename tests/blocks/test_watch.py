@@ -143,3 +143,74 @@ def test_a_fast_loop_does_not_drown_the_listener(clock: _Clock) -> None:
 
 def test_no_steps_means_no_steps() -> None:
     assert list(Watch().steps(0)) == []
+
+
+# -- schedules that stretch ------------------------------------------------------------------------
+
+
+def _made(watch: Watch, clock: _Clock, total: int, *paces: float) -> list[float]:
+    """Progress at each iteration; iteration i takes ``paces[i]`` seconds, the last one's on."""
+    seen = []
+    for step in watch.steps(total, stretches=True):
+        seen.append(step.progress)
+        clock.now += paces[min(step.index, len(paces) - 1)]
+    return seen
+
+
+def test_what_does_not_fit_is_planned_after_the_first_iterations(clock: _Clock) -> None:
+    watch = Watch(100.0)
+    seen = _made(watch, clock, 1000, 1.0)
+    assert len(seen) == 85 and watch.planned == (85, 1000) and not watch.cut_short
+    assert seen[3:] == pytest.approx([i / 85 for i in range(3, 85)])  # the whole schedule
+
+
+def test_what_fits_is_not_planned_shorter(clock: _Clock) -> None:
+    watch = Watch(100.0)
+    assert len(_made(watch, clock, 80, 1.0)) == 80
+    assert watch.planned is None and not watch.cut_short
+
+
+@pytest.mark.parametrize(("slow", "cut"), [(1.3, False), (4.0, True)])
+def test_a_machine_that_slows_down_hurries_the_schedule(
+    clock: _Clock, slow: float, cut: bool
+) -> None:
+    """Beyond twice as slow, too little of the plan is left to speak of the method."""
+    watch = Watch(100.0)
+    seen = _made(watch, clock, 1000, 1.0, 1.0, 1.0, slow)
+    assert watch.cut_short is cut
+    assert seen[-1] > 0.95  # to the end of its schedule either way
+
+
+def test_too_few_iterations_are_no_try(clock: _Clock) -> None:
+    watch = Watch(10.0)
+    _made(watch, clock, 1000, 1.0)
+    assert watch.cut_short
+    few = Watch(10.0)
+    assert len(_made(few, clock, 5, 1.0)) == 5 and not few.cut_short
+
+
+def test_a_search_is_cut_where_a_schedule_is_stretched(clock: _Clock) -> None:
+    watch = Watch(100.0)
+    for _ in watch.steps(1000):
+        clock.now += 1.0
+    assert watch.cut_short and watch.planned is None
+
+
+def test_a_deadline_holds_for_all_below(clock: _Clock) -> None:
+    whole = Watch(10.0)
+    part = Watch(100.0, parent=Watch(parent=whole))
+    assert part.remaining() == pytest.approx(10.0)
+    clock.now += 8.0
+    again = Watch(5.0, parent=whole).again()
+    assert again.remaining() == pytest.approx(2.0)
+    own = Watch(5.0, parent=Watch(50.0))
+    clock.now += 4.0
+    assert own.remaining() == pytest.approx(1.0)
+    assert own.again().remaining() == pytest.approx(5.0)  # its own budget once more
+    assert whole.remaining() == pytest.approx(-2.0)
+
+
+def test_what_was_planned_shorter_is_known_above(clock: _Clock) -> None:
+    whole = Watch(100.0)
+    _made(Watch(parent=whole), clock, 1000, 1.0)
+    assert whole.planned == (85, 1000) and whole.again().planned == (85, 1000)

@@ -142,14 +142,15 @@ def test_attacks_that_do_not_run_are_no_pass(typed: Typed, attacks: list[str]) -
     assert ended == 3 and "nothing was tried for letter A" in said
 
 
+@pytest.mark.parametrize("call", ["sys.exit(0)", "os._exit(0)"])
 @pytest.mark.parametrize("place", ["import", "factory", "forward"])
 def test_a_model_file_that_ends_the_process_is_never_a_pass(
-    typed: Typed, tmp_path: Path, place: str
+    typed: Typed, tmp_path: Path, place: str, call: str
 ) -> None:
-    ending = {name: "sys.exit(0)" if name == place else "pass"
+    ending = {name: call if name == place else "pass"
               for name in ("import", "factory", "forward")}  # fmt: skip
     (tmp_path / "mine.py").write_text(
-        "import sys\n"
+        "import os, sys\n"
         "from torch import nn\n"
         f"{ending['import']}\n"
         "class Mine(nn.Sequential):\n"
@@ -161,7 +162,22 @@ def test_a_model_file_that_ends_the_process_is_never_a_pass(
         "    return Mine(nn.Flatten(), nn.Linear(3072, 8), nn.ReLU(), nn.Linear(8, 8))\n"
     )
     ended, said = typed("audit", "audit.yaml", "--out", "out", model={"python": "mine.py:make"})
-    assert ended in (2, 3) and "sys.exit(0)" in said
+    assert ended in (2, 3) and call in said
+
+
+def test_a_child_that_was_forked_ends_as_ever(typed: Typed, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import os, warnings\n"
+        "from torch import nn\n"
+        "warnings.simplefilter('ignore')  # of forks beside threads\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    os._exit(7)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7\n"
+        "def make():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.ReLU(), nn.Linear(8, 8))\n"
+    )
+    assert typed("doctor", "audit.yaml", model={"python": "mine.py:make"})[0] == 0
 
 
 def test_an_attack_that_crashes_is_named_and_makes_the_audit_undecided(

@@ -35,6 +35,9 @@ from leakatlas.fl.state import model_state
 from leakatlas.params import Configured
 from leakatlas.threat import Grant, Knowledge
 
+CUT = "the time budget ended, or the run was stopped"
+"""Why a run was cut short."""
+
 Status = Literal["complete", "cut short", "failed"]
 """How a run of an attack can end by itself; a report knows three more words, for those that did not
 run."""
@@ -169,6 +172,10 @@ class Attack(Configured, ABC):
     counts: ClassVar[tuple[str, ...]] = ("steps",)
     """Parameters that count iterations along the run's schedule; those that it lacks are passed
     over."""
+    fewest: ClassVar[int] = 20
+    """Iterations below which a run is no try of the method: what does not fit is not begun."""
+    learned_by: ClassVar[tuple[str, ...] | None] = None
+    """Parameters on which :meth:`prepare` depends; all of them if None."""
 
     def knowledge(self) -> Knowledge:
         """The knowledge that these parameters need: :attr:`needs`, or less where options say so."""
@@ -257,12 +264,15 @@ class Attack(Configured, ABC):
         """What ``learn`` gives, from the cache if the same was learned before.
 
         Args:
-            facts: All that the lesson rests on besides the attack's parameters and version, which
-                are part of the cache key anyway; plain JSON.
+            facts: All that the lesson rests on besides the attack's version and the parameters
+                on which it depends, which are part of the cache key anyway; plain JSON.
             learn: ``(generator, watch) -> tensors by name``.
             watch: Budget and progress.
         """
-        identity = json.dumps([self.key, self.version, self.to_json(), *facts], sort_keys=True)
+        parameters = self.to_json()
+        if self.learned_by is not None:
+            parameters = {name: parameters[name] for name in self.learned_by}
+        identity = json.dumps([self.key, self.version, parameters, *facts], sort_keys=True)
         file = cache_folder() / f"{self.key}-{hashlib.sha256(identity.encode()).hexdigest()}"
         file = file.with_suffix(".sealed")
         if (held := sealed.unseal(file)) is not None:
@@ -270,11 +280,13 @@ class Attack(Configured, ABC):
                 return safetensors.torch.load(held)
             except _NO_TENSORS:
                 sealed.discard(file, "it holds no tensors")
+        watch = Watch(parent=watch)
         with torch.random.fork_rng(devices=[]):
             # The cache key has no seed of the attack, so no draw may depend on one.
             torch.manual_seed(stream_seed(self.key, "prepare"))
             learned = learn(stream(self.key, "prepare"), watch)
-        if watch.cut_short:  # half-learned: good for this run, not for the next
+        # Learned in less time than asked for: good for this run, not for the next.
+        if watch.cut_short or watch.planned is not None:
             return learned
         tensors = {n: t.detach().clone().contiguous() for n, t in learned.items()}
         try:
@@ -359,7 +371,7 @@ class Attack(Configured, ABC):
                 confidence=None if found.confidence is None else found.confidence[finite],
             )
         if status == "complete" and watch.cut_short:
-            status, reason = "cut short", "the time budget ended, or the run was stopped"
+            status, reason = "cut short", CUT
         return replace(
             found,
             images=images,

@@ -13,8 +13,12 @@ from leakatlas.blocks.watch import Watch
 from leakatlas.errors import InvalidInput
 from leakatlas.report import Report
 
-COMPARISONS = 0.35
-"""Part of the budget that goes to comparing defenses, if any are compared."""
+COMPARISONS = 0.3
+"""Part of the budget that goes to comparing defenses, if any are compared: attacks cannot take
+it, and comparisons begin when the attacks are done."""
+
+REPORT = 0.03
+"""Part of the budget that is left for writing the report."""
 
 OTHER_SIDE = (0.15, 0.4)
 """Least and largest part of the attacks' time that goes to the other of the two verdicts."""
@@ -55,11 +59,11 @@ class Budget:
 
     @property
     def _sides(self) -> float:
-        return 1 - COMPARISONS * self.compares
+        return 1 - REPORT - COMPARISONS * self.compares
 
     def comparisons(self, stop: Watch) -> Watch:
         """The watch of the comparisons: all that is left."""
-        return self._until(1.0, stop)
+        return self._until(1 - REPORT, stop)
 
     def _until(self, share: float, stop: Watch) -> Watch:
         if self.seconds is None:
@@ -68,14 +72,14 @@ class Budget:
         return Watch(max(share * self.seconds - spent, 0.0), parent=stop)
 
 
-def other_side(attacks: int) -> float:
-    """Part of the time with which one repeated attack has twice what each of ``attacks`` had.
+def other_side(attacks: int, repeated: int = 1) -> float:
+    """Part of the time with which each repeated attack has twice what each of ``attacks`` had.
 
-    >>> other_side(1), other_side(4), other_side(30)
-    (0.4, 0.3333333333333333, 0.15)
+    >>> other_side(1), other_side(4), other_side(30), other_side(14, 3)
+    (0.4, 0.3333333333333333, 0.15, 0.3)
     """
     least, largest = OTHER_SIDE
-    return min(max(least, 2 / (attacks + 2)), largest)
+    return min(max(least, 2 * repeated / (attacks + 2 * repeated)), largest)
 
 
 class Writer:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import statistics
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from leakatlas.audit.effort import REHEARSED, SLACK, Readied, iterates, labelled, readied
+from leakatlas.attacks.api import Attack
+from leakatlas.audit.effort import REHEARSED, SLACK, unreached, would_not_fit
 from leakatlas.audit.jobs import Job, finished, run_job
 from leakatlas.audit.listener import Listener
 from leakatlas.audit.plan import Plan, Setting, presets
+from leakatlas.audit.ready import Readied, Timed, carried_over, iterates, labelled, readied, timed
 from leakatlas.audit.utility import Utility, price_of
 from leakatlas.blocks.watch import Watch
-from leakatlas.fl import FedSGD
+from leakatlas.fl import Defense, FedSGD, replay
 from leakatlas.fl.view import defense_json
 from leakatlas.report import Comparison, Run, rank
-from leakatlas.threat import LETTERS
+from leakatlas.threat import LETTERS, Vantage
+
+DEAREST = 0.5
+"""Share of the comparisons' time that the clients of one set may take."""
 
 MEASURING = 0.1
 """Share of the comparisons' time that measuring the price in accuracy may take, where nothing is
@@ -52,16 +61,17 @@ def compare(
         for key, letter in _battery([run for run in runs if run.setting == first.name])
     ]
     cases = {"as configured": first.defenses, **plan.alternatives}
-    settings = {
-        name: replace(first, defenses=defenses, targets=first.targets[:1])
-        for name, defenses in cases.items()
-    }
+    settings = {name: _alone(first, defenses) for name, defenses in cases.items()}
     prices = _prices(plan, settings, watch, stop)
+    rounds = len({letter if letter in "FGH" else "" for _, letter in battery})
+    affordable, beyond = _affordable(plan, settings, rounds, watch)
     found: dict[str, list[Run]] = {name: [] for name in cases}
     for position, (key, letter) in enumerate(battery):
         left = watch.remaining()
         seconds = None if left is None else max(left, 1.0) / (len(battery) - position)
-        for name, run in _duel(plan, settings, key, letter, seconds, out, listener, stop):
+        duel = _Duel(plan, key, letter, Watch(seconds, parent=watch), out, listener, stop)
+        duels = [duel.fight(affordable), duel.left_out(settings, beyond)]
+        for name, run in itertools.chain(*duels):
             found[name].append(run)
             listener.done(run)
     return [
@@ -91,62 +101,210 @@ def _prices(
     return {name: prices.get(name, missing) for name in settings}
 
 
-def _duel(
-    plan: Plan,
-    settings: Mapping[str, Setting],
-    key: str,
-    letter: str,
-    seconds: float | None,
-    out: Path | None,
-    listener: Listener,
-    stop: Watch,
-) -> Iterator[tuple[str, Run]]:
-    """One attack against every set of defenses, with equal effort."""
-    published = plan.seconds is None
-    (attack,) = presets([key], plan.attack_parameters, published=published)
-    jobs = {name: Job(setting, attack, letter, setting.targets[0], 1.0)
-            for name, setting in settings.items()}  # fmt: skip
-    each = None if seconds is None else seconds / len(jobs)
-    if each is not None and iterates(attack):
-        share = REHEARSED if plan.rehearsal else 0.0
-        kept = {name: finished(job, plan, out) for name, job in jobs.items()}
-        ready: dict[str, Readied] = {}
-        for name, job in jobs.items():
-            if kept[name] is not None or stop.stopped:
+def _alone(first: Setting, defenses: Sequence[Defense]) -> Setting:
+    """A setting under other defenses: the first target alone, where no other client matters."""
+    setting = replace(first, defenses=tuple(defenses), targets=first.targets[:1])
+    together = (Defense.setup, Defense.peer, Defense.aggregate)
+    joint = any(
+        getattr(type(defense), hook.__name__) is not hook
+        for defense in setting.defenses
+        for hook in together
+    )
+    if joint or setting.effective_vantage not in (Vantage.WIRE, Vantage.SERVER):
+        return setting
+    share = len(first.victims) // first.clients
+    (target,) = setting.targets
+    mine = first.victims.subset(range(target * share, (target + 1) * share))
+    return replace(setting, victims=mine, clients=1, targets=(0,))
+
+
+def _affordable(
+    plan: Plan, settings: Mapping[str, Setting], rounds: int, watch: Watch
+) -> tuple[dict[str, Setting], dict[str, float]]:
+    """The sets whose clients' rounds fit, and what those of the others take.
+
+    Args:
+        plan: The seed.
+        settings: By name, the configured defenses first.
+        rounds: How many rounds of each set will be played.
+        watch: The comparisons' budget.
+    """
+    kept: dict[str, Setting] = {}
+    beyond: dict[str, float] = {}
+    for name, setting in settings.items():
+        left = watch.remaining()
+        work = sum(defense.workload(setting.model) - 1 for defense in setting.defenses)
+        if left is not None and work > 0:
+            expected = rounds * work * setting.clients * _gradient_seconds(setting)
+            if expected > DEAREST * left:
+                beyond[name] = expected
                 continue
-            listener.run(f"{name}: {key}, rehearsal", 0.0)
-            ready[name] = readied(
-                job, plan, seconds=share * each, allowance=(1 - share) * each, stop=stop
+        kept[name] = setting
+        setting.honest_round(plan.seed)
+    return kept, beyond
+
+
+def _gradient_seconds(setting: Setting) -> float:
+    """What one gradient of the loss on one client's images takes here."""
+    count = max(len(setting.victims) // setting.clients, 1)
+    x = setting.box.normalize(setting.victims.images[:count])
+    x = x.to(next(setting.model.parameters()))
+    y = setting.victims.labels[:count].to(x.device)
+    held = {name: p.detach() for name, p in setting.model.named_parameters()}
+    buffers = dict(setting.model.named_buffers())
+    seconds = math.inf
+    for _ in range(3):
+        begun = time.perf_counter()
+        replay.gradient(
+            setting.model, held, buffers, x, y, loss=setting.protocol.loss, create_graph=False
+        )
+        seconds = min(seconds, time.perf_counter() - begun)
+    return seconds
+
+
+@dataclass(frozen=True)
+class _Duel:
+    """One attack against every set of defenses, with equal effort.
+
+    Args:
+        plan: Seed, parameters that the user set, whether to rehearse.
+        key: Of the attack.
+        letter: Under which it runs.
+        watch: Its share of the comparisons' time.
+        out: Folder that keeps finished runs.
+        listener: Told about progress.
+        stop: Ends it early.
+    """
+
+    plan: Plan
+    key: str
+    letter: str
+    watch: Watch
+    out: Path | None
+    listener: Listener
+    stop: Watch
+
+    def job(self, setting: Setting) -> Job:
+        """The attack on one set."""
+        (attack,) = presets([self.key], self.plan.attack_parameters,
+                            published=self.plan.seconds is None)  # fmt: skip
+        return Job(setting, attack, self.letter, setting.targets[0], 1.0, compared=True)
+
+    def left_out(
+        self, settings: Mapping[str, Setting], beyond: Mapping[str, float]
+    ) -> Iterator[tuple[str, Run]]:
+        """The entries of sets whose clients alone would take longer than there is."""
+        for name, expected in beyond.items():
+            why = (
+                f"not tried: would not fit; under {name} the clients' rounds take about "
+                f"{expected:.0f} s here"
             )
-        lengths = [at.lasting((1 - share) * each).length or 1 for at in ready.values()]
+            yield name, unreached(self.job(settings[name]), why)
+
+    def fight(self, settings: Mapping[str, Setting]) -> Iterator[tuple[str, Run]]:
+        """The runs."""
+        if not settings:
+            return
+        jobs = {name: self.job(setting) for name, setting in settings.items()}
+        length: int | None = None
+        waiting: dict[str, Job] = {}
+        for name, job in jobs.items():
+            before = finished(job, self.plan, self.out)
+            if before is None:
+                waiting[name] = job
+                continue
+            length = type(job.attack).from_json(before.recipe["attack"]["parameters"]).length
+            yield name, before
+        if self.watch.remaining() is not None and all(map(iterates, _attacks(waiting))):
+            yield from self._planned(waiting, length)
+            return
+        for position, (name, job) in enumerate(waiting.items()):
+            if self.stop.stopped:
+                return
+            left = self.watch.remaining()
+            if left is not None and left <= 0:
+                yield name, unreached(job)
+                continue
+            each = None if left is None else left / (len(waiting) - position)
+            yield name, run_job(job, self.plan, each, self.out, self.listener, self.watch)
+
+    def _planned(self, jobs: Mapping[str, Job], length: int | None) -> Iterator[tuple[str, Run]]:
+        """Runs of an attack that iterates: timed, rehearsed and equally long against every set.
+
+        Args:
+            jobs: By name of the set.
+            length: Of the runs against other sets that were kept from before.
+        """
+        paces: dict[str, Timed] = {}
+        for name, job in jobs.items():
+            if self.stop.stopped:
+                return
+            self.listener.run(f"{name}: {self.key}, timing", 0.0)
+            paces[name] = timed(job, self.plan, stop=self.watch)
+        left = max(self.watch.remaining() or 0.0, 0.0)
+        fitting = dict(jobs)
+        while fitting and sum(paces[name].least for name in fitting) > left:
+            name = max(fitting, key=lambda name: paces[name].least)
+            yield name, would_not_fit(fitting.pop(name), paces[name].least, left / len(jobs))
+        if not fitting:
+            return
+        share = REHEARSED if self.plan.rehearsal else 0.0
+        free = max(left - sum(paces[name].least for name in fitting), 0.0) / len(fitting)
+        made: dict[str, Job] = {}
+        ready: dict[str, Readied] = {}
+        for name, job in fitting.items():
+            if self.stop.stopped:
+                return
+            self.listener.run(f"{name}: {self.key}, rehearsal", 0.0)
+            ready[name] = readied(
+                paces[name], job, self.plan, seconds=share * free,
+                allowance=paces[name].least + (1 - share) * free, stop=self.watch,
+            )  # fmt: skip
+            if ready[name].rehearsal is None and self.plan.rehearsal:
+                ready[name] = carried_over(ready[name], [*ready.values()][:-1], ready[name].reason)
+        each = max(self.watch.remaining() or 0.0, 0.0) / len(fitting)
+        if length is None:
+            length = min(at.lasting(each).length or 1 for at in ready.values())
         for name, at in ready.items():
-            jobs[name] = replace(
-                jobs[name],
-                attack=labelled(at.attack.lasting(min(lengths)), at, jobs[name], plan),
-                preset=attack,
+            job = fitting[name]
+            made[name] = replace(
+                job,
+                attack=labelled(at.attack.lasting(length), at, job, self.plan),
+                preset=job.attack,
                 rehearsal=at.told(),
             )
-    for name, job in jobs.items():
-        if stop.stopped:
-            return
-        allowance = each if each is None or job.preset is None else SLACK * each
-        yield name, run_job(job, plan, allowance, out, listener, stop)
+        for position, (name, job) in enumerate(made.items()):
+            if self.stop.stopped:
+                return
+            left = max(self.watch.remaining() or 0.0, 0.0)
+            if left < paces[name].least:
+                yield name, would_not_fit(job, paces[name].least, left)
+                continue
+            allowance = SLACK * left / (len(made) - position)
+            yield name, run_job(job, self.plan, allowance, self.out, self.listener, self.watch)
+
+
+def _attacks(jobs: Mapping[str, Job]) -> list[Attack]:
+    return [job.attack for job in jobs.values()]
 
 
 def _battery(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """The strongest passive and the strongest active attack that leaked, with their letters."""
-    chosen: dict[bool, Run] = {}
+    """The strongest passive and the strongest active attack that leaked, with their letters.
+
+    Over all targets together: one lucky photo makes no strong attack.
+    """
+    scored: dict[tuple[bool, str, str], list[tuple[int, float]]] = {}
     for run in runs:
-        if run.scores is None:
-            continue
-        active = run.letter in "FGH"
-        strength = (rank(run.verdict), run.scores.psnr.mean)
-        held = chosen.get(active)
-        if held is None or held.scores is None or strength > (
-            rank(held.verdict), held.scores.psnr.mean,
-        ):  # fmt: skip
-            chosen[active] = run
-    return [(run.attack, run.letter) for run in chosen.values()]
+        if run.scores is not None:
+            place = (run.letter in "FGH", run.attack, run.letter)
+            strength = (rank(run.verdict), run.scores.psnr.mean)
+            scored.setdefault(place, []).append(strength)
+    chosen: dict[bool, tuple[tuple[float, float], str, str]] = {}
+    for (active, key, letter), strengths in scored.items():
+        words, quality = (statistics.fmean(column) for column in zip(*strengths, strict=True))
+        if active not in chosen or (words, quality) > chosen[active][0]:
+            chosen[active] = (words, quality), key, letter
+    return [(key, letter) for _, key, letter in chosen.values()]
 
 
 def _informed(letter: str, letters: Sequence[str]) -> str:

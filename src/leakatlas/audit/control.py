@@ -96,7 +96,8 @@ def decoys(victims: ImageSet, public: ImageSet) -> ImageSet:
         Unavailable: If there are too few.
     """
     needed = len(victims)
-    found = strangers(victims.shape, len(public) + needed)
+    # Twice: many of the public images may be the first of these crops, and flat ones are left out.
+    found = strangers(victims, 2 * (len(public) + needed))
     taken = {image.numpy().tobytes() for part in (victims, public) for image in part.images}
     free = [i for i, image in enumerate(found.images) if image.numpy().tobytes() not in taken]
     if len(free) < needed:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from leakatlas.attacks.api import Attack, cache_folder
+from leakatlas.attacks.api import ActiveAttack, Attack, cache_folder
 from leakatlas.audit import control, kept, process
 from leakatlas.audit.listener import Listener
 from leakatlas.audit.plan import Plan, Setting
@@ -25,9 +25,14 @@ from leakatlas.errors import (
     Unavailable,
     UnsupportedModel,
 )
-from leakatlas.fl import Stage
+from leakatlas.fl import RoundRecord, Stage
 from leakatlas.metrics.score import Scores, score
 from leakatlas.report import Run, pictures_of, verdict
+
+
+def shown(job: Job, plan: Plan) -> tuple[Stage, tuple[RoundRecord, ...]]:
+    """What a job's adversary sees of the honest clients, and the stage behind it."""
+    return job.setting.shown_to(job.letter, plan.seed)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Job:
         preset: What the attack was before a rehearsal and a plan changed its parameters, if they
             did: the name under which its run is kept.
         rehearsal: How the parameters were chosen, for recipe and report.
+        compared: Whether it is one of several of equal length that compare defenses.
     """
 
     setting: Setting
@@ -52,6 +58,7 @@ class Job:
     weight: float
     preset: Attack | None = None
     rehearsal: Mapping[str, Any] = field(default_factory=dict)
+    compared: bool = False
 
 
 def kept_as(job: Job, plan: Plan, out: Path | None) -> Path | None:
@@ -60,6 +67,8 @@ def kept_as(job: Job, plan: Plan, out: Path | None) -> Path | None:
         return None
     live = job.setting.stage(letter=job.letter, seed=plan.seed)
     named = kept.recipe_of(job.setting, job.preset or job.attack, live.scenario.to_json(), plan)
+    if job.compared:
+        named = replace(named, conditions={**named.conditions, "compared": True})
     return out / "runs" / kept.identity(job.setting, job.target, named)
 
 
@@ -88,6 +97,7 @@ def run_job(
         stop: Ends the run early.
     """
     vantage = job.setting.effective_vantage
+    active = isinstance(job.attack, ActiveAttack)
     live = job.setting.stage(letter=job.letter, seed=plan.seed)
     recipe = kept.recipe_of(job.setting, job.attack, live.scenario.to_json(), plan)
     recipe = replace(recipe, rehearsal=job.rehearsal)
@@ -117,7 +127,10 @@ def run_job(
         recipe=recipe.to_json(),
     )
     try:
-        run = _scored(job, blank, live, plan, watch)
+        played = None
+        if not active:
+            live, played = shown(job, plan)
+        run = _scored(job, blank, live, played, plan, watch)
     except (NotGranted, InvalidInput, InvalidParameter, Unavailable) as refusal:
         run = replace(blank, status="refused", reason=str(refusal), wants=str(refusal))
     except UnsupportedModel as refusal:
@@ -137,7 +150,14 @@ def run_job(
     return run
 
 
-def _scored(job: Job, blank: Run, live: Stage, plan: Plan, watch: Watch) -> Run:
+def _scored(
+    job: Job,
+    blank: Run,
+    live: Stage,
+    played: tuple[RoundRecord, ...] | None,
+    plan: Plan,
+    watch: Watch,
+) -> Run:
     """Play, attack, and hold what came out against the truth."""
     trial = harness.run_trial(
         live,
@@ -146,6 +166,7 @@ def _scored(job: Job, blank: Run, live: Stage, plan: Plan, watch: Watch) -> Run:
         seed=plan.seed,
         watch=watch,
         adversary=process.adversary(plan),
+        played=played,
     )
     labels = trial.found.labels
     if labels is None and trial.found.label_counts is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,12 +14,13 @@ import torch
 from torch import nn
 
 from leakatlas.attacks.api import Attack
+from leakatlas.bench import harness
 from leakatlas.blocks.descent import EXECUTIONS
 from leakatlas.blocks.watch import Execution
 from leakatlas.catalogue import registry
 from leakatlas.data import Box, ImageSet, strangers
 from leakatlas.errors import InvalidInput, InvalidParameter, UnknownName, shown
-from leakatlas.fl import Defense, ModelRef, Protocol, Scenario, Stage, Trait, stage
+from leakatlas.fl import Defense, ModelRef, Protocol, RoundRecord, Scenario, Stage, Trait, stage
 from leakatlas.fl.capture import Capture
 from leakatlas.fl.intake import take_in
 from leakatlas.report import Context
@@ -116,10 +120,44 @@ class Setting:
         """
         if self.surrogate is not None:
             return self.surrogate
-        found = strangers(self.victims.shape)
-        private = {image.numpy().tobytes() for image in self.victims.images}
-        kept = [i for i, x in enumerate(found.images) if x.numpy().tobytes() not in private]
-        return found.subset(kept)
+        return strangers(self.victims)
+
+    def honest_round(self, seed: int) -> tuple[Stage, tuple[RoundRecord, ...]]:
+        """The rounds of honest clients, played once for all passive attacks, and their stage.
+
+        The stage belongs to an adversary without knowledge: see :meth:`shown_to`.
+        """
+        if seed not in self._played:
+            live = self.stage(letter="A", seed=seed)
+            count = live.scenario.rounds
+            begun = time.perf_counter()
+            records = tuple(
+                live.federation.play_round(apply=number < count - 1) for number in range(count)
+            )
+            harness.learn(live.federation, records[-1], begun)
+            self._took[seed] = time.perf_counter() - begun
+            self._played[seed] = live, records
+        return self._played[seed]
+
+    def client_seconds(self, seed: int) -> float:
+        """What one client's part of the honest rounds takes here, set-up included."""
+        self.honest_round(seed)
+        return self._took[seed] / self.clients
+
+    def shown_to(self, letter: str, seed: int) -> tuple[Stage, tuple[RoundRecord, ...]]:
+        """The honest rounds, and their stage under one adversary."""
+        live, records = self.honest_round(seed)
+        seen = copy.copy(live)
+        seen.scenario = dataclasses.replace(live.scenario, letter=letter)
+        return seen, records
+
+    @functools.cached_property
+    def _played(self) -> dict[int, tuple[Stage, tuple[RoundRecord, ...]]]:
+        return {}
+
+    @functools.cached_property
+    def _took(self) -> dict[int, float]:
+        return {}
 
     @property
     def hides_updates(self) -> bool:

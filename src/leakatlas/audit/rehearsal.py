@@ -35,12 +35,15 @@ from leakatlas.audit.process import Attacker, here
 from leakatlas.blocks import observed
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import ImageSet
-from leakatlas.errors import LeakAtlasError
+from leakatlas.errors import LeakAtlasError, Unavailable
 from leakatlas.fl import View, stream
 from leakatlas.metrics.assignment import assign, pairwise_mse
 from leakatlas.metrics.baselines import mean_image
 from leakatlas.metrics.images import psnr_of_mse
 from leakatlas.params import checked
+
+CROPS = 96
+"""Bundled crops to rehearse on, where the adversary holds no surrogate."""
 
 CEILING = 60.0
 """PSNR in dB at which an image of the rehearsal counts as rebuilt; an exact one is infinite."""
@@ -263,12 +266,18 @@ def rehearse(
                 whole = False
                 break
             attack = distinct[name].lasting(stage.iterations)
-            tried.append(_try(name, attack, games[: stage.images], watch, seed, reader, run))
+            trial = _try(name, attack, games[: stage.images], watch, seed, reader, run)
+            if trial is None:  # cut: it stands for nothing
+                whole = False
+                break
+            tried.append(trial)
         trials += tried
         if len(tried) < min(len(left), stage.variants):
             break
         left = [t.variant for t in sorted(tried, key=lambda trial: -trial.psnr)]
     view.forget_reads()  # an attack's own reads are counted when it runs
+    if not trials:
+        raise Unavailable("The budget ended within the first trial of the rehearsal.")
     best = _decisive(trials)
     found = Rehearsal(
         attack=distinct[best.variant].key,
@@ -312,7 +321,8 @@ def _try(
     seed: int,
     reader: Reader | None,
     run: Attacker,
-) -> Trial:
+) -> Trial | None:
+    """The trial; None if its time ended before its schedule."""
     begun = time.perf_counter()
     quality = 0.0
     for number, game in enumerate(games):
@@ -321,6 +331,8 @@ def _try(
         if reader is not None:
             told = type(attack).from_json({**attack.to_json(), "labels": reader(game.view)})
         found = run(told, game.view, seed + number, inner)
+        if found.status == "cut short" and not watch.stopped:
+            return None
         quality += own_psnr(found, game)
     seconds = time.perf_counter() - begun
     return Trial(name, attack.length, quality / len(games), len(games), seconds)
@@ -351,6 +363,10 @@ def own_games(view: View, public: ImageSet, count: int, *, seed: int) -> list[Ga
     model = view.model.eval()
     like = next(model.parameters())
     box = view.box if view.has("box") else None
+    surrogate: ImageSet | None = None
+    if view.has("surrogate"):
+        # A prior learned on the very images that it is to rebuild would flatter its attack.
+        surrogate, public = halves(public)
     pool = public.images.to(like)
     inputs = pool if box is None else box.normalize(pool)
     with torch.no_grad():
@@ -365,9 +381,14 @@ def own_games(view: View, public: ImageSet, count: int, *, seed: int) -> list[Ga
         truth = pool[chosen]
         average = mean_image(pool[others]).expand(truth.shape)
         null = float(psnr_of_mse((average - truth.double()).square().flatten(1).mean(1)).mean())
-        own = view.rehearse(inputs[chosen], y, seed=seed + number)
+        own = view.rehearse(inputs[chosen], y, seed=seed + number, surrogate=surrogate)
         games.append(Game(truth, own, null))
     return games
+
+
+def halves(public: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """What a rehearsal's adversary holds as its surrogate, and what it attacks: no image twice."""
+    return public.subset(range(1, len(public), 2)), public.subset(range(0, len(public), 2))
 
 
 def multiplicity(view: View) -> tuple[int, ...]:

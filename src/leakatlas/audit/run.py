@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 import leakatlas
-from leakatlas.attacks.api import ActiveAttack
 from leakatlas.audit import kept
 from leakatlas.audit.bounds import require_feasible
 from leakatlas.audit.budget import Budget, Writer, other_side
 from leakatlas.audit.compare import compare
 from leakatlas.audit.diagnosis import examine
-from leakatlas.audit.effort import iterates, spend
+from leakatlas.audit.effort import spend
 from leakatlas.audit.formal import guarantees
 from leakatlas.audit.jobs import Job, not_run
 from leakatlas.audit.listener import Listener, Silent
 from leakatlas.audit.plan import Plan, Setting, cost_weight, presets
+from leakatlas.audit.ready import iterates
 from leakatlas.audit.realism import NOT_YET, other_sides, pair_of, realism_of
 from leakatlas.blocks.watch import Watch
 from leakatlas.catalogue import registry
@@ -31,6 +31,7 @@ from leakatlas.fl import Defense, model_state, state_hash
 from leakatlas.fl.capture import facts_of
 from leakatlas.fl.view import defense_json
 from leakatlas.report import Comparison, Realism, Report, Run, check_writable
+from leakatlas.threat import Vantage
 
 
 def carry_out(
@@ -82,7 +83,7 @@ def _carry_out(plan: Plan, out: Path | None, listener: Listener, stop: Watch) ->
                 runs.append(not_run(setting, attack, start))
                 continue
             # A pooled reconstruction covers every client at once.
-            targets = setting.targets[:1] if isinstance(attack, ActiveAttack) else setting.targets
+            targets = setting.targets[:1] if _pooled(setting) else setting.targets
             jobs.extend(
                 Job(setting, attack, start.letter, target, cost_weight(attack))
                 for target in targets
@@ -90,9 +91,9 @@ def _carry_out(plan: Plan, out: Path | None, listener: Listener, stop: Watch) ->
     listener.begin(len(jobs))
     pairs = [pair_of(setting, wanted=plan.upper_bound) for setting in plan.settings]
     twofold = [pair.setting.name for pair in pairs if pair.other is not None]
-    among = max((sum(j.setting.name == n and iterates(j.attack) for j in jobs) for n in twofold),
-                default=0)  # fmt: skip
-    budget = Budget.of(plan, begun, other_side=other_side(among) if twofold else 0.0)
+    among = sum(iterates(job.attack) for job in jobs)
+    share = other_side(among, len(twofold)) if twofold else 0.0
+    budget = Budget.of(plan, begun, other_side=share)
     written = Writer(out)
 
     def report(
@@ -122,6 +123,11 @@ def _carry_out(plan: Plan, out: Path | None, listener: Listener, stop: Watch) ->
     comparisons = compare(plan, runs, budget.comparisons(stop), out, listener, stop)
     whole = report(comparisons, realism, complete=not stop.stopped)
     return written.finally_(whole)
+
+
+def _pooled(setting: Setting) -> bool:
+    """Whether the adversary sees a sum over all clients, so that one attack is after all."""
+    return setting.effective_vantage is Vantage.AGGREGATE
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
@@ -155,6 +161,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
                 "shape": list(setting.victims.images.shape[1:]),
                 "clients": setting.clients,
                 "model_hash": state_hash(model_state(setting.model)),
+                "attacked": setting.clients if _pooled(setting) else len(set(setting.targets)),
                 "protocol": type(setting.protocol).__name__,
                 "parameters": setting.protocol.to_json(),
                 "loss": setting.protocol.loss.describe(),

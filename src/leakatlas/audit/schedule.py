@@ -10,26 +10,59 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from leakatlas.attacks.api import Attack
 from leakatlas.audit.process import Attacker, here
-from leakatlas.blocks.watch import Conduct, Watch
+from leakatlas.blocks.watch import FILL, Conduct, Watch
 from leakatlas.fl import View
 
-PROBE = 3
-"""Iterations that are timed, after one that warms caches up."""
+PROBE = 4
+"""Iterations that are timed, after two runs of one."""
 
-FILL = 0.85
-"""Share of an allowance that is planned; the rest is for a machine that becomes slower."""
+SLOW = 0.5
+"""Seconds of a run of one iteration from which no longer one is timed: what it sets up matters
+little."""
 
 LONGEST = 4_800
 """Iterations beyond which more time does not lengthen a schedule: the published length of most."""
 
 
+@dataclass(frozen=True)
+class Pace:
+    """What a run costs.
+
+    Args:
+        overhead: Seconds that do not depend on its length.
+        iteration: Seconds of an iteration.
+    """
+
+    overhead: float
+    iteration: float
+
+    def seconds(self, iterations: int) -> float:
+        """What so many iterations take."""
+        return self.overhead + iterations * self.iteration
+
+    def fits(self, seconds: float, longest: int = LONGEST) -> int:
+        """Iterations that fit into an allowance, some of it left free; 0 if not even one does.
+
+        >>> pace = Pace(overhead=1.0, iteration=0.01)
+        >>> pace.fits(10.0), pace.fits(1e6), pace.fits(1.0)
+        (750, 4800, 0)
+        """
+        left = FILL * seconds - self.overhead
+        return min(longest, max(0, int(left / self.iteration + 1e-9)))
+
+    def slower(self, factor: float) -> Pace:
+        """On a machine that became slower (or faster, below 1)."""
+        return Pace(factor * self.overhead, factor * self.iteration)
+
+
 def pace(
     attack: Attack, view: View, *, watch: Watch, seed: int = 0, run: Attacker = here
-) -> float | None:
-    """Seconds of an iteration, set-up included; None for an attack without a schedule.
+) -> Pace | None:
+    """Seconds of a run and of an iteration; None for an attack without a schedule.
 
     What the attack learns offline is learned before the clock starts, since it is kept.
 
@@ -38,23 +71,24 @@ def pace(
     """
     if attack.length is None:
         return None
-    seconds, iterations = 0.0, 1
-    for probe in (attack.lasting(1), attack.lasting(PROBE)):
+
+    def timed(iterations: int) -> tuple[float, int]:
+        probe = attack.lasting(iterations)
         quiet = Watch(parent=watch, conduct=Conduct(execution="eager"))
         begun = time.perf_counter()
         run(probe, view, seed, quiet)
-        seconds, iterations = time.perf_counter() - begun, probe.length or 1
+        return time.perf_counter() - begun, probe.length or 1
+
+    first, _ = timed(1)
+    one, fewer = timed(1)  # once more, now that all it needs is loaded
+    one = min(first, one)
+    found = Pace(0.0, one / fewer)
+    if one < SLOW:
+        several, more = timed(PROBE)
+        each = max((several - one) / max(more - fewer, 1), several / more / 10)
+        found = Pace(max(several - more * each, 0.0), each)
     view.forget_reads()
-    return max(seconds / iterations, 1e-6)
-
-
-def fits(seconds: float, per_iteration: float, longest: int) -> int:
-    """Iterations that fit into an allowance: at least one, at most ``longest``.
-
-    >>> fits(10.0, 0.01, 4_800), fits(10.0, 100.0, 4_800), fits(10.0, 1e-6, 4_800)
-    (850, 1, 4800)
-    """
-    return min(longest, max(1, int(FILL * seconds / per_iteration)))
+    return Pace(found.overhead, max(found.iteration, 1e-6))
 
 
 def shares(gains: Sequence[float], least: float = 0.05) -> list[float]:

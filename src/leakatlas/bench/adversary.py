@@ -46,11 +46,15 @@ class Turn:
         tampering: The tampering; None once enough was seen.
         draws: State of the adversary's generator afterwards: the next turn draws on.
         reads: What was read of the view.
+        cut_short: Whether what is learned beforehand was cut.
+        planned: Iterations made, and asked for, where fewer were planned to fit the time.
     """
 
     tampering: Tampering | None
     draws: Tensor
     reads: frozenset[str]
+    cut_short: bool = False
+    planned: tuple[int, int] | None = None
 
 
 class Adversary(Protocol):
@@ -88,14 +92,15 @@ class Here:
         """One turn."""
         attack, view = request.attack, request.view
         assert isinstance(attack, ActiveAttack)
+        watch = Watch(parent=request.watch)
         generator = stream(attack.key, "tamper", request.seed)
         first = generator.initial_seed()
         if request.draws is not None:
             generator.set_state(request.draws)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(first + request.turn)
-            tampering = attack.tamper(view, generator=generator, watch=request.watch)
-        return Turn(tampering, generator.get_state(), view.reads)
+            tampering = attack.tamper(view, generator=generator, watch=watch)
+        return Turn(tampering, generator.get_state(), view.reads, watch.cut_short, watch.planned)
 
     def attack(self, request: Request) -> Reconstruction:
         """Attack."""

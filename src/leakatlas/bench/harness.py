@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
-from leakatlas.attacks.api import ActiveAttack, Attack, Reconstruction, Tampering
+from leakatlas.attacks.api import CUT, ActiveAttack, Attack, Reconstruction, Tampering
 from leakatlas.bench.adversary import Adversary, Here, Request
 from leakatlas.bench.lean import play_round as play_lean
 from leakatlas.bench.task import code_of
-from leakatlas.blocks.watch import Trail, Watch
+from leakatlas.blocks.watch import MORE_TIME, Trail, Watch
 from leakatlas.errors import InvalidInput, NotGranted, ProtocolError, Unavailable
 from leakatlas.fl import Federation, RoundRecord, Stage, Truth, View
 from leakatlas.metrics import assign, pairwise_mse, psnr_of_mse
@@ -85,7 +86,7 @@ def observe(
                 records.append(play_lean(federation, None))
                 continue
             records.append(federation.play_round(apply=not last))
-            _learn(federation, records[-1], begun)
+            learn(federation, records[-1], begun)
         return stage.view(records, target=target), tuple(records)
     view = stage.view(target=target)
     attack.check(view)
@@ -101,6 +102,10 @@ def observe(
             )
         )  # fmt: skip
         reads |= turn.reads
+        if turn.cut_short:
+            watch.cut()
+        if turn.planned is not None:
+            watch.shortened(*turn.planned)
         draws, tampering = turn.draws, turn.tampering
         if tampering is None:
             view.remember(reads)
@@ -127,16 +132,15 @@ def observe(
                     sybils=range(SYBIL_IDS, SYBIL_IDS + tampering.sybils),
                 )
             )
-            _learn(federation, records[-1], begun)
+            learn(federation, records[-1], begun)
         keys.append(dict(tampering.key))
         view = stage.view(records, target=target, keys=keys)
 
 
 _COSTS: dict[tuple[object, ...], float] = {}
-"""Least seconds that a round took for each parameter of a client, by defenses and number of
-clients."""
+"""Least seconds that a round took for each unit of its size, by defenses and number of clients."""
 
-LONG_ROUND = 10.0
+LONG_ROUND = 3.0
 """Seconds from which a round is too long to be begun beyond the budget; shorter ones are the
 overhead of any run."""
 
@@ -145,13 +149,18 @@ def _case(federation: Federation, clients: int) -> tuple[object, ...]:
     return tuple(defense.key for defense in federation.defenses), clients
 
 
-def _learn(federation: Federation, record: RoundRecord, begun: float) -> None:
+def learn(federation: Federation, record: RoundRecord, begun: float) -> None:
     """Note what a round cost."""
-    update = record.updates[record.cohort[0]]
-    size = sum(tensor.numel() for tensor in update.tensors.values())
+    size = _size(federation, record.received[record.cohort[0]])
     spent = time.perf_counter() - begun
     case = _case(federation, len(record.cohort))
     _COSTS[case] = min(spent / max(size, 1), _COSTS.get(case, math.inf))
+
+
+def _size(federation: Federation, model: nn.Module) -> float:
+    """What a client's round grows with: parameters, or gradients where a defense takes many."""
+    work = sum(defense.workload(model) - 1 for defense in federation.defenses)
+    return work or float(sum(parameter.numel() for parameter in model.parameters()))
 
 
 def _afford(stage: Stage, tampering: Tampering, watch: Watch) -> None:
@@ -172,12 +181,11 @@ def _afford(stage: Stage, tampering: Tampering, watch: Watch) -> None:
     sent = tampering.sent
     one = next(iter(sent.values())) if isinstance(sent, Mapping) else sent
     built = one.build(federation.model, pixels=math.prod(stage.input_shape))
-    size = sum(parameter.numel() for parameter in built.parameters())
+    size = _size(federation, built)
     if cost * size > max(left, LONG_ROUND):
         raise Unavailable(
-            f"A round of {clients} clients with {size:,} parameters each takes about "
-            f"{cost * size:.0f} s here, and {max(left, 0.0):.0f} s are left; give it more time, as "
-            "with --budget."
+            f"Would not fit: a round of {clients} clients with such a model takes about "
+            f"{cost * size:.0f} s here, and {max(left, 0.0):.0f} s are left; {MORE_TIME}."
         )
 
 
@@ -190,22 +198,41 @@ def run_trial(
     watch: Watch | None = None,
     adversary: Adversary | None = None,
     lean: bool = False,
+    played: tuple[RoundRecord, ...] | None = None,
 ) -> Trial:
     """Observe, attack, and map the candidates back to pixels.
 
-    The budget of ``watch`` holds for preparing and tampering, and once more for the attack itself;
-    the rounds are the clients' time, not the adversary's. Arguments as of :func:`observe`.
+    The budget of ``watch`` holds for preparing and tampering, and once more for the attack itself,
+    within those above it; the rounds are the clients' time, not the adversary's. Arguments as of
+    :func:`observe`.
+
+    Args:
+        stage: As there.
+        attack: As there.
+        target: As there.
+        seed: As there.
+        watch: As there.
+        adversary: As there.
+        lean: As there.
+        played: Rounds of this stage's honest clients that were played before, for a passive attack.
     """
     adversary = adversary or Here()
     watch = watch or Watch()
-    view, records = observe(
-        stage, attack, target=target, seed=seed, watch=watch, adversary=adversary, lean=lean
-    )
-    code = _travelling(stage, adversary)
-    found = adversary.attack(
-        Request(attack=attack, view=view, seed=seed, watch=watch.again(), code=code)
-    )
+    if played is not None and not isinstance(attack, ActiveAttack):
+        view, records = stage.view(played, target=target), played
+    else:
+        view, records = observe(
+            stage, attack, target=target, seed=seed, watch=watch, adversary=adversary, lean=lean
+        )
+    own, code = watch.again(), _travelling(stage, adversary)
+    found = adversary.attack(Request(attack=attack, view=view, seed=seed, watch=own, code=code))
     found = replace(found, recipe=attack.recipe(seed, stage.scenario.to_json()))
+    if found.status == "complete" and own.cut_short:  # while it prepared its tampering
+        found = replace(found, status="cut short", reason=CUT)
+    if own.planned is not None:
+        made, asked = own.planned
+        notes = {"iterations_made": float(made), "iterations_asked": float(asked)}
+        found = replace(found, notes={**found.notes, **notes})
     truth = truth_of(stage, target, records)
     return Trial(view, truth, records, found, stage.box.denormalize(found.images))
 

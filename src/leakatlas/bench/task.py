@@ -146,6 +146,8 @@ def perform(
                 "sent": turn.tampering is not None,
                 "draws": _text(turn.draws.numpy().tobytes()),
                 "reads": sorted(turn.reads),
+                "cut_short": turn.cut_short,
+                "planned": turn.planned,
             }
         found = Here().attack(request)
     except LeakAtlasError as refusal:
@@ -164,6 +166,7 @@ def perform(
         "reads": sorted(found.reads),
         "cut_short": watch.cut_short,
         "trail": [] if trail is None else [seconds for seconds, _ in trail.points],
+        "planned": watch.planned,
     }
 
 
@@ -181,6 +184,8 @@ class _Turn(_Strict):
     sent: bool
     draws: str
     reads: tuple[str, ...]
+    cut_short: bool
+    planned: tuple[int, int] | None
 
 
 class _Found(_Strict):
@@ -191,6 +196,7 @@ class _Found(_Strict):
     execution: str
     reads: tuple[str, ...]
     cut_short: bool
+    planned: tuple[int, int] | None
     trail: tuple[float, ...] = ()
 
 
@@ -203,7 +209,7 @@ def turn_of(answer: Message, folder: Path) -> Turn:
     """
     facts = _checked(answer, _Turn)
     sent = Tampering.load(folder / SENT) if facts.sent else None
-    return Turn(sent, _state(facts.draws), frozenset(facts.reads))
+    return Turn(sent, _state(facts.draws), frozenset(facts.reads), facts.cut_short, facts.planned)
 
 
 def found_of(answer: Message, folder: Path, view: View, watch: Watch) -> Reconstruction:
@@ -228,6 +234,8 @@ def found_of(answer: Message, folder: Path, view: View, watch: Watch) -> Reconst
         watch.conduct.trail.points = list(zip(facts.trail, way, strict=True))
     if facts.cut_short:
         watch.cut()
+    if facts.planned is not None:
+        watch.shortened(*facts.planned)
     return Reconstruction(
         images=held["images"],
         labels=held.get("labels"),

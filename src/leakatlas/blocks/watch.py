@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from leakatlas.errors import InvalidParameter
+from leakatlas.errors import InvalidParameter, Unavailable
 
 Execution = Literal["auto", "eager", "channels_last", "vmap", "traced", "compiled", "finite"]
 """How slopes are computed; see :mod:`leakatlas.blocks.descent.execution`."""
@@ -113,13 +114,30 @@ class Conduct:
         return self.checkpoints / self._run / f"{self._descents:04d}.pt"
 
 
+PACED = 3
+"""Iterations of a loop after which its pace is known."""
+
+FILL = 0.85
+"""Share of an allowance that is planned; the rest is for a machine that becomes slower."""
+
+FEWEST = 20
+"""Planned iterations below which a loop that asked for more is no try of its method."""
+
+ENOUGH = 0.5
+"""Share of its planned iterations with which a schedule that was hurried to its end counts as made:
+on a machine that slows down, its later steps stand for several."""
+
+
+MORE_TIME = "give it more time, as with --budget"
+
+
 class Watch:
     """A deadline, a stop switch and a listener.
 
     Args:
-        seconds: Time budget from now; None for no limit.
+        seconds: Time budget from now, within that of ``parent``; None for no limit of its own.
         listen: Called with ``(fraction done, note)`` a few times a second.
-        parent: Stopping it stops this one too.
+        parent: Stopping it stops this one too, and its deadline is one for this one.
         conduct: How descents are carried out; the parent's if None.
     """
 
@@ -138,10 +156,14 @@ class Watch:
         self.parent = parent
         inherited = Conduct() if parent is None else parent.conduct
         self.conduct: Conduct = inherited if conduct is None else conduct
+        self.within = parent
+        """Whose deadline holds too."""
         self.note = ""
         self._stopped = False
         self.cut_short = False
-        """Whether a loop ended before its last step."""
+        """Whether a loop ended before the end of its schedule."""
+        self.planned: tuple[int, int] | None = None
+        """Iterations made, and asked for, of a schedule that was stretched to fit its time."""
 
     def stop(self) -> None:
         """End every loop at its next step; what was computed is kept."""
@@ -161,8 +183,12 @@ class Watch:
         return self._stopped or (self.parent is not None and self.parent.stopped)
 
     def remaining(self) -> float | None:
-        """Seconds left, or None without a budget."""
-        return None if self.deadline is None else self.deadline - time.perf_counter()
+        """Seconds left here and above, or None without a budget."""
+        above = None if self.within is None else self.within.remaining()
+        if self.deadline is None:
+            return above
+        own = self.deadline - time.perf_counter()
+        return own if above is None else min(own, above)
 
     def again(self) -> Watch:
         """A watch with the same budget, from now; stopping this one stops it too.
@@ -170,26 +196,69 @@ class Watch:
         What was cut short before it stays cut short: an attack whose preparation was cut is cut.
         """
         watch = Watch(self.seconds, self.listen, parent=self)
-        watch.cut_short = self.cut_short
+        watch.within = self.within
+        watch.cut_short, watch.planned = self.cut_short, self.planned
         return watch
 
-    def steps(self, total: int, *, first: int = 0) -> Iterator[Step]:
-        """Iterations ``first`` to ``total``, at least one if there is any, within the budget."""
+    def steps(
+        self, total: int, *, first: int = 0, stretches: bool = False, fewest: int = 1
+    ) -> Iterator[Step]:
+        """Iterations ``first`` to ``total``, at least one if there is any, within the budget.
+
+        Args:
+            total: Iterations asked for.
+            first: Where a resumed loop goes on.
+            stretches: Whether fewer iterations under the whole schedule are the same method. Then
+                the first few are timed, as many as fit are planned, and :attr:`planned` says so if
+                they are fewer; on a machine that slows down afterwards, the schedule is hurried to
+                its end. A loop that searches does not stretch: it is cut.
+            fewest: Iterations below which what stretches is of no use: it is given up at once.
+
+        Raises:
+            Unavailable: If fewer than ``fewest`` fit.
+        """
         begun = time.perf_counter()
         allowance = self.remaining()
-        heard = begun
-        for index in range(first, total):
+        heard, last = begun, total
+        for index in itertools.count(first):
             now = time.perf_counter()
-            progress = index / total
+            if stretches and allowance is not None and index - first == PACED:
+                last = self._plan(index, first, total, (now - begun) / PACED, allowance)
+                if last - first < min(fewest, total - first):
+                    raise Unavailable(
+                        f"Would not fit: {fewest} of {total:,} iterations take about "
+                        f"{fewest * (now - begun) / PACED:.0f} s here, and "
+                        f"{max(allowance, 0.0):.0f} s were left; {MORE_TIME}."
+                    )
+            progress = index / max(last, 1)
             if allowance is not None:
                 progress = max(progress, (now - begun) / max(allowance, 1e-9))
-            if index > first and (progress >= 1 or self.stopped):
-                self.cut()
+            if index >= last or (index > first and (progress >= 1 or self.stopped)):
+                made, due = index - first, last - first
+                enough = ENOUGH * due if stretches else due
+                if index < last and (self.stopped or made < enough):
+                    self.cut()
+                if stretches and made < total - first:
+                    self.shortened(index, total)
                 return
             if self.listen is not None and now - heard > 0.25:
                 heard = now
                 self.listen(min(progress, 1.0), self.note)
             yield Step(index, min(progress, 1.0))
+
+    def _plan(self, index: int, first: int, total: int, pace: float, allowance: float) -> int:
+        """The last iteration that fits, given seconds for each."""
+        fit = first + int(FILL * allowance / max(pace, 1e-9))
+        last = max(min(total, fit), index)
+        if last - first < min(FEWEST, total - first):
+            self.cut()  # too few to be the method
+        return last
+
+    def shortened(self, made: int, asked: int) -> None:
+        """Note, here and above, that a loop made fewer iterations than asked for, as planned."""
+        self.planned = (made, asked)
+        if self.parent is not None:
+            self.parent.shortened(made, asked)
 
     def share(self, parts: int | Sequence[float]) -> Iterator[Watch]:
         """One watch for each piece of work, each with its fair part of what is left.
@@ -211,7 +280,7 @@ class Watch:
             yield Watch(allowance, listen, parent=self)
 
     def cut(self) -> None:
-        """Note, here and above, that a loop ended before its last step."""
+        """Note, here and above, that a loop ended before the end of its schedule."""
         self.cut_short = True
         if self.parent is not None:
             self.parent.cut()

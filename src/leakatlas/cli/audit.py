@@ -193,6 +193,8 @@ def _show(report: Report, out: Path, console: Console) -> None:
     console.print(f"Report: {escape(str(out / 'report.html'))}")
     if not report.complete:
         console.print("Stopped early; the same command continues.")
+    for words in report.spared():
+        console.print(f"[yellow]Note:[/] {escape(words)}.", highlight=False)
     if left_out := not_tried(report):
         console.print(f"[dim]{left_out}[/]", highlight=False)
 

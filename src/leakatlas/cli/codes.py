@@ -9,9 +9,11 @@ import shlex
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -19,7 +21,7 @@ from typer.core import TyperGroup
 import leakatlas
 from leakatlas.cli import plain
 from leakatlas.cli.plain import escape
-from leakatlas.errors import LeakAtlasError, Undecided
+from leakatlas.errors import EndedAtOnce, LeakAtlasError, Undecided
 
 FINE = 0
 GATE_FAILED = 1
@@ -41,20 +43,42 @@ class Guarded(TyperGroup):
     def invoke(self, ctx: Any) -> Any:  # Typer's context is of a private type
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            with _no_silent_end():
+                return super().invoke(ctx)
         except (typer.Exit, typer.Abort, _usage_error()):  # the command's own ends
             raise
         except KeyboardInterrupt:
             _say("Stopped. Finished runs are kept; the same command continues.")
             raise typer.Exit(UNDECIDED) from None
         except SystemExit as end:  # no command of ours ends so: code under audit does
+            call = "os._exit" if isinstance(end, EndedAtOnce) else "sys.exit"
             _say(
                 f"[bold yellow]Undecided:[/] the code under audit ended the process with "
-                f"sys.exit({escape(repr(end.code))}) before there was an answer."
+                f"{call}({escape(repr(end.code))}) before there was an answer."
             )
             raise typer.Exit(UNDECIDED) from None
         except Exception as problem:
             raise typer.Exit(_explained(problem)) from None
+
+
+@contextmanager
+def _no_silent_end() -> Iterator[None]:
+    """``os._exit`` of the code under audit, which passes every ``except`` by, is an exception here.
+
+    What goes round Python (a C library's ``exit``, ``os.exec``) is beyond us.
+    """
+    really, own = os._exit, os.getpid()
+
+    def end(status: int) -> NoReturn:
+        if os.getpid() != own:  # a forked child, as multiprocessing makes them, ends as ever
+            really(status)
+        raise EndedAtOnce(status)
+
+    os._exit = end
+    try:
+        yield
+    finally:
+        os._exit = really
 
 
 def _usage_error() -> type[Exception]:

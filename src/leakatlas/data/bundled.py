@@ -22,6 +22,7 @@ The colour photos are in the public domain or CC0 (scikit-image's README lists e
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,9 @@ from leakatlas.errors import InvalidParameter, UnknownName, needing
 
 STRANGERS = 256
 """How many public images an audit has without a surrogate of the user's."""
+
+CONTRAST = 0.1
+"""Standard deviation of its pixels below which a crop is left out: flat sky tests no attack."""
 
 PARTS = ("victim", "surrogate", "all")
 
@@ -130,23 +134,40 @@ def patches(size: int = 32, n: int = 256, *, part: str = "victim") -> ImageSet:
     return ImageSet(images, labels, chosen, f"patches-{size}-{n}-{part}")
 
 
-def strangers(shape: tuple[int, int, int], n: int = STRANGERS) -> ImageSet:
-    """Public images for whoever has none of the victims' population, as ``(n, C, H, W)``.
+def strangers(victims: ImageSet, n: int = STRANGERS) -> ImageSet:
+    """Public images that everybody has, for whoever has none of the victims' population.
 
-    They are :func:`patches` of the surrogate photos; one channel, or any number but three, is
-    filled with their grey mean.
+    Crops of the bundled photos in the victims' shape, as ``(M, C, H, W)`` with M at most ``n``:
+    flat ones (sky) are left out, and so is every victim. Where the victims are bundled photos
+    themselves, crops come from the photos of the other part, which share no pixel with them. One
+    channel, or any number but three, is filled with their grey mean.
 
     Args:
-        shape: ``(C, H, W)``.
-        n: How many.
+        victims: Of whose pixels only equality is asked.
+        n: How many crops are looked at.
     """
+    private = {image.numpy().tobytes() for image in victims.images}
+    bundled = victims.name.startswith(("photos-", "patches-"))
+    if not bundled and victims.channels == 3:  # under another name
+        own = photos(max(victims.shape[1:])).images
+        bundled = any(image.numpy().tobytes() in private for image in own)
+    found = _lively(victims.shape, n, "surrogate" if bundled else "all")
+    kept = [i for i, x in enumerate(found.images) if x.numpy().tobytes() not in private]
+    return found if len(kept) == len(found) else found.subset(kept)
+
+
+@functools.lru_cache(maxsize=8)
+def _lively(shape: tuple[int, int, int], n: int, part: str) -> ImageSet:
     channels, height, width = shape
-    held = patches(max(height, width), n, part="surrogate")
+    held = patches(max(height, width), n, part=part)
     images = held.images[:, :, :height, :width]
     if channels != 3:
         images = images.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    lively = images.flatten(1).std(1) > CONTRAST
+    if int(lively.sum()) < n // 4:
+        lively = torch.ones_like(lively)
     name = f"strangers-{channels}x{height}x{width}"
-    return ImageSet(images.contiguous(), held.labels, held.classes, name)
+    return ImageSet(images[lively].contiguous(), held.labels[lively], held.classes, name)
 
 
 def faces(size: int = 25) -> ImageSet:

@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import nn
 
-from leakatlas.errors import InvalidInput, LeakAtlasError, UnknownName, shown
+from leakatlas.errors import EndedAtOnce, InvalidInput, LeakAtlasError, UnknownName, shown
 
 
 def make(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
@@ -157,7 +157,8 @@ def _running(who: str, location: str) -> Iterator[None]:
 
 def _said(problem: BaseException) -> str:
     if isinstance(problem, SystemExit):
-        return f"it calls sys.exit({shown(problem.code)}); a model file only defines things."
+        call = "os._exit" if isinstance(problem, EndedAtOnce) else "sys.exit"
+        return f"it calls {call}({shown(problem.code)}); a model file only defines things."
     return f"{type(problem).__name__}: {' '.join(str(problem).split())[:400]}"
 
 

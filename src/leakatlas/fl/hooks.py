@@ -183,6 +183,13 @@ class Defense(Configured, ABC):
         """The traits under the present parameters."""
         return self.traits
 
+    def workload(self, model: nn.Module) -> float:
+        """About how many gradients of the loss a client's round costs under this defense.
+
+        Planners ask before they play a round, which nobody can end half-way.
+        """
+        return 1.0
+
     def setup(self, setup: RoundSetup) -> None:
         """Prepare a round (keys, calibration)."""
 

@@ -480,7 +480,9 @@ class View:
         """What the client would have sent for ``(x, y)``; see :meth:`replayer`."""
         return self.replayer(round=round, adaptive=adaptive)(x, y)
 
-    def rehearse(self, x: Tensor, y: Tensor, *, seed: int = 0) -> View:
+    def rehearse(
+        self, x: Tensor, y: Tensor, *, seed: int = 0, surrogate: ImageSet | None = None
+    ) -> View:
         """The same adversary, had its own images been the victim's; see :mod:`.rehearsal`.
 
         Letter, vantage and grants stay. The update of the last round is what the adversary makes
@@ -492,6 +494,8 @@ class View:
             x: ``(N, C, H, W)``, model space, shaped as the private batch.
             y: ``(N,)`` labels.
             seed: Of local orders and of the defenses' noise.
+            surrogate: What the adversary holds beside these images, if it holds a surrogate; its
+                own one, which may contain them, if None.
 
         Raises:
             NotGranted: If there is no readable update, or a delta cannot be simulated without the
@@ -527,7 +531,10 @@ class View:
             box=self._fields.get("box"),
             seed=seed,
         )
-        return self._copy(rehearsal.own_fields(self._fields, model, x, y, played))
+        own = rehearsal.own_fields(self._fields, model, x, y, played)
+        if surrogate is not None and "surrogate" in own:
+            own["surrogate"] = surrogate
+        return self._copy(own)
 
     def circumstances(self) -> dict[str, Any]:
         """What :meth:`rehearse` rests on besides the images, in plain JSON.

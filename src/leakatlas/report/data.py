@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leakatlas import limits, reading
+from leakatlas.blocks.watch import MORE_TIME
 from leakatlas.errors import InvalidInput, Undecided
 from leakatlas.report.context import Context
 from leakatlas.report.gate import parse_gate
@@ -15,6 +16,7 @@ from leakatlas.report.realism import Realism, Standing, sides, standings, strong
 from leakatlas.report.run import Run
 from leakatlas.report.tally import Tally, tally
 from leakatlas.report.words import Verdict
+from leakatlas.threat import LETTERS
 
 SCHEMA = "leakatlas/report/3"
 
@@ -128,8 +130,9 @@ class Report:
     def undecided(self) -> tuple[str, ...]:
         """Why silence of this audit is no answer; empty if all that was asked was tried.
 
-        An audit is undecided if it was stopped, if nothing was tried for one of its letters, or
-        if an attack crashed or lacked something that the user could give.
+        An audit is undecided if it was stopped, if nothing was tried for one of its letters, if an
+        attack crashed or lacked something that the user could give. So it is if a run was cut
+        short or lacked time, unless an adversary that knows no more rebuilt every image exactly.
         """
         reasons = []
         if not self.complete:
@@ -152,13 +155,52 @@ class Report:
                 said = f"{run.attack} crashed ({run.reason})"
                 crashed.setdefault(said, []).append(run.setting)
         for run in asked:
-            if run.status == "refused" and run.wants:
+            late = MORE_TIME in run.wants
+            if run.status == "refused" and run.wants and not (late and self._superseded(run)):
                 refused.setdefault(run.wants, []).append(f"{run.attack} on {run.setting}")
         for said, settings in crashed.items():
             reasons.append(f"{said} on {'; '.join(dict.fromkeys(settings))}")
+        cut = [run for run in asked if run.status == "cut short" and not self._superseded(run)]
+        if cut:
+            named = dict.fromkeys(f"{run.attack} on {run.setting}" for run in cut)
+            reasons.append(
+                f"cut short: {'; '.join(named)} (what they show is the least that comes out; give "
+                "them more time, as with --budget)"
+            )
         for wants, runs in refused.items():
             reasons.append(f"refused: {'; '.join(dict.fromkeys(runs))} ({wants.rstrip('.')})")
         return tuple(reasons)
+
+    def _superseded(self, cut: Run) -> bool:
+        """Whether trying more could show nothing that a run's adversary does not have already.
+
+        Some run on the same client, by an adversary that knows no more, rebuilt every image
+        exactly.
+        """
+        if not cut.letter:
+            return False
+        held = LETTERS[cut.letter].knowledge
+        return any(
+            run.setting == cut.setting
+            and run.target == cut.target
+            and run.defenses == cut.defenses
+            and run.scores is not None
+            and all(image.exact for image in run.scores.images)
+            and not LETTERS[run.letter].knowledge & ~held
+            for run in self.runs
+        )
+
+    def spared(self) -> tuple[str, ...]:
+        """Set-ups in which some clients were attacked and others were not, in words.
+
+        Their images are in no share and no gate: those say what was found out about the others.
+        """
+        return tuple(
+            f"{s['name']}: {s['attacked']} of {s['clients']} clients were attacked, and all "
+            "figures are theirs"
+            for s in self.facts.get("settings", ())
+            if s.get("attacked", s["clients"]) < s["clients"]
+        )
 
     def worst_case(self) -> dict[str, list[float]]:
         """Per metric, one value for each original image: the worst over all runs."""

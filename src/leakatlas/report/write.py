@@ -129,6 +129,7 @@ def render_page(report: Report) -> str:
         skipped=_skipped(report),
         undecided=report.undecided(),
         strangers=[s["name"] for s in report.facts["settings"] if s["strangers"]],
+        spared=report.spared(),
         worst=report.worst_case(),
         source=json.dumps(dict(report.source), indent=2) if report.source else "",
     )

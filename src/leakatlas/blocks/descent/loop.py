@@ -127,7 +127,7 @@ def descend(
     now = Step(first - 1, max(first - 1, 0) / steps)
     begun = kept = time.perf_counter()
     settled = False
-    for now in watch.steps(steps, first=first):
+    for now in watch.steps(steps, first=first, stretches=True):
         factor = 1.0 if schedule is None else schedule(now.progress)
         for group, lr in zip(run.engine.param_groups, run.rates, strict=True):
             group["lr"] = lr * factor

@@ -62,7 +62,7 @@ from leakatlas.attacks.api import (
     nothing_found,
 )
 from leakatlas.blocks import readout, surgery
-from leakatlas.blocks.watch import Watch
+from leakatlas.blocks.watch import FEWEST, Watch
 from leakatlas.data import Box, ImageSet
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import View
@@ -91,6 +91,9 @@ class ScaleMIA(ActiveAttack):
         tolerance: Bias differences below this share of the largest bias gradient are rounding;
             1e-12 in float64 and 1e-6 otherwise if None.
     """
+
+    counts = ("epochs",)
+    learned_by = ("epochs", "lr", "weight_decay", "batch_size")
 
     epochs: PositiveInt = 350
     lr: Positive = 1e-3
@@ -154,7 +157,7 @@ class ScaleMIA(ActiveAttack):
         images = surrogate.images
         batches = -(-len(images) // self.batch_size)
         order: list[Tensor] = []
-        for _ in watch.steps(self.epochs * batches):
+        for _ in watch.steps(self.epochs * batches, stretches=True, fewest=FEWEST):
             if not order:
                 order = list(torch.randperm(len(images), generator=generator).split(
                     self.batch_size

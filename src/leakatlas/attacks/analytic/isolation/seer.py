@@ -73,7 +73,7 @@ from leakatlas.attacks.api import (
     attack,
 )
 from leakatlas.blocks import surgery
-from leakatlas.blocks.watch import Watch
+from leakatlas.blocks.watch import FEWEST, Watch
 from leakatlas.data import ImageSet
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import View
@@ -204,7 +204,7 @@ class SEER(ActiveAttack):
         a.requires_grad_()
         b = public.images.mean(dim=0).flatten().requires_grad_()
         optimizer = torch.optim.Adam([*theta.values(), a, b], lr=self.lr)
-        for step in watch.steps(self.steps):
+        for step in watch.steps(self.steps, stretches=True, fewest=FEWEST):
             x, y, positive = draw(public, self.batches)
             g_plus = kept_entries(weighted_gradients(model, theta, x, y, positive), index)
             holds = positive.sum(dim=1) > 0  # batches without an image that passes have no g+

@@ -54,7 +54,7 @@ from torch.nn import functional as F
 from leakatlas import models
 from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
 from leakatlas.blocks import descent, init, matching, observed, priors
-from leakatlas.blocks.watch import Watch
+from leakatlas.blocks.watch import FEWEST, Watch
 from leakatlas.data import Box, ImageSet
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import View
@@ -96,6 +96,7 @@ class GIAS(Attack):
 
     counts = ("latent_steps", "generator_steps")
     replays = True
+    learned_by = ("prior_epochs", "prior_latent")
 
     latent_steps: PositiveInt = 500
     generator_steps: NonNegativeInt = 5_000
@@ -401,7 +402,7 @@ def learn(
     batch = min(batch, len(images))
     per_epoch = len(images) // batch
     order = torch.empty(0, dtype=torch.int64)
-    for step in watch.steps(epochs * per_epoch):
+    for step in watch.steps(epochs * per_epoch, stretches=True, fewest=FEWEST):
         for group in optimizer.param_groups:
             group["lr"] = lr * one_cycle(step.progress)
         if len(order) < batch:

@@ -66,6 +66,7 @@ class DLG(Attack):
     """
 
     replays = True
+    fewest = 4  # each evaluates some twenty times
 
     steps: PositiveInt = 300
     inner: PositiveInt = 20

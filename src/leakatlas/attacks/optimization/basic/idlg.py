@@ -70,6 +70,7 @@ class IDLG(Attack):
     """
 
     replays = True
+    fewest = 4  # each evaluates some twenty times
 
     rule: Literal["paper", "bias", "sum"] = "paper"
     steps: PositiveInt = 300

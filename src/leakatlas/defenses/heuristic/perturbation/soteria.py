@@ -69,6 +69,14 @@ class Soteria(Defense):
         self.defended(model)
         return model
 
+    def workload(self, model: nn.Module) -> float:
+        """One backward pass, half a gradient, for each feature of the tapped layer."""
+        if self.prune == 0:
+            return 1.0
+        layer = model.get_submodule(self.defended(model))
+        assert isinstance(layer, nn.Linear)
+        return 1.0 + layer.in_features / 2
+
     def defended(self, model: nn.Module) -> str:
         """Name of the defended layer.
 
