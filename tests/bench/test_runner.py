@@ -125,6 +125,32 @@ def test_two_workers_leave_the_same_records_bit_for_bit(
     assert substances(tmp_path) == substances(folder)
 
 
+def figures(folder: Path) -> dict[str, tuple[float, Any]]:
+    """Every figure of the result file but the times, with its interval."""
+    found, _ = results.read(folder / "results" / "small.json")
+    return {
+        f"{result.key}: {measure.title}": (measure.value, measure.interval)
+        for result in found
+        for measure in result.measures
+        if measure.unit != "s"
+    }
+
+
+def test_the_same_seed_and_command_twice_give_the_same_figures(tmp_path: Path) -> None:
+    """Whatever way a study names; the record says which it was."""
+    attack = {"key": "inverting_gradients", "parameters": {"steps": 3, "restarts": 2}}
+    axes = {"execution": ["eager", "vmap"]}
+    setup = {**SETUP, "attack": attack, "control": False, "seeds": [0]}
+    for folder in ("once", "again"):
+        study = make(tmp_path / folder, setup=setup, axes=axes)
+        runner.run_study(study, options(tmp_path / folder))
+    once, again = figures(tmp_path / "once"), figures(tmp_path / "again")
+    assert once == again and len(once) >= 4
+    assert substances(tmp_path / "once") == substances(tmp_path / "again")
+    ways = [record["execution"] for record in substances(tmp_path / "once").values()]
+    assert sorted(ways) == ["eager", "vmap"]
+
+
 def with_own(**changes: Any) -> dict[str, Any]:
     return {"setup": {**SETUP, "measures": ["psnr", {"name": "own"}], "control": False, **changes}}
 

@@ -87,4 +87,5 @@ class Record:
     def substance(self) -> dict[str, Any]:
         """What two runs of one cell on equal machines have in common, bit for bit."""
         incidental = ("costs", "started", "machine", "trace")
-        return {name: value for name, value in self.to_json().items() if name not in incidental}
+        plain = {name: value for name, value in self.to_json().items() if name not in incidental}
+        return {**plain, "execution": self.execution.partition(";")[0]}  # without what it took
