@@ -130,7 +130,7 @@ def test_largest_orders_by_norm() -> None:
 
 def test_masked_ignores_what_was_pruned() -> None:
     kept = {name: torch.where(tensor.abs() > 0.5, tensor, 0.0) for name, tensor in B.items()}
-    masks = matching.nonzero_masks(kept)
+    masks = {name: tensor != 0 for name, tensor in kept.items()}
     distance = matching.masked(matching.squared_l2, masks)
     assert float(distance(B, kept)) == 0
     assert float(matching.squared_l2(B, kept)) > 0

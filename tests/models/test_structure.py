@@ -1,5 +1,4 @@
 import pytest
-import torch
 from torch import nn
 
 from leakatlas.models import build
@@ -9,7 +8,6 @@ from leakatlas.models.structure import (
     has_batchnorm,
     last_linear,
     linear_layers,
-    multiply_adds,
     parameter_count,
 )
 
@@ -46,22 +44,3 @@ def test_parameter_count_of_shared_and_frozen() -> None:
     assert parameter_count(nn.Sequential(layer, nn.ReLU(), layer)) == 8
     layer.bias.requires_grad_(False)
     assert parameter_count(layer, trainable_only=True) == 6
-
-
-def test_multiply_adds_of_known_networks() -> None:
-    assert multiply_adds(build("fc", widths=(7,)), (3, 32, 32)) == 3072 * 7 + 7 * 10
-    convnet = 1024 * 27 * 32 + 1024 * 288 * 64 + 256 * 576 * 64 + 256 * 576 * 128 + 8192 * 10
-    assert multiply_adds(build("convnet"), (3, 32, 32)) == convnet
-    grouped = nn.Conv2d(4, 6, 3, groups=2)
-    assert multiply_adds(grouped, (4, 5, 5)) == 9 * 6 * (2 * 9)
-
-
-def test_multiply_adds_leaves_no_trace() -> None:
-    model = build("convnet-bn", width=4).double()
-    model.get_submodule("fc").eval()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    multiply_adds(model, (3, 32, 32))
-    assert model.training
-    assert not model.get_submodule("fc").training
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert not any(module._forward_hooks for module in model.modules())

@@ -18,7 +18,7 @@ from leakatlas.bench.schema import Case, Images, Pixels, Training
 from leakatlas.catalogue import registry
 from leakatlas.data import CIFAR10, Box, ImageSet, patches
 from leakatlas.errors import InvalidInput, Unavailable, UnknownName
-from leakatlas.fl import FedSGD, ModelRef, Scenario, Stage, stage, state_hash, stream, task_loss
+from leakatlas.fl import ModelRef, Scenario, Stage, stage, state_hash, stream, task_loss
 from leakatlas.fl.state import load_into, model_state
 from leakatlas.fl.view import defense_from_json, protocol_from_json
 from leakatlas.threat import Grant, Vantage
@@ -261,11 +261,6 @@ def _trained(cell: Cell, training: Training, model: nn.Module) -> dict[str, Tens
                 optimizer.step()
         _TRAINED[key] = model_state(model)
     return _TRAINED[key]
-
-
-def learns_locally(case: Case) -> bool:
-    """Whether clients take several steps a round."""
-    return not isinstance(protocol_from_json(case.protocol), FedSGD)
 
 
 def settings(case: Case) -> dict[str, Any]:

@@ -102,11 +102,6 @@ def largest(b: Tensors, count: int) -> tuple[str, ...]:
     return tuple(order[:count])
 
 
-def nonzero_masks(b: Tensors) -> dict[str, Tensor]:
-    """Masks for :func:`masked` that keep what a pruned update kept."""
-    return {name: tensor != 0 for name, tensor in b.items()}
-
-
 def _apply(masks: Tensors, a: Tensors, names: Tensors) -> dict[str, Tensor]:
     return {n: a[n] * masks[n].to(a[n].dtype) if n in masks else a[n] for n in names}
 

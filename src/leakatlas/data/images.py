@@ -93,12 +93,6 @@ class ImageSet:
             )
         return replace(self, images=self.images[index], labels=self.labels[index])
 
-    def of_class(self, label: int) -> Self:
-        """Only the images of one class."""
-        if self.labels.ndim == 2:
-            raise InvalidInput(f"{self.name}: images with targets of their own have no class.")
-        return self.subset(torch.nonzero(self.labels == label).flatten())
-
     def split(self, fraction: float, generator: torch.Generator) -> tuple[Self, Self]:
         """Two disjoint random parts, the first with ``round(fraction * N)`` images.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -39,33 +38,6 @@ def last_linear(model: nn.Module) -> tuple[str, nn.Linear] | None:
 def parameter_count(model: nn.Module, *, trainable_only: bool = False) -> int:
     """Number of scalars in the parameters; shared parameters count once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
-
-
-@torch.no_grad()
-def multiply_adds(model: nn.Module, shape: Sequence[int]) -> int:
-    """Multiply-adds of one forward pass on one input of ``shape`` = ``(C, H, W)``.
-
-    Counts the linear and convolution layers, which dominate; matrix products written outside
-    modules (attention scores), normalisations and activations are left out. The model is run once
-    in eval mode; its mode is restored.
-
-    Args:
-        model: Any module.
-        shape: Shape of one input, without the batch.
-    """
-    total = 0
-
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        if isinstance(module, nn.Linear):
-            total += output.numel() * module.in_features
-        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            per_output = module.in_channels // module.groups * math.prod(module.kernel_size)
-            total += output.numel() * per_output
-
-    with in_mode(model, train=False), hooked(model.modules(), count), torch.no_grad():
-        model(example_input(model, shape))
-    return total
 
 
 @contextmanager

@@ -248,13 +248,6 @@ def upload_bytes(shape: tuple[int, ...], *, bins: int, clients: int, value_bytes
     return (first + bins * n + n + kernels) * value_bytes
 
 
-def size_ratio(shape: tuple[int, ...], *, bins: int, clients: int) -> float:
-    """How many times more a dense layer for the whole sum adds than MANDRAKE."""
-    return dense_bytes(shape, bins=bins, clients=clients) / sparse_bytes(
-        shape, bins=bins, clients=clients
-    )
-
-
 def packed(block: edits.SplitImprintLayers) -> Tensor:
     """The first linear layer as coordinates, ``(k, C N H W)`` sparse, as it would be sent."""
     coordinates: Tensor = block.first.weight.detach().to_sparse_coo()
