@@ -65,7 +65,9 @@ class CaptureFilter(DXOFilter):
         super().__init__(supported_data_kinds=KINDS, data_kinds_to_filter=KINDS)
         if place not in ("raw", "wire", "server"):
             raise InvalidParameter(f"place is {place!r}; expected raw, wire or server.")
-        self.place = place
+        # NVFlare writes a job's arguments from attributes of their names.
+        self.folder, self.place, self.rounds = folder, place, rounds
+        self.clients, self.limit_mb = clients, limit_mb
         self.recorder = Recorder(
             folder=Path(folder),
             rounds=None if rounds is None else frozenset(rounds),
@@ -77,7 +79,7 @@ class CaptureFilter(DXOFilter):
         """Look, and change nothing."""
         client = _client(fl_ctx, at_server=self.place == "server")
         name = f"{KEPT}_{client}"
-        if self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA:
+        if self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA_CHAIN:
             # Copies: later filters and the trainer may change arrays in place.
             kept = (_round(dxo, shareable), tensors(dxo))
             fl_ctx.set_prop(name, kept, private=True, sticky=True)
@@ -122,6 +124,7 @@ class LintFilter(DXOFilter):
         super().__init__(supported_data_kinds=KINDS, data_kinds_to_filter=[DataKind.WEIGHTS])
         if on_alarm not in ("refuse", "log"):
             raise InvalidParameter(f"on_alarm is {on_alarm!r}; expected refuse or log.")
+        self.model, self.on_alarm = model, on_alarm
         reference = None if model is None else ModelRef("python", model)
         self.guard = Guard(
             # Whoever configures the site names this code.
@@ -156,7 +159,10 @@ def _client(context: FLContext, *, at_server: bool) -> str:
 
 
 def _round(dxo: DXO, shareable: Shareable) -> int:
-    found = dxo.get_meta_prop(MetaKey.CURRENT_ROUND, shareable.get_header(ROUND))
+    # The header first: what stands beside an aggregated model is of the round that made it.
+    found = shareable.get_header(ROUND)
+    if found is None:
+        found = dxo.get_meta_prop(MetaKey.CURRENT_ROUND)
     return int(found) if isinstance(found, int | str) and str(found).isdigit() else 0
 
 
