@@ -17,12 +17,11 @@ from torch import Tensor
 from leakatlas.attacks.api import Attack
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.attacks.optimization.basic.sme import SME
-from leakatlas.audit import strangers
 from leakatlas.audit.rehearsal import rehearse
 from leakatlas.bench import scene
 from leakatlas.bench.cells import Cell
 from leakatlas.blocks.watch import Conduct, Watch
-from leakatlas.data import ImageSet
+from leakatlas.data import ImageSet, strangers
 from leakatlas.fl import View
 from leakatlas.metrics.assignment import assign, pairwise_mse
 from leakatlas.metrics.baselines import mean_image
@@ -44,7 +43,7 @@ def measure(cell: Cell) -> dict[str, list[float]]:
     stage = scene.staged(cell)
     record = stage.federation.play_round()
     views = {client: stage.view([record], target=client) for client in sorted(stage.victims)}
-    public = strangers.photos_like(stage.victims[0])
+    public = strangers(stage.victims[0])
     average = mean_image(public.images)
     null = {client: constant(average, stage.victims[client]) for client in views}
     found = {"psnr_mean_image": [dB for values in null.values() for dB in values]}
