@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 import tempfile
 import warnings
 from pathlib import Path
@@ -22,6 +23,7 @@ MALFORMED: tuple[type[Exception], ...] = (
     RecursionError,
     RuntimeError,
     EOFError,
+    struct.error,
 )
 """What reading a kept file meets whose content is not of the form in which it was kept."""
 

@@ -64,7 +64,9 @@ def load(
     if content is None:
         return None
     try:
-        state = torch.load(io.BytesIO(content), weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on foreign files; we discard them
+            state = torch.load(io.BytesIO(content), weights_only=True)
     except _UNREADABLE:
         state = None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
