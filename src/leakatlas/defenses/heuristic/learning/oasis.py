@@ -17,8 +17,8 @@ do not keep (random weights instead of the brightness) tells the copies apart ag
 the image up to a turn.
 
 Departures:
-    - Rebuilt from the abstract and the reviews' summary: which angles and which shears the paper
-      takes was not read. Here they are the three quarter turns, three shears and both flips.
+    - Rebuilt from the abstract: which angles and which shears the paper takes was not read. Here
+      they are the three quarter turns, three shears and both flips.
     - A shear moves whole pixels and fills with 0 in model space, the mean colour.
     - Giving copies to a part of the images only is ours: it makes the defense gradual.
 """
