@@ -21,6 +21,7 @@ from leakatlas.attacks.analytic.isolation.scale_mia import Parts, write_bins
 from leakatlas.attacks.analytic.isolation.seer import SEER, schedule
 from leakatlas.attacks.analytic.sparsification.fishing import CLASS, CUT, Move, set_head
 from leakatlas.attacks.generative.direct.lti import LTI
+from leakatlas.attacks.optimization.augmented.rog import enlarged
 from leakatlas.attacks.optimization.basic.cpa import CPA, Mixture, whiten
 from leakatlas.attacks.optimization.basic.dia import DIA
 from leakatlas.attacks.optimization.basic.dlfa import DLFA, order_prior, outside
@@ -438,6 +439,34 @@ def rgap() -> dict[str, float]:
     return figures
 
 
+def rog_inputs() -> dict[str, Any]:
+    """A network without biases, two images, and a low-resolution start."""
+    model = models.build("fc", classes=10, size=16, widths=(20,), act="sigmoid", bias=False)
+    model = model.double()
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(97)).double()
+    z = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(98)).double()
+    return {"model": model, "x": x, "y": [3, 5], "z": z, "lr": 0.05}
+
+
+def rog() -> dict[str, float]:
+    """The squared distance at an enlarged start and its slope, of one step and of two."""
+    given = rog_inputs()
+    model, target, x = given["model"], torch.tensor(given["y"]), given["x"]
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    z, figures = given["z"].requires_grad_(), {}
+    for steps in (1, 2):
+        protocol = FedAVG(epochs=steps, batch_size=2, lr=given["lr"])
+        sent, mine = (
+            replay.unroll(model, parameters, {}, images, target, protocol)
+            for images in (x, enlarged(z, (3, 16, 16)))
+        )
+        g, own = ({n: -t / given["lr"] for n, t in delta.items()} for delta in (sent, mine))
+        distance = matching.squared_l2(own, {n: t.detach() for n, t in g.items()})
+        figures[f"distance, {steps} steps"] = float(distance.detach())
+        figures[f"slope, {steps} steps"] = along(torch.autograd.grad(distance, z)[0])
+    return figures
+
+
 def robbing_the_fed_inputs() -> dict[str, Tensor]:
     """Twelve images, a measurement, and the slope of the loss at the block's output."""
     x = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(80)).double()
@@ -578,6 +607,7 @@ OURS: dict[str, Callable[[], dict[str, float]]] = {
     "mkor": mkor,
     "rgap": rgap,
     "robbing_the_fed": robbing_the_fed,
+    "rog": rog,
     "scale_mia": scale_mia,
     "seer": seer,
     "sme": sme,

@@ -1,0 +1,1 @@
+"""Gradient matching with learned parts before, within or after the search."""
