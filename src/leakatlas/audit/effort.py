@@ -101,8 +101,11 @@ def spend(
         elif over(main):
             yield unreached(job)
         else:
-            part = _part(job, len(short) - position)
-            yield run_job(job, plan, _allowance(pool, part), out, listener, main)
+            # A round under masks takes what it takes, whatever the others left of their part.
+            purse, part = pool, _part(job, len(short) - position)
+            if job.setting.hides_updates:
+                purse, part = main, CLOSED
+            yield run_job(job, plan, _allowance(purse, part), out, listener, main)
     yield from _spend_on_schedules(long, plan, _leaving(main, late), out, listener, stop)
     for position, job in enumerate(late):
         if stop.stopped:
