@@ -12,11 +12,10 @@ from torch import nn
 
 from leakatlas.attacks.api import CUT, ActiveAttack, Attack, Reconstruction, Tampering
 from leakatlas.bench.adversary import Adversary, Here, Request
-from leakatlas.bench.lean import play_round as play_lean
 from leakatlas.bench.task import code_of
 from leakatlas.blocks.watch import MORE_TIME, Trail, Watch
 from leakatlas.errors import InvalidInput, NotGranted, ProtocolError, Unavailable
-from leakatlas.fl import Federation, RoundRecord, Stage, Truth, View
+from leakatlas.fl import Federation, RoundRecord, Stage, TamperedModel, Truth, View
 from leakatlas.metrics import assign, pairwise_mse, psnr_of_mse
 from leakatlas.metrics.score import Scores, score
 from leakatlas.threat import Knowledge, Vantage
@@ -83,7 +82,7 @@ def observe(
             last = number == stage.scenario.rounds - 1
             begun = time.perf_counter()
             if lean:
-                records.append(play_lean(federation, None))
+                records.append(_lean(federation, None))
                 continue
             records.append(federation.play_round(apply=not last))
             learn(federation, records[-1], begun)
@@ -121,7 +120,7 @@ def observe(
         if lean:
             if selects:
                 raise InvalidInput(f"{attack.key} chooses a cohort; a lean round has all.")
-            records.append(play_lean(federation, tampering.sent))
+            records.append(_lean(federation, tampering.sent))
         else:
             _afford(stage, tampering, watch)
             begun = time.perf_counter()
@@ -135,6 +134,14 @@ def observe(
             learn(federation, records[-1], begun)
         keys.append(dict(tampering.key))
         view = stage.view(records, target=target, keys=keys)
+
+
+def _lean(
+    federation: Federation, sent: TamperedModel | Mapping[int, TamperedModel] | None
+) -> RoundRecord:
+    from leakatlas.bench.lean import play_round  # few rounds need secure aggregation at hand
+
+    return play_round(federation, sent)
 
 
 _COSTS: dict[tuple[object, ...], float] = {}
