@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from leakatlas.defenses.formal.dp.central_dp import CentralDP
+from leakatlas.defenses.formal.dp.client_dp import ClientDP
 from leakatlas.fl import Defense, FedAVG, Protocol, Trait
 
 ACCOUNTANT = "exact composition of Gaussian mechanisms, no subsampling"
@@ -47,10 +49,6 @@ def _of(
     defense: Defense, protocol: Protocol, rounds: int, delta: float
 ) -> tuple[float | None, str, str]:
     """Epsilon, what it protects, what to mind."""
-    # Their accounting takes SciPy, which audits without them need not load.
-    from leakatlas.defenses.formal.dp.central_dp import CentralDP
-    from leakatlas.defenses.formal.dp.client_dp import ClientDP
-
     match defense:
         case ClientDP(unit="update"):
             value = defense.epsilon(rounds=rounds, delta=delta)
