@@ -29,11 +29,11 @@ WRITING = 10.0
 
 @dataclass(frozen=True)
 class Budget:
-    """When an audit's parts must end; diagnosis and everything before count as spent.
+    """When an audit's parts must end.
 
     Args:
-        begun: When the audit began, by ``time.perf_counter``.
-        seconds: Of the whole audit; None without a limit.
+        begun: From when on it counts, by ``time.perf_counter``.
+        seconds: Of all parts together; None without a limit.
         compares: Whether defenses are compared after the attacks.
         other_side: Part of the attacks' time for the settings' other sides, see
             :func:`other_side`.
@@ -46,8 +46,13 @@ class Budget:
 
     @classmethod
     def of(cls, plan: Plan, begun: float, *, other_side: float = 0.0) -> Budget:
-        """The budget of a plan that was begun then."""
-        return cls(begun, plan.seconds, bool(plan.alternatives), other_side)
+        """What is left of the budget of a plan that was begun then.
+
+        Its parts are parts of that: where the diagnosis took long, attacks still have theirs.
+        """
+        now = time.perf_counter()
+        left = None if plan.seconds is None else max(plan.seconds - (now - begun), 0.0)
+        return cls(now, left, bool(plan.alternatives), other_side)
 
     def attacks(self, stop: Watch) -> Watch:
         """The watch of the attacks on the settings as they are."""

@@ -248,7 +248,8 @@ def _rehearsal(run: Run) -> str:
     if rule := told.get("labels"):
         words += (
             f"; labels by {rule['rule']!r}, which read {100 * rule['overlap']:.0f} % of the "
-            f"rehearsal's labels and {100 * rule['right']:.0f} % of its batches"
+            f"rehearsal's labels and {100 * rule['right']:.0f} % of its batches (trained networks "
+            "let it read fewer of the victims')"
         )
     if told["psnr"] <= told["null"]:
         words += "; no better than the mean image, hence tried last"
