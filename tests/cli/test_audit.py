@@ -110,6 +110,7 @@ def test_doctor_is_consistent_on_a_simulated_update(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "consistent" in done.stdout and "robbing_the_fed" in done.stdout
     assert "Before any attack" in done.stdout and "label_exposure" in done.stdout
+    assert "Realism of" in done.stdout and "granted: nothing" in " ".join(done.stdout.split())
     assert "if higher" in done.stdout and "spectrum are left out" in done.stdout
 
 

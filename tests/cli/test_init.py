@@ -6,12 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
-from leakatlas import models
+from leakatlas import models, yamlfiles
 from leakatlas.audit import make_plan, read_config
 from leakatlas.audit.config import AuditConfig
 from leakatlas.audit.keys import PARTS, json_schema, keys_of, protocol_keys, starter
@@ -87,6 +88,42 @@ def test_the_schema_takes_what_the_program_takes_and_no_other_key() -> None:
     assert [one["properties"]["algorithm"]["const"] for one in algorithms] == ["fedsgd", "fedavg"]
     defenses = {one["properties"]["key"]["const"] for one in schema["$defs"]["Defense"]["anyOf"]}
     assert {"client_dp", "clipping", "secure_aggregation"} <= defenses
+
+
+ROOT = Path(__file__).resolve().parents[2]
+WRITTEN = [
+    text
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md")))
+    for text in re.findall(
+        r"^```yaml\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    if "\nmodel:" in text
+]
+
+
+@pytest.mark.parametrize("text", [starter(HERE | {"protocol": {"algorithm": "fedsgd"}}), *WRITTEN])
+def test_what_we_write_ourselves_fits_the_schema(text: str) -> None:
+    validator = jsonschema.Draft202012Validator(json_schema())
+    written = yamlfiles.parse(text, who="the text")
+    assert [problem.message for problem in validator.iter_errors(written)] == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"modell": {}},
+        {"context": {"porpose": ""}},
+        {"protocol": {"algorithm": "fedavg", "epoch": 1}},
+        {"protocol": {"algorithm": "fedsgd", "epochs": 1}},
+        {"defenses": [{"key": "clipping", "max": 1}]},
+        {"defenses": [{"key": "clippping"}]},
+        {"grants": ["label"]},
+        {"data": {"limit": 0}},
+    ],
+)
+def test_an_editor_marks_what_the_program_refuses(wrong: dict[str, object]) -> None:
+    validator = jsonschema.Draft202012Validator(json_schema())
+    assert list(validator.iter_errors({"model": {"builtin": "lenet"}, **wrong})) != []
 
 
 def test_ones_own_model_images_and_attacks(folder: Path) -> None:

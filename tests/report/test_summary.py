@@ -52,11 +52,14 @@ def test_the_context_is_printed_escaped(report) -> None:  # type: ignore[no-unty
         purpose=EVIL,
         adversaries={"G": EVIL},
         special_categories=True,
-        expires="2027-05-31",  # type: ignore[arg-type]  # as YAML gives it
+        expires="2999-05-31",  # type: ignore[arg-type]  # as YAML gives it
     )
     page = render_page(replace(report, context=context))
     assert EVIL not in page and "&lt;script&gt;" in page
-    assert "2027-05-31" in page and "Special categories" in page and "Assessor" not in page
+    assert "the day 2999-05-31<" in page and "has passed" not in page
+    past = replace(report, context=Context(expires="2001-01-31"))  # type: ignore[arg-type]
+    assert "the day 2001-01-31 has passed" in render_page(past)
+    assert "2999-05-31" in page and "Special categories" in page and "Assessor" not in page
 
 
 def test_the_first_page_says_what_an_assessment_asks(report) -> None:  # type: ignore[no-untyped-def]  # noqa: F811

@@ -155,5 +155,7 @@ def _triggers(report: Report) -> list[str]:
         f"the defenses or their parameters ({', '.join(sorted(defenses)) or 'none in force'})",
         "the FL framework, the network, or who plays a role",
         f"LeakAtlas or its catalogue ({facts['leakatlas']}, {facts['catalogue']} attacks)",
-        f"the day {expires.isoformat()}" if expires else "a date of your choice (context: expires)",
+        f"the day {expires.isoformat()}{' has passed' * (expires.isoformat() < facts['date'])}"
+        if expires
+        else "a date of your choice (context: expires)",
     ]
