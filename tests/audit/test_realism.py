@@ -155,6 +155,26 @@ def test_an_audit_runs_the_other_side_and_keeps_the_gate_on_what_was_configured(
     plain = report.to_json()
     assert plain["realism"][0]["record"]["granted"] == []
     assert plain["verdicts"][0]["upper_bound_by"]["setting"] in ("s", "upper bound: s")
+    assert found.runs[0].recipe["attack"] == report.runs[0].recipe["attack"]
     without = carry_out(replace(plan, upper_bound=False))
     assert without.realism[0].reason == "left out (upper_bound: false)"
     assert without.standings()[0].bound == "not tested" and without.undecided() == ()
+
+
+def test_labels_that_were_read_give_way_to_granted_ones() -> None:
+    """The rehearsed rule's answer is a parameter of the run; the bound does not inherit it."""
+    plan = Plan(
+        settings=(a_setting(),),
+        letters=("B",),
+        attack_parameters={"inverting_gradients": {"steps": 2, "restarts": 2}},
+        seconds=3_600.0,
+    )
+    report = carry_out(plan)
+    (run,), (repeated,) = report.runs, report.realism[0].runs
+    assert run.recipe["attack"]["parameters"]["labels"] != []
+    assert repeated.recipe["attack"]["parameters"]["labels"] == []
+    assert "labels" in repeated.reads and repeated.recipe["rehearsal"] == {}
+    same = ("restarts", "distance", "optimizer", "schedule", "lr", "tv_weight")
+    for name in same:
+        ours, theirs = (r.recipe["attack"]["parameters"][name] for r in (run, repeated))
+        assert ours == theirs, name

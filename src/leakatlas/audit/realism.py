@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from leakatlas.attacks.api import ActiveAttack
+from leakatlas.attacks.api import ActiveAttack, Attack
 from leakatlas.audit.effort import spend
 from leakatlas.audit.jobs import Job
 from leakatlas.audit.listener import Listener
@@ -220,7 +220,11 @@ def other_sides(
         if pair.other is not None and not stop.stopped:
             mine = [run for run in runs if run.setting == pair.setting.name]
             idle = {run.attack for run in barred if run.setting == pair.setting.name}
-            jobs += _jobs(pair.other, plan, mine, sorted(idle))
+            jobs += _jobs(pair, pair.other, plan, mine, sorted(idle))
+    # An attack keeps what was rehearsed for it: all its time goes to the victim. Without oracles it
+    # has labels to read, which only a rehearsal teaches it.
+    blind = any(pair.configured != "as deployed" for pair in pairs if pair.other is not None)
+    plan = replace(plan, rehearsal=plan.rehearsal and blind)
     made: dict[str, list[Run]] = {}
     for run in spend(jobs, plan, watch, out, listener, stop):
         made.setdefault(run.setting, []).append(run)
@@ -262,23 +266,37 @@ NOTHING_TO_ADD = (
 )
 
 
-def _jobs(other: Setting, plan: Plan, runs: Sequence[Run], idle: Sequence[str]) -> list[Job]:
+def _jobs(
+    pair: Pair, other: Setting, plan: Plan, runs: Sequence[Run], idle: Sequence[str]
+) -> list[Job]:
     """What is run on the other side of a setting."""
     published = plan.seconds is None
-    battery = [run for active in (False, True) for run in _best(runs, active=active)]
-    chosen = {run.attack: run.letter for run in battery}
+    chosen: list[tuple[Attack, str]] = []
+    for run in (*_best(runs, active=False), *_best(runs, active=True)):
+        (attack,) = presets([run.attack], plan.attack_parameters, published=published)
+        if pair.configured == "as deployed":
+            attack = _as_it_ran(run, attack, plan)
+        chosen.append((attack, run.letter))
     if idle and not other.hides_updates:  # a round behind masks may take minutes
         live = other.stage(letter=plan.letters[0], seed=plan.seed)
         record = live.federation.play_round()
         for attack in presets(idle, plan.attack_parameters, published=published):
             start = can_start(live, attack, plan.letters, record)
             if start.obstacle is None:
-                chosen[attack.key] = start.letter
+                chosen.append((attack, start.letter))
     return [
-        Job(other, attack, chosen[attack.key], target, cost_weight(attack))
-        for attack in presets(list(chosen), plan.attack_parameters, published=published)
+        Job(other, attack, letter, target, cost_weight(attack))
+        for attack, letter in chosen
         for target in (other.targets[:1] if isinstance(attack, ActiveAttack) else other.targets)
     ]
+
+
+def _as_it_ran(run: Run, preset: Attack, plan: Plan) -> Attack:
+    """An attack with the parameters that it ran with, but for labels that it had to read."""
+    parameters = dict(run.recipe["attack"]["parameters"])
+    if "labels" in parameters and "labels" not in plan.attack_parameters.get(run.attack, {}):
+        parameters["labels"] = preset.to_json()["labels"]
+    return type(preset).from_json(parameters)
 
 
 def _best(runs: Sequence[Run], *, active: bool) -> list[Run]:

@@ -170,7 +170,9 @@ class Cells:
 
 def verdict_table(report: Report) -> Table:
     """Both verdicts by threat model."""
-    table = Table(title="Who can see what", title_justify="left")
+    table = Table(
+        title="Who can see what, by which attack, with the best image", title_justify="left"
+    )
     for column in ("", "as deployed", "diagnostic upper bound"):
         table.add_column(column)
     for found in report.standings():
@@ -186,7 +188,7 @@ def _cell(verdict: Verdict, run: Run | None) -> str:
         return text
     best = ""
     if run.scores is not None:
-        best = f", best image {beside(run.scores.psnr.max, RECOGNISABLE_PSNR)} dB"
+        best = f", {beside(run.scores.psnr.max, RECOGNISABLE_PSNR)} dB"
     return f"{text}\n[dim]{escape(run.attack)}{best}[/]"
 
 
