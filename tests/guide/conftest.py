@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from leakatlas.audit import compare, effort, utility
+from leakatlas.audit import compare, effort, ready, utility
 from leakatlas.audit.budget import Budget
 
 MADE = Budget.of
@@ -16,7 +16,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """What fills a budget's time is cut short, and no budget ends, however busy the machine."""
     for room in (effort, compare):
         monkeypatch.setattr(room, "REHEARSED", 0.0)
-    monkeypatch.setattr(effort, "LONGEST", 20)
+    monkeypatch.setattr(ready, "LONGEST", 20)
     monkeypatch.setattr(utility, "FEDAVG_ROUNDS", 1)
 
     def ample(*given: Any, **named: Any) -> Budget:
