@@ -48,7 +48,6 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -384,6 +383,8 @@ def merged(x: Tensor, box: Box) -> Tensor:
     Returns:
         ``(N, C, H, W)`` inside the box.
     """
+    from scipy.optimize import linear_sum_assignment  # half a second to import
+
     pixels = box.denormalize(x).flatten(2).double()
     total = x[0].clone()
     for epoch, flat in zip(x[1:], pixels[1:], strict=True):

@@ -52,7 +52,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -302,6 +301,8 @@ def consensus(x: Tensor, best: int, loss: Callable[[Tensor], float]) -> Tensor:
 
 def align(x: Tensor, best: int, y: Tensor) -> Tensor:
     """Groups ``(n, N, C, H, W)`` with the images of each class in the order of the best group's."""
+    from scipy.optimize import linear_sum_assignment  # half a second to import
+
     aligned = x.clone()
     for c in y.unique().tolist():
         places = torch.nonzero(y == c).flatten()
