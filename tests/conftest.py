@@ -94,6 +94,7 @@ def build_stage(
     dtype: torch.dtype = torch.float64,
     rounds: int = 1,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> Stage:
     """A stage with photos of ``size`` pixels, a tiny model, and exact arithmetic by default."""
     reference = ModelRef(
@@ -117,6 +118,7 @@ def build_stage(
         victims=victims or photos(examples * clients, size),
         surrogate=public,
         box=BOX,
+        device=device or torch.device("cpu"),
     )
 
 

@@ -8,9 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import leakatlas
 
-HEAVY = ("scipy", "skimage", "sklearn", "torchmetrics", "torch._inductor", "matplotlib")
+HEAVY = (
+    "scipy", "skimage", "sklearn", "torchmetrics", "torchvision", "matplotlib", "pyarrow", "jinja2",
+    "sympy", "torch._dynamo", "torch._inductor", "torch._functorch.aot_autograd",
+)  # fmt: skip
 """Seconds of import between them; torch itself loads none."""
 
 COUNT = (
@@ -29,7 +34,7 @@ def loaded_by(what: str) -> list[str]:
 
 
 def test_importing_the_audit_loads_no_library_that_only_some_runs_use() -> None:
-    assert loaded_by("import leakatlas.audit") == []
+    assert loaded_by("import leakatlas.audit, leakatlas.lint, leakatlas.bench.worker") == []
     assert "scipy.stats" in loaded_by("import scipy.stats")  # the count counts
 
 
@@ -39,7 +44,7 @@ def test_the_doctor_loads_none_for_a_set_up_with_public_images_of_its_own() -> N
         "from torch import nn; import leakatlas.audit; leakatlas.audit.doctor(nn.Sequential("
         f"nn.Flatten(), nn.Linear(48, 3)), {held}, surrogate={held}, threat='B')"
     )
-    assert [m for m in loaded_by(what) if m.startswith(("scipy.stats", "skimage", "sklearn"))] == []
+    assert loaded_by(what) == []
 
 
 ABSENT = (
@@ -108,3 +113,26 @@ def test_an_audit_the_doctor_and_lint_run_without_what_few_uses_need(tmp_path: P
         "The Parquet file 'a.parquet' needs pyarrow, which is not installed: pip install 'pyarrow'",
         "The site needs latex2mathml, which is not installed: pip install 'leakatlas[site]'",
     ]
+
+
+def test_the_doctor_of_a_file_with_bundled_photos_loads_none(tmp_path: Path) -> None:
+    """Photos, strangers' photos, every outlook and every measure of the forward tier."""
+    file = tmp_path / "audit.yaml"
+    file.write_text("model: {builtin: lenet}\ndata: {victims: 'photos:32', limit: 2}\n")
+    what = (
+        "from typer.testing import CliRunner; from leakatlas.cli import app; "
+        f"done = CliRunner().invoke(app, ['doctor', {str(file)!r}]); "
+        "assert done.exit_code == 0, done.output"
+    )
+    assert loaded_by(what) == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list", "--help"], ["show", "dlg"]])
+def test_help_and_catalogue_do_without_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from leakatlas.cli import app; "
+        f"done = CliRunner().invoke(app, {arguments}); assert done.exit_code == 0, done.output; "
+        "print('torch' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "False"

@@ -296,3 +296,19 @@ def test_non_square_and_grey_set_ups_are_examined(shape: tuple[int, int, int]) -
     )  # fmt: skip
     found = doctor(net, (torch.rand(2, *shape), [2, 0]), threat="B")
     assert found.replay.consistent and found.measures
+
+
+def test_channels_and_classes_are_given_to_an_audit_as_to_a_file() -> None:
+    grey = (PIXELS.mean(1, keepdim=True), LABELS)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * HIGH * WIDE, 4))
+    report = leakatlas.audit(
+        model, grey, surrogate=(1 - grey[0], LABELS), channels=3, classes={"a": 0, "d": 3},
+        threat="D", attacks=["dlg"], attack_parameters={"dlg": {"steps": 1}}, budget="1h",
+        rehearsal=False,
+    )  # fmt: skip
+    (setting,) = report.facts["settings"]
+    assert setting["shape"] == [3, HIGH, WIDE]
+    found = leakatlas.doctor(model, grey, channels=3, classes=["a", "b", "c", "d"])
+    assert any("became 3 equal channels" in finding for finding in found.findings)
+    with pytest.raises(InvalidInput, match="classes names 2; the labels go up to 3"):
+        leakatlas.doctor(model, grey, channels=3, classes=["a", "b"])

@@ -27,6 +27,7 @@ from leakatlas import sealed
 from leakatlas.blocks.labels import require_plain
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import ImageSet
+from leakatlas.devices import CPU
 from leakatlas.errors import InvalidParameter, NotGranted
 from leakatlas.fl import TamperedModel as TamperedModel
 from leakatlas.fl import Tampering as Tampering
@@ -121,6 +122,16 @@ class Reconstruction:
     execution: str = ""
     reads: frozenset[str] = frozenset()
     recipe: Recipe | None = None
+
+    def on_cpu(self) -> Self:
+        """The same claims on the CPU, where the truth is."""
+        return replace(
+            self,
+            images=self.images.cpu(),
+            labels=None if self.labels is None else self.labels.cpu(),
+            label_counts=None if self.label_counts is None else self.label_counts.cpu(),
+            confidence=None if self.confidence is None else self.confidence.cpu(),
+        )
 
     def or_failed(self, trouble: str) -> Self:
         """These candidates, failed if the attack itself saw ``trouble``; as they are if empty."""
@@ -251,6 +262,7 @@ class Attack(Configured, ABC):
                 surrogate, model, generator=generator, watch=watch
             ),
             watch=watch or Watch(),
+            device=surrogate.images.device,
         )
 
     @final
@@ -260,6 +272,7 @@ class Attack(Configured, ABC):
         learn: Callable[[torch.Generator, Watch], dict[str, Tensor]],
         *,
         watch: Watch,
+        device: torch.device = CPU,
     ) -> dict[str, Tensor]:
         """What ``learn`` gives, from the cache if the same was learned before.
 
@@ -268,16 +281,18 @@ class Attack(Configured, ABC):
                 on which it depends, which are part of the cache key anyway; plain JSON.
             learn: ``(generator, watch) -> tensors by name``.
             watch: Budget and progress.
+            device: Where it learns; its kind is part of the cache key, too.
         """
         parameters = self.to_json()
         if self.learned_by is not None:
             parameters = {name: parameters[name] for name in self.learned_by}
-        identity = json.dumps([self.key, self.version, parameters, *facts], sort_keys=True)
+        where = [] if device.type == "cpu" else [device.type]
+        identity = json.dumps([self.key, self.version, parameters, *facts, *where], sort_keys=True)
         file = cache_folder() / f"{self.key}-{hashlib.sha256(identity.encode()).hexdigest()}"
         file = file.with_suffix(".sealed")
         if (held := sealed.unseal(file)) is not None:
             try:
-                return safetensors.torch.load(held)
+                return {n: t.to(device) for n, t in safetensors.torch.load(held).items()}
             except _NO_TENSORS:
                 sealed.discard(file, "it holds no tensors")
         watch = Watch(parent=watch)
@@ -288,7 +303,7 @@ class Attack(Configured, ABC):
         # Learned in less time than asked for: good for this run, not for the next.
         if watch.cut_short or watch.planned is not None:
             return learned
-        tensors = {n: t.detach().clone().contiguous() for n, t in learned.items()}
+        tensors = {n: t.detach().cpu().clone().contiguous() for n, t in learned.items()}
         try:
             sealed.seal(file, safetensors.torch.save(tensors))
         except OSError as problem:  # what was learned serves this run all the same

@@ -7,10 +7,12 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
+from leakatlas import devices
 from leakatlas.audit.bounds import require_feasible
 from leakatlas.audit.config import AuditConfig, as_context, make_plan, read_config
 from leakatlas.audit.consistency import ReplayCheck, check_replay
@@ -21,6 +23,7 @@ from leakatlas.audit.run import carry_out
 from leakatlas.bench.harness import Trial, run_trial
 from leakatlas.blocks.watch import Execution, Watch, parse_budget
 from leakatlas.data import Batch, Box, as_images
+from leakatlas.data.stacks import Classes
 from leakatlas.fl import Defense, FedSGD, ModelRef, Protocol, Update
 from leakatlas.fl.capture import Capture
 from leakatlas.fl.intake import Selector
@@ -84,6 +87,8 @@ def audit(
     box: Box | None = None,
     output: Selector | None = None,
     surrogate: Batch | None = None,
+    channels: Literal[1, 3] | None = None,
+    classes: Classes | None = None,
     attacks: Sequence[str] | None = None,
     attack_parameters: Mapping[str, Mapping[str, Any]] | None = None,
     budget: str | float | None = "5m",
@@ -96,6 +101,7 @@ def audit(
     out: Path | str | None = None,
     listener: Listener | None = None,
     stop: Watch | None = None,
+    device: str | torch.device = "auto",
 ) -> Report:
     """Attack one's own model, data and protocol, and say what came out.
 
@@ -122,6 +128,9 @@ def audit(
             returns more than one tensor.
         surrogate: Public images of the same kind, for D, E, G and H; in any form that a batch
             may have.
+        channels: 3 gives grey images of ``batch`` and ``surrogate`` three equal channels, 1 makes
+            colour ones grey; as they come if None.
+        classes: Names of the classes in the order of their labels, or label by name.
         attacks: Keys; every implemented one if None.
         attack_parameters: Changes to the presets, by key.
         budget: ``"30s"``, ``"10m"``, seconds, or ``"paper"`` for the published presets without a
@@ -142,15 +151,17 @@ def audit(
             audit resumes.
         listener: Shown progress.
         stop: Its ``stop()`` ends the audit early and keeps what was computed.
+        device: ``"auto"`` (a CUDA GPU if there is one, else the CPU), ``"cpu"``, ``"cuda"``,
+            ``"cuda:1"``, ``"mps"``; scores are computed on the CPU.
 
     Raises:
-        InvalidInput: If the images do not fit the model.
+        InvalidInput: If the images do not fit the model, or this machine lacks the device.
         UnknownName: If a letter, grant or attack does not exist.
         InvalidParameter: If a parameter is outside its range.
     """
     setting = _setting(
         model, batch, protocol, defenses, clients, box, output, surrogate, vantage, grants,
-        captured, input_shape,
+        captured, input_shape, device, channels, classes,
     )  # fmt: skip
     if attacks is not None:
         setting = replace(setting, attacks=tuple(attacks))
@@ -186,7 +197,10 @@ def doctor(
     box: Box | None = None,
     output: Selector | None = None,
     surrogate: Batch | None = None,
+    channels: Literal[1, 3] | None = None,
+    classes: Classes | None = None,
     seed: int = 0,
+    device: str | torch.device = "auto",
 ) -> Diagnosis:
     """Check a set-up in seconds: is it consistent, and which attacks can work at all?
 
@@ -204,11 +218,14 @@ def doctor(
         box: As for :func:`audit`.
         output: As for :func:`audit`.
         surrogate: As for :func:`audit`.
+        channels: As for :func:`audit`.
+        classes: As for :func:`audit`.
         seed: Of everything random.
+        device: As for :func:`audit`.
     """
     setting = _setting(
         model, batch, protocol, defenses, clients, box, output, surrogate, vantage, grants,
-        captured, input_shape,
+        captured, input_shape, device, channels, classes,
     )  # fmt: skip
     letters = tuple(m.letter for m in threat_models(threat))
     stage = setting.stage(letter=letters[0], seed=seed)
@@ -230,6 +247,9 @@ def _setting(
     grants: Iterable[Grant | str],
     captured: Capture | Update | None,
     input_shape: tuple[int, int, int] | None,
+    device: str | torch.device,
+    channels: Literal[1, 3] | None,
+    classes: Classes | None,
 ) -> Setting:
     capture = None if captured is None else Capture.of(captured)
     known = batch is not None
@@ -237,12 +257,9 @@ def _setting(
         batch = stand_in(capture, input_shape)
     protocol = protocol or FedSGD()
     vectors = protocol.loss.multilabel or protocol.loss.key == "python"
-    victims = as_images(batch, name="batch", box=box, vectors=vectors)
-    public = (
-        None
-        if surrogate is None
-        else as_images(surrogate, name="surrogate", box=box, vectors=vectors)
-    )
+    taken: dict[str, Any] = {"box": box, "vectors": vectors, "channels": channels}
+    victims = as_images(batch, name="batch", classes=classes, **taken)
+    public = None if surrogate is None else as_images(surrogate, name="surrogate", **taken)
     return Setting(
         name=f"{type(model).__name__}, {type(protocol).__name__}",
         model=model,
@@ -257,6 +274,7 @@ def _setting(
         captured=capture,
         known=known,
         grants=frozenset(Grant(grant) for grant in grants),
+        device=devices.chosen(device),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
 from torch import nn
 
-from leakatlas import data, models, reading, yamlfiles
+from leakatlas import data, devices, models, reading, yamlfiles
 from leakatlas.audit.plan import Plan, Setting, stand_in
 from leakatlas.blocks.watch import Execution, parse_budget
 from leakatlas.data import Box
@@ -125,6 +125,9 @@ class AuditConfig(_Strict):
     upper_bound: bool = True
     """Whether the strongest attacks run once more with oracles (labels, batch statistics, eval
     mode), within the budget, for the second of the two verdicts."""
+    device: str = "auto"
+    """Where to compute: ``auto`` (a CUDA GPU if there is one, else the CPU), ``cpu``, ``cuda``,
+    ``cuda:1``, ``mps``."""
     captured: str | RecordedConfig | None = None
     """What a real client sent, attacked instead of a simulated round: a file of ``leakatlas
     capture``, or the folder that the capture of a framework wrote (``{folder: PATH, client: ID}``
@@ -282,6 +285,7 @@ def make_setting(config: AuditConfig, *, base: Path) -> Setting:
         captured=capture,
         known=known,
         weights=config.model.weights or "",
+        device=devices.chosen(config.device),
         weights_notes=notes,
     )
 

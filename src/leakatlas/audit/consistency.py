@@ -90,6 +90,7 @@ class Described:
         seeds: Of its transforms in every local step, if known.
         box: The pixel space that they act in.
         weight_decay: L2 penalty in a single gradient, which no protocol describes.
+        clients: Who hold equal parts of the batch, one after the other, and whose mean was seen.
     """
 
     model: nn.Module
@@ -103,6 +104,7 @@ class Described:
     seeds: Sequence[int] | None = None
     box: Box | None = None
     weight_decay: float = 0.0
+    clients: int = 1
 
     def _augment(self, x: Tensor, step: int) -> Tensor:
         assert self.seeds is not None
@@ -122,7 +124,14 @@ class Described:
             augment=self._augment if self.seeds else None,
             drawn=self.drawn if self.drawn is not None else ("new" if new else "mean"),
         )  # fmt: skip
-        sent = {name: tensor.detach() for name, tensor in run(self.x, self.y).items()}
+        size = len(self.x) // self.clients
+        parts = [run(x, y) for x, y in zip(self.x.split(size), self.y.split(size), strict=True)]
+        sent = {
+            name: torch.stack([part[name].detach() for part in parts]).mean(0)
+            if len(parts) > 1
+            else tensor.detach()
+            for name, tensor in parts[0].items()
+        }
         if self.weight_decay:
             named, factor = trained(self.model), self.update.sign * self.update.scale
             penalty = self.weight_decay * factor
@@ -191,6 +200,7 @@ def check_replay(
     defended: bool = False,
     seeds: Sequence[int] | None = None,
     box: Box | None = None,
+    clients: int = 1,
 ) -> ReplayCheck:
     """Compare an update with the described client's computation on the true batch.
 
@@ -206,6 +216,7 @@ def check_replay(
         defended: Whether a defense changed a simulated upload on purpose.
         seeds: Of the client's transforms in every local step, if known.
         box: The normalisation behind ``x``.
+        clients: Who hold equal parts of the batch and whose mean was seen.
     """
     own = {**parameters(model), **buffers(model)}
     described = Described(
@@ -219,6 +230,7 @@ def check_replay(
         defenses=tuple(defenses),
         seeds=seeds,
         box=box,
+        clients=clients,
     )
     first = residual_of(described)
     if first.plain <= tolerance_of(described):

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from leakatlas.attacks.api import Attack
 from leakatlas.audit.consistency import ReplayCheck, check_replay
 from leakatlas.audit.facts import facts_of
 from leakatlas.audit.start import Start, can_start
 from leakatlas.errors import UnsupportedModel
-from leakatlas.fl import Stage, Update
+from leakatlas.fl import RoundRecord, Stage, Update
 from leakatlas.fl.capture import Capture, Replayed
 from leakatlas.threat import LETTERS
 from leakatlas.vulnerability import Case, Measure, assess, words_of
@@ -98,16 +100,19 @@ def examine(
         stage = copy.copy(stage)
         stage.play_back(Capture.of(captured), target=target)
     federation = stage.federation
-    real = isinstance(federation, Replayed)
     if isinstance(federation, Replayed):
         target = federation.target
     client = federation.clients[target]
-    record = federation.play_round()
+    rounds = len(federation.capture.rounds) if isinstance(federation, Replayed) else 1
+    records = [federation.play_round() for _ in range(rounds)]
+    record = records[-1]
     model = record.received[target]
     update = record.updates[target]
     update.check().check_fits(dict(model.named_parameters()))
-    replay = NOT_CHECKED
-    if stage.known:
+    replay, earlier = NOT_CHECKED, []
+    if stage.known and isinstance(federation, Replayed):
+        *earlier, replay = [_recorded(federation, one) for one in records]
+    elif stage.known:
         replay = check_replay(
             model,
             update,
@@ -117,12 +122,17 @@ def examine(
             order=record.order.get(target),
             drawn=record.draws.get(target),
             seeds=record.augmentation.get(target),
-            defenses=federation.defenses if real else (),
-            defended=bool(federation.defenses) and not real,
+            defended=bool(federation.defenses),
             box=stage.box,
         )
     facts, findings = facts_of(stage, model, client.x, client.y, update)
     findings = [*(f"Note: {note}." for note in stage.notes), *findings]
+    findings += [
+        f"Round {one.index} of the capture was computed on other images than the last, or "
+        f"otherwise: {check.explanation} (residual {check.residual:.1e})."
+        for one, check in zip(records, earlier, strict=False)
+        if not check.expected
+    ]
     if replay.culprit in ("dropout", "augmentation"):
         findings.insert(0, f"The update cannot be checked to the last digit: {replay.explanation}.")
     elif not replay.expected:
@@ -136,6 +146,28 @@ def examine(
 
 NOT_CHECKED = ReplayCheck(None, True, explanation="not checked: the private batch is not at hand")
 """What can be said of a captured update without its images."""
+
+
+def _recorded(federation: Replayed, record: RoundRecord) -> ReplayCheck:
+    """A captured round against the images that are said to be behind it."""
+    target, update = federation.target, record.updates[federation.target]
+    members = [federation.clients[c] for c in record.cohort]
+    if len(members) != update.clients:
+        words = (
+            f"not checked: the update is the mean of {update.clients} clients, and the images of "
+            "only one of them are at hand"
+        )
+        return ReplayCheck(None, True, explanation=words)
+    return check_replay(
+        record.received[target],
+        update,
+        torch.cat([client.x for client in members]),
+        torch.cat([client.y for client in members]),
+        federation.protocol,
+        defenses=federation.defenses,
+        box=federation.box,
+        clients=update.clients,
+    )
 
 
 def measured(case: Case, *, known: bool = True) -> tuple[tuple[Measure, ...], str]:

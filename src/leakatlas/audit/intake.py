@@ -67,11 +67,11 @@ def read_capture(
     scale: float = 1.0,
     clients: int = 1,
 ) -> Capture:
-    """One round from the files of a real system.
+    """A round from the files of a real system, or several from captures of one each.
 
     Args:
-        paths: A capture or an update of LeakAtlas; or one file of arrays; or two, the state before
-            and the state after.
+        paths: Captures or updates of LeakAtlas, one round after the other; or one file of arrays;
+            or two, the state before and the state after.
         model: Whose names these are. With one file, it holds the state that the client received.
         num_examples: Examples behind the update, as the client reported them.
         kind: What one file holds; found out if None.
@@ -83,6 +83,8 @@ def read_capture(
     Raises:
         InvalidInput: If the files do not fit the model, or it is not clear what they hold.
     """
+    if len(paths) > 1 and all(_is_ours(path) for path in paths):
+        return Capture.of_rounds([Capture.load(path) for path in paths])
     if len(paths) == 2:
         before, after = (read_arrays(path) for path in paths)
         update = Update.from_arrays(
@@ -96,14 +98,12 @@ def read_capture(
         )
     if len(paths) != 1:
         raise InvalidInput(
-            f"Give one file (an update) or two (the state before and the state after), got "
-            f"{len(paths)}."
+            "Give one file (an update), two (the state before and the state after), or captures "
+            f"of rounds in order, got {len(paths)} files that are no captures."
         )
     path = Path(paths[0])
-    if path.suffix == ".safetensors":
-        texts = tensorfiles.read_safetensors(path, what="captured file")[1]
-        if {"leakatlas.capture", "leakatlas.update"} & texts.keys():
-            return Capture.load(path)
+    if _is_ours(path):
+        return Capture.load(path)
     named = by_name(read_arrays(path), model, "captured file")
     chosen = kind or _kind(named.parameters, bool(named.buffers), model)
     own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -124,6 +124,14 @@ def read_capture(
     note = f"one file, {named.order}, of kind {chosen}{found_out}"
     one = CapturedRound(update=update, received=received, cohort=clients)
     return Capture(rounds=(one,), notes=(note,))
+
+
+def _is_ours(path: Path | str) -> bool:
+    """Whether a file is a capture or an update that LeakAtlas wrote."""
+    if Path(path).suffix != ".safetensors":
+        return False
+    texts = tensorfiles.read_safetensors(path, what="captured file")[1]
+    return bool({"leakatlas.capture", "leakatlas.update"} & texts.keys())
 
 
 def _kind(tensors: Mapping[str, Tensor], with_buffers: bool, model: nn.Module) -> Kind:

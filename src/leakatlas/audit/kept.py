@@ -58,10 +58,9 @@ def alone(folder: Path) -> Iterator[None]:
 def recipe_of(setting: Setting, attack: Attack, scenario: dict[str, Any], plan: Plan) -> Recipe:
     """The recipe of a run, with all that can change its result on this machine."""
     plain = attack.recipe(plan.seed, scenario)
-    device = next((p.device.type for p in setting.model.parameters()), "cpu")
     conditions = {
         "threads": torch.get_num_threads(),
-        "device": device,
+        "device": setting.device.type,
         "execution": plan.execution,
         "rehearsal": plan.rehearsal,
         "process": process.adversary(plan).process,

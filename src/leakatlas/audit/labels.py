@@ -66,7 +66,7 @@ class Reader:
         for number in range(BATCHES):
             x, y = self.evidence.draw(N, draws)
             own = view.rehearse(x, y, seed=seed + number)
-            wanted = torch.bincount(y, minlength=view.classes)
+            wanted = torch.bincount(y, minlength=view.classes).cpu()
             for key, counts in self.evidence.answers(own, list(right)).items():
                 shared = int(torch.minimum(counts, wanted).sum())
                 right[key] += (shared == N) / BATCHES
@@ -145,5 +145,5 @@ class Evidence:
                 answer = labels.recover(rule, gathered)
             except LeakAtlasError:  # no bias, features that change sign: not a rule for this model
                 continue
-            found[rule] = labels.as_counts(answer)
+            found[rule] = labels.as_counts(answer).cpu()
         return found

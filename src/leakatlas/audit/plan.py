@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from leakatlas.blocks.descent import EXECUTIONS
 from leakatlas.blocks.watch import Execution
 from leakatlas.catalogue import registry
 from leakatlas.data import Box, ImageSet, strangers
+from leakatlas.devices import CPU
 from leakatlas.errors import InvalidInput, InvalidParameter, UnknownName, shown
 from leakatlas.fl import Defense, ModelRef, Protocol, RoundRecord, Scenario, Stage, Trait, stage
 from leakatlas.fl.capture import Capture
 from leakatlas.fl.intake import take_in
+from leakatlas.fl.state import on_device
 from leakatlas.report import Context
 from leakatlas.threat import Grant, Vantage
 
@@ -44,13 +46,16 @@ class Setting:
         surrogate: Public images of the victims' population, for letters with SURROGATE and for the
             null baselines; bundled photos of a stranger's if None, see :attr:`public`.
         grants: Extra facts for the adversary.
-        vantage: Where it looks; ``aggregate`` is used where a defense hides single updates.
+        vantage: Where it looks; ``aggregate`` is used where a defense hides single updates, and
+            where the mean of several clients was captured.
         attacks: Keys of the attacks to try here; every implemented one if None.
         notes: What was done to the model to make it a client's.
         weights: Where its weights were loaded from, for people; empty if they were not.
         weights_notes: How its checkpoint was understood.
-        captured: Rounds of a real client, attacked instead of simulated ones.
+        captured: Rounds of a real client, or means over several, attacked instead of simulated
+            ones. The victims are everybody's images, in order of client, or one client's.
         known: Whether the victims are the images behind them; otherwise they stand for a shape.
+        device: Where everything but the scores is computed.
     """
 
     name: str
@@ -71,14 +76,19 @@ class Setting:
     weights_notes: tuple[str, ...] = ()
     captured: Capture | None = None
     known: bool = True
+    device: torch.device = CPU
 
     def __post_init__(self) -> None:
-        # Unwrapped once: every stage of this setting trains the same module.
+        # Moved and unwrapped once: every stage of this setting trains the same module.
         output = self.model_ref.output if self.model_ref.kind == "object" else None
-        model, notes = take_in(self.model, self.victims.images[:1], output=output)
+        moved = on_device(self.model, self.device)
+        object.__setattr__(self, "model", moved)
+        model, notes = take_in(moved, self.victims.images[:1].to(self.device), output=output)
         if notes and not self.notes:
             object.__setattr__(self, "model", model)
             object.__setattr__(self, "notes", notes)
+        if self.captured is not None:
+            object.__setattr__(self, "clients", self._clients_behind(self.captured))
         if len(self.victims) < self.clients:
             raise InvalidInput(
                 f"{self.name}: {len(self.victims)} images cannot be dealt to {self.clients} "
@@ -99,9 +109,10 @@ class Setting:
                     f"{self.name}: target {target} is not one of the {self.clients} clients "
                     f"(0..{self.clients - 1})."
                 )
-        if self.captured is not None and (self.clients != 1 or len(self.targets) != 1):
+        if self.captured is not None and len(self.targets) != 1:
             raise InvalidInput(
-                f"{self.name}: a capture holds what one client sent; leave out clients and targets."
+                f"{self.name}: a capture holds what one client sent, or the mean of several; leave "
+                "out targets."
             )
         if self.surrogate is not None and self.surrogate.shape != self.victims.shape:
             raise InvalidInput(
@@ -110,6 +121,23 @@ class Setting:
                 "can be resized: 'folder:PATH@SIZE'; ImageSet.with_channels and data.channels in "
                 "YAML make grey images of colour ones and back)."
             )
+
+    def _clients_behind(self, captured: Capture) -> int:
+        """How many clients the images are dealt to: all that were averaged, or the one at hand."""
+        update = captured.update
+        if self.clients not in (1, update.clients):
+            raise InvalidInput(
+                f"{self.name}: the capture holds the mean of {update.clients} clients, and "
+                f"clients says {self.clients}; leave it out."
+            )
+        whole, one = update.num_examples, update.num_examples // update.clients
+        if self.known and len(self.victims) not in (whole, one):
+            apart = "" if whole == one else f", or {one}, those of one of its {update.clients}"
+            raise InvalidInput(
+                f"{self.name}: the captured update says that {whole} examples are behind it, the "
+                f"batch holds {len(self.victims)}. Give all {whole}{apart}."
+            )
+        return update.clients if len(self.victims) == whole else 1
 
     @functools.cached_property
     def public(self) -> ImageSet:
@@ -166,8 +194,9 @@ class Setting:
 
     @property
     def effective_vantage(self) -> Vantage:
-        """The vantage, or ``aggregate`` where a defense hides single updates from it."""
-        if self.hides_updates and self.vantage in (Vantage.WIRE, Vantage.SERVER):
+        """The vantage, or ``aggregate`` where nobody there sees single updates."""
+        averaged = self.captured is not None and self.captured.update.clients > 1
+        if (averaged or self.hides_updates) and self.vantage in (Vantage.WIRE, Vantage.SERVER):
             return Vantage.AGGREGATE
         return self.vantage
 
@@ -193,6 +222,7 @@ class Setting:
             victims=self.victims,
             surrogate=self.public,
             box=self.box,
+            device=self.device,
         )
         public = () if self.surrogate is None else self.surrogate.notes
         live.notes = tuple(
@@ -216,6 +246,7 @@ def stand_in(capture: Capture | None, shape: Sequence[int] | None) -> ImageSet:
             "Without the private batch nothing says which shape its images have; give "
             "input_shape=(C, H, W) (data.shape in YAML)."
         )
+    # Only one client's: nothing says how the examples are spread over the others.
     count = capture.num_examples // capture.update.clients
     return ImageSet(
         torch.zeros(count, *shape), torch.zeros(count, dtype=torch.int64), ("unknown",),
@@ -276,6 +307,11 @@ class Plan:
                 "Alternatives are other defenses on the same client, and a captured update cannot "
                 "be sent again under them; leave out captured to simulate the client."
             )
+
+    def on(self, device: torch.device) -> Plan:
+        """The same audit on another device."""
+        moved = tuple(replace(setting, device=device) for setting in self.settings)
+        return replace(self, settings=moved)
 
     def _parameters_by_key(self) -> dict[str, Mapping[str, Any]]:
         """Changes by canonical key; a change without effect is an error."""

@@ -33,7 +33,7 @@ def here(attack: Attack, view: View, seed: int, watch: Watch) -> Reconstruction:
 
 def adversary(plan: Plan) -> Adversary:
     """Who attacks in an audit."""
-    return Here() if plan.in_process else _shared()
+    return Here() if plan.in_process else _shared(str(plan.settings[0].device))
 
 
 def attacker(plan: Plan, live: Stage) -> Attacker:
@@ -46,9 +46,9 @@ def attacker(plan: Plan, live: Stage) -> Attacker:
 
 
 @functools.cache
-def _shared() -> Spawned:
-    """One process for all audits of this one: its imports take seconds."""
-    made = Spawned()
+def _shared(device: str) -> Spawned:
+    """One process for all audits of this one on a device: its imports take seconds."""
+    made = Spawned(device=device)
     made.start()  # it imports while the set-up is being examined
     atexit.register(made.close)
     return made

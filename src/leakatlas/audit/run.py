@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import leakatlas
+from leakatlas import devices
 from leakatlas.audit import kept
 from leakatlas.audit.bounds import require_feasible
 from leakatlas.audit.budget import Budget, Writer, other_side
@@ -143,6 +144,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "device": devices.in_words(first.device),
         "budget_seconds": plan.seconds,
         "seed": plan.seed,
         "model": type(first.model).__name__,

@@ -21,7 +21,7 @@ from leakatlas.bench.child import Message
 from leakatlas.bench.lanes import Sink, blank
 from leakatlas.bench.record import Record
 from leakatlas.bench.run import nothing_came, run_cell
-from leakatlas.bench.spawned import Spawned
+from leakatlas.bench.spawned import Spawned, numbered_there
 from leakatlas.blocks.watch import parse_budget
 from leakatlas.errors import AttackCrashed, Unavailable
 
@@ -164,14 +164,19 @@ class Elsewhere:
 
     def _answer(self, what: Literal["tamper", "attack"], request: Request, folder: Path) -> Message:
         ray, case = _ray(), self._cell.case
-        message = task.asked(what, request, folder, memory=case.memory)
+        device = numbered_there(self._cell.device)
+        message = task.asked(what, request, folder, memory=case.memory, device=device)
         files: Any = task.files_of(folder)
         if sum(map(len, files.values())) > LARGE:
             files = ray.put(files)
         gpus = 0 if self._cell.device == "cpu" else 1
         remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(_attack)
         sent = remote.remote(
-            message, files, case.memory, parse_budget(case.time), self._cell.device
+            message,
+            files,
+            case.memory,
+            parse_budget(case.time),
+            device,
         )
         try:
             answer, back, self._costs = ray.get(sent)

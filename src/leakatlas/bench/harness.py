@@ -158,7 +158,7 @@ def _case(federation: Federation, clients: int) -> tuple[object, ...]:
 
 def learn(federation: Federation, record: RoundRecord, begun: float) -> None:
     """Note what a round cost."""
-    size = _size(federation, record.received[record.cohort[0]])
+    size = _size(federation, next(iter(record.received.values())))
     spent = time.perf_counter() - begun
     case = _case(federation, len(record.cohort))
     _COSTS[case] = min(spent / max(size, 1), _COSTS.get(case, math.inf))
@@ -233,7 +233,7 @@ def run_trial(
         )
     own, code = watch.again(), _travelling(stage, adversary)
     found = adversary.attack(Request(attack=attack, view=view, seed=seed, watch=own, code=code))
-    found = replace(found, recipe=attack.recipe(seed, stage.scenario.to_json()))
+    found = replace(found.on_cpu(), recipe=attack.recipe(seed, stage.scenario.to_json()))
     if found.status == "complete" and own.cut_short:  # while it prepared its tampering
         found = replace(found, status="cut short", reason=CUT)
     if own.planned is not None:

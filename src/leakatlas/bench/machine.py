@@ -27,7 +27,7 @@ def facts(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": device,
     }
-    if device.startswith("cuda"):
+    if device.startswith("cuda") and torch.cuda.is_available():
         found["accelerator"] = torch.cuda.get_device_name(device)
     return found
 

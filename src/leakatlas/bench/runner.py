@@ -9,13 +9,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from leakatlas import devices
 from leakatlas.bench import cluster, figures, lanes, picture, store
 from leakatlas.bench.cells import Cell, cells_of
 from leakatlas.bench.record import FINAL, Record
 from leakatlas.bench.store import Store
 from leakatlas.bench.study import HOOK, Study, default_folder
 from leakatlas.catalogue import results
-from leakatlas.errors import InvalidInput
+from leakatlas.errors import InvalidInput, InvalidParameter, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +27,19 @@ class Options:
         only: A pattern that the names of its cases must match.
         workers: Processes of this machine.
         ray: Address of a Ray cluster that runs the cells instead.
-        device: Where attacks compute.
+        device: Where attacks compute, by a name of :func:`leakatlas.devices.chosen`; on a cluster,
+            whose machines have other devices than this one, cpu or cuda.
         threads: Threads of every process.
         seconds: No further cell is begun after so long.
         data: Folder of the data sets.
         records: Folder of the records of all studies.
         results: Folder of the result files.
         trust_code: Whether a study from elsewhere may bring Python code.
+
+    Raises:
+        UnknownName: If there is no such kind of device.
+        InvalidInput: If this machine does not have it.
+        InvalidParameter: If a cluster is asked for a device by its number.
     """
 
     only: str | None = None
@@ -45,6 +52,15 @@ class Options:
     records: Path = field(default_factory=store.default_folder)
     results: Path = field(default_factory=results.default_folder)
     trust_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ray is None:
+            object.__setattr__(self, "device", str(devices.chosen(self.device)))
+        elif self.device not in ("cpu", "cuda"):
+            raise InvalidParameter(
+                f"--ray takes --device cpu or cuda, got {shown(self.device)}: the cluster gives "
+                "each attack a GPU of its own."
+            )
 
 
 def data_folder() -> Path:

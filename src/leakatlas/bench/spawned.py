@@ -6,6 +6,7 @@ import os
 import queue
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 from leakatlas.attacks.api import Reconstruction
@@ -23,6 +24,15 @@ GLANCE = 0.2
 """Seconds between two looks at whether a run was stopped."""
 
 
+def numbered_there(device: str) -> str:
+    """A device as the process that sees no other GPU calls it.
+
+    >>> numbered_there("cuda:1"), numbered_there("cpu")
+    ('cuda', 'cpu')
+    """
+    return device.partition(":")[0]
+
+
 class Spawned:
     """One attack's process, started when it is first needed and again after it died.
 
@@ -30,7 +40,7 @@ class Spawned:
         memory: GiB that an attack may take on top of the libraries; no limit if None.
         seconds: Time after which it is killed; no limit if None. (Budgets are kept by the attack
             itself; this is for one that does not.)
-        device: ``cuda:1`` hides every other device from it.
+        device: Where attacks compute; ``cuda:1`` hides every other GPU from the process.
     """
 
     process: Literal["own", "shared"] = "own"
@@ -47,15 +57,19 @@ class Spawned:
     def tamper(self, request: Request) -> Turn:
         """Prepare the next round; see :class:`~leakatlas.bench.adversary.Adversary`."""
         child = self._alive()
-        message = task.asked("tamper", request, child.folder, memory=self.memory)
+        message = self._asked("tamper", request, child.folder)
         return task.turn_of(self._answer(child, message, request.watch), child.folder)
 
     def attack(self, request: Request) -> Reconstruction:
         """Run the attack; see :class:`~leakatlas.bench.adversary.Adversary`."""
         child, watch = self._alive(), request.watch
-        message = task.asked("attack", request, child.folder, memory=self.memory)
+        message = self._asked("attack", request, child.folder)
         answer = self._answer(child, message, watch)
         return task.found_of(answer, child.folder, request.view, watch)
+
+    def _asked(self, what: Literal["tamper", "attack"], request: Request, folder: Path) -> Message:
+        device = numbered_there(self.device)
+        return task.asked(what, request, folder, memory=self.memory, device=device)
 
     def relay(
         self, message: Message, files: Mapping[str, bytes]
@@ -104,7 +118,8 @@ class Spawned:
             if kind == "cpu":
                 env["CUDA_VISIBLE_DEVICES"] = ""
             elif number:
-                env["CUDA_VISIBLE_DEVICES"] = number
+                seen = env.get("CUDA_VISIBLE_DEVICES")
+                env["CUDA_VISIBLE_DEVICES"] = seen.split(",")[int(number)] if seen else number
             self._child = Child(MODULE, env=env)
         return self._child
 

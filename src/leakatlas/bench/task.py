@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import leakatlas.errors
-from leakatlas import tensorfiles
+from leakatlas import devices, tensorfiles
 from leakatlas.attacks.api import Attack, Reconstruction, cache_folder
 from leakatlas.bench.adversary import Here, Request, Turn
 from leakatlas.bench.child import Message
@@ -75,9 +75,17 @@ def code_of(stage: Stage) -> bytes | None:
 
 
 def asked(
-    what: Literal["tamper", "attack"], request: Request, folder: Path, *, memory: float | None
+    what: Literal["tamper", "attack"],
+    request: Request,
+    folder: Path,
+    *,
+    memory: float | None,
+    device: str = "cpu",
 ) -> Message:
-    """Save the view into ``folder``, and the message about it."""
+    """Save the view into ``folder``, and the message about it.
+
+    ``device`` is where the attack computes, as its process numbers devices.
+    """
     request.view.save(folder / VIEW)
     # Its class and its parameters: what it noted on itself beside the truth stays here.
     attack = type(request.attack).from_json(request.attack.to_json())
@@ -95,6 +103,7 @@ def asked(
         "trail": conduct.trail is not None,
         "checkpoints": None if checkpoints is None else str(checkpoints.resolve()),
         "memory": memory,
+        "device": device,
         "cache": str(cache_folder().resolve()),
         "threads": torch.get_num_threads(),
     }
@@ -132,7 +141,8 @@ def perform(
         _bytes(message["code"])
     )  # fmt: skip
     try:
-        view = View.load(folder / VIEW, model=model, loss=loss)
+        device = devices.chosen(message["device"])
+        view = View.load(folder / VIEW, model=model, loss=loss, device=device)
         state = message["draws"]
         request = Request(
             attack=attack, view=view, seed=message["seed"], watch=watch, turn=message["turn"],

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from leakatlas.cli import plain, recorded
 from leakatlas.cli.codes import FINE, GATE_FAILED, UNDECIDED
+from leakatlas.cli.options import DEVICE
 from leakatlas.cli.plain import escape
 
 if TYPE_CHECKING:  # torch takes a second to load; --help should not wait for it
@@ -60,6 +61,7 @@ def audit(
             show_default=False,
         ),
     ] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
     allow_undecided: Annotated[
         bool,
         typer.Option("--allow-undecided", help="Warn instead of exit code 3 where too little ran."),
@@ -83,7 +85,7 @@ def audit(
 
     gates = [parse_gate(text) for text in fail_on or []]
     capture = recorded.Recorded(captured, model, truth, shape, client, protocol or ())
-    plan, asked = _planned(config, capture, budget, threat, seed, execution, rehearsal, out)
+    plan, asked = _planned(config, capture, budget, threat, seed, execution, rehearsal, device, out)
     gates += [parse_gate(text) for text in asked]
     console = plain.console(stderr=True)
     report = _carried_out(plan, out, console, silent=as_json)
@@ -117,6 +119,7 @@ def _planned(
     seed: int | None,
     execution: str | None,
     rehearsal: bool | None,
+    device: str | None,
     out: Path,
 ) -> tuple[Plan, Sequence[str]]:
     """The plan of a file under the options of the command line, and the file's own conditions."""
@@ -124,6 +127,7 @@ def _planned(
 
     from leakatlas.audit import make_plan, parse_budget, parse_execution, read_config
     from leakatlas.audit.bundled import bundled_plan
+    from leakatlas.devices import chosen
     from leakatlas.threat import threat_models
 
     command = ["leakatlas", "audit", *([str(config)] if config else []), *capture.words()]
@@ -152,6 +156,10 @@ def _planned(
     if rehearsal is not None:
         plan = replace(plan, rehearsal=rehearsal)
         command += ["--rehearsal" if rehearsal else "--no-rehearsal"]
+    if device is not None or (described is None and config is None):
+        plan = plan.on(chosen(device or "auto"))
+    if device is not None:
+        command += ["--device", device]
     return replace(plan, command=shlex.join([*command, "--out", str(out)])), conditions
 
 
@@ -203,6 +211,7 @@ def doctor(
     config: Annotated[
         Path | None, typer.Argument(help="YAML file; the bundled set-up if left out.")
     ] = None,
+    device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     captured: recorded.Captured = None,
     model: recorded.Model = None,
@@ -221,6 +230,7 @@ def doctor(
     from leakatlas.audit.bundled import bundled_plan
     from leakatlas.audit.realism import NOT_YET, pair_of, realism_of
     from leakatlas.cli.progress import realism_lines
+    from leakatlas.devices import chosen
 
     capture = recorded.Recorded(captured, model, truth, shape, client, protocol or ())
     described = capture.config(config)
@@ -231,6 +241,8 @@ def doctor(
     else:
         settings = read_config(config)
         plan = make_plan(settings, base=config.parent, command="")
+    if device is not None or (described is None and config is None):
+        plan = plan.on(chosen(device or "auto"))
     console = plain.console()
     consistent = True
     found = {}

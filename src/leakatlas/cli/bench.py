@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from leakatlas.cli import plain
+from leakatlas.cli.options import DEVICE
 from leakatlas.cli.plain import escape
 from leakatlas.errors import InvalidParameter, LeakAtlasError
 
@@ -36,7 +37,7 @@ def bench(
         str | None,
         typer.Option(help="Address of a Ray cluster, 'auto', or 'local' to start one here."),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where attacks compute: cpu, cuda, cuda:1.")] = "cpu",
+    device: Annotated[str, typer.Option(help=DEVICE)] = "cpu",
     limit: Annotated[
         str | None,
         typer.Option(help="30s, 10m, 1h: no further cell is begun after it; running ones end."),

@@ -23,7 +23,7 @@ def capture(
         typer.Argument(
             help="One file (an update), or two: the state before and the state after. safetensors, "
             "torch.save of plain tensors, or npz; by name, or in the order of state_dict() or "
-            "parameters()."
+            "parameters(). Or captures of single rounds, oldest first, to be made one."
         ),
     ],
     model: Annotated[

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from leakatlas.cli import plain
+from leakatlas.cli.options import DEVICE
 from leakatlas.cli.plain import escape
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def lint(
         list[str] | None,
         typer.Option(help="What another client received: weights, or the SHA-256 of a state."),
     ] = None,
+    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdict as JSON.")] = False,
 ) -> None:
     """Look for signs that a received model was made to leak your data.
@@ -92,6 +94,7 @@ def lint(
         update=None if update is None else Capture.load(update).update,
         others=[_received(text) for text in other or []] or None,
         box=box,
+        device=device,
     )
     if as_json:
         digest = state_hash(anatomy(received).state)

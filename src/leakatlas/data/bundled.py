@@ -23,9 +23,10 @@ The colour photos are in the public domain or CC0 (scikit-image's README lists e
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import gzip
+import importlib.util
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,6 +44,8 @@ STRANGERS = 256
 CONTRAST = 0.1
 """Standard deviation of its pixels below which a crop is left out: flat sky tests no attack."""
 
+DIGITS = "datasets/data/digits.csv.gz"
+
 PARTS = ("victim", "surrogate", "all")
 
 
@@ -50,46 +53,47 @@ PARTS = ("victim", "surrogate", "all")
 class _Photo:
     """A photo, its part, and the square (top, left, side) that shows its subject."""
 
-    read: Callable[[str], Any]
+    package: str
     file: str
     part: str
     square: tuple[int, int, int]
 
 
-# scikit-image and scikit-learn take seconds to import; only who asks for their images should wait.
+_INSTALLED_AS = {"skimage": "scikit-image", "sklearn": "scikit-learn"}
 
 
-def _skimage(name: str) -> Any:
-    with needing(f"the bundled picture {name!r}", "scikit-image"):
-        import skimage.data
+def _file(who: str, package: str, name: str) -> Path:
+    """A data file of an installed package, which is not imported: that takes seconds.
 
-    return getattr(skimage.data, name)()
-
-
-def _sklearn(name: str) -> Any:
-    with needing(f"the bundled picture {name!r}", "scikit-learn"):
-        import sklearn.datasets
-
-    return sklearn.datasets.load_sample_image(name)
+    Raises:
+        Unavailable: If the package is not installed; ``who`` needs it.
+    """
+    spec = importlib.util.find_spec(package)
+    origin = None if spec is None else spec.origin
+    with needing(who, _INSTALLED_AS[package]):
+        if origin is None:
+            raise ModuleNotFoundError(name=package)
+    assert origin is not None
+    return Path(origin).parent / name
 
 
 _PHOTOS: dict[str, _Photo] = {
-    "astronaut": _Photo(_skimage, "astronaut", "victim", (0, 90, 270)),
-    "cat": _Photo(_skimage, "cat", "victim", (0, 75, 300)),
-    "coffee": _Photo(_skimage, "coffee", "victim", (0, 130, 400)),
-    "rocket": _Photo(_skimage, "rocket", "victim", (0, 106, 427)),
-    "retina": _Photo(_skimage, "retina", "victim", (0, 0, 1411)),
-    "histology": _Photo(_skimage, "immunohistochemistry", "victim", (0, 0, 512)),
-    "flower": _Photo(_sklearn, "flower.jpg", "victim", (0, 106, 427)),
-    "motorcycle": _Photo(_skimage, "stereo_motorcycle", "victim", (0, 120, 500)),
-    "china": _Photo(_sklearn, "china.jpg", "surrogate", (0, 106, 427)),
-    "galaxies": _Photo(_skimage, "hubble_deep_field", "surrogate", (0, 64, 872)),
-    "camera": _Photo(_skimage, "camera", "surrogate", (0, 0, 512)),
-    "moon": _Photo(_skimage, "moon", "surrogate", (0, 0, 512)),
-    "coins": _Photo(_skimage, "coins", "surrogate", (0, 40, 303)),
-    "brick": _Photo(_skimage, "brick", "surrogate", (0, 0, 512)),
-    "grass": _Photo(_skimage, "grass", "surrogate", (0, 0, 512)),
-    "gravel": _Photo(_skimage, "gravel", "surrogate", (0, 0, 512)),
+    "astronaut": _Photo("skimage", "data/astronaut.png", "victim", (0, 90, 270)),
+    "cat": _Photo("skimage", "data/chelsea.png", "victim", (0, 75, 300)),
+    "coffee": _Photo("skimage", "data/coffee.png", "victim", (0, 130, 400)),
+    "rocket": _Photo("skimage", "data/rocket.jpg", "victim", (0, 106, 427)),
+    "retina": _Photo("skimage", "data/retina.jpg", "victim", (0, 0, 1411)),
+    "histology": _Photo("skimage", "data/ihc.png", "victim", (0, 0, 512)),
+    "flower": _Photo("sklearn", "datasets/images/flower.jpg", "victim", (0, 106, 427)),
+    "motorcycle": _Photo("skimage", "data/motorcycle_left.png", "victim", (0, 120, 500)),
+    "china": _Photo("sklearn", "datasets/images/china.jpg", "surrogate", (0, 106, 427)),
+    "galaxies": _Photo("skimage", "data/hubble_deep_field.jpg", "surrogate", (0, 64, 872)),
+    "camera": _Photo("skimage", "data/camera.png", "surrogate", (0, 0, 512)),
+    "moon": _Photo("skimage", "data/moon.png", "surrogate", (0, 0, 512)),
+    "coins": _Photo("skimage", "data/coins.png", "surrogate", (0, 40, 303)),
+    "brick": _Photo("skimage", "data/brick.png", "surrogate", (0, 0, 512)),
+    "grass": _Photo("skimage", "data/grass.png", "surrogate", (0, 0, 512)),
+    "gravel": _Photo("skimage", "data/gravel.png", "surrogate", (0, 0, 512)),
 }
 
 
@@ -177,7 +181,9 @@ def faces(size: int = 25) -> ImageSet:
         size: Side; 25 is the side of the files.
     """
     _require_room("faces", 200, 1, size)
-    crops = torch.from_numpy(np.asarray(_skimage("lfw_subset"), dtype=np.float32))
+    crops = torch.from_numpy(
+        np.load(_file("the set of faces", "skimage", "data/lfw_subset.npy")).astype(np.float32)
+    )
     labels = torch.arange(200) // 100
     classes = ("face", "background")
     return ImageSet(crops[:, None].clamp(0, 1), labels, classes, f"faces-{size}").resize(size)
@@ -190,12 +196,10 @@ def digits(size: int = 8) -> ImageSet:
         size: Side; 8 is the side of the files.
     """
     _require_room("digits", 1797, 1, size)
-    with needing("the set of digits", "scikit-learn"):
-        import sklearn.datasets
-
-    bunch = sklearn.datasets.load_digits()
-    images = torch.from_numpy(bunch.images.astype(np.float32) / 16.0)[:, None]
-    labels = torch.from_numpy(bunch.target.astype(np.int64))
+    with gzip.open(_file("the set of digits", "sklearn", DIGITS), "rt") as rows:
+        table = torch.from_numpy(np.loadtxt(rows, delimiter=",", dtype=np.float32))
+    images = table[:, :-1].reshape(-1, 1, 8, 8) / 16.0
+    labels = table[:, -1].to(torch.int64)
     return ImageSet(images, labels, tuple("0123456789"), f"digits-{size}").resize(size)
 
 
@@ -215,10 +219,9 @@ def _part(part: str) -> tuple[str, ...]:
 def _read(name: str) -> Tensor:
     """A photo as ``(1, 3, H, W)`` in [0, 1]."""
     photo = _PHOTOS[name]
-    pixels = photo.read(photo.file)
-    if isinstance(pixels, tuple):  # stereo_motorcycle: left view, right view, disparities
-        pixels = pixels[0]
-    pixels = torch.from_numpy(np.array(pixels))
+    who = f"the bundled picture {Path(photo.file).name!r}"
+    file = _file(who, photo.package, photo.file)
+    pixels = torch.from_numpy(np.array(pictures.decode(file.read_bytes(), str(file), None)))
     if pixels.ndim == 2:
         pixels = pixels[..., None].expand(-1, -1, 3)
     return pixels[..., :3].permute(2, 0, 1)[None].to(torch.float32) / 255.0

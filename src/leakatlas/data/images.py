@@ -105,6 +105,12 @@ class ImageSet:
         first = round(fraction * len(self))
         return self.subset(order[:first]), self.subset(order[first:])
 
+    def to(self, device: torch.device) -> Self:
+        """The same images on another device."""
+        if self.images.device == device == self.labels.device:
+            return self
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
     def resize(self, size: int) -> Self:
         """All images at ``size`` x ``size`` pixels (antialiased bilinear, kept in [0, 1])."""
         if size < 1:

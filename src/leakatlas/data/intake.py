@@ -7,7 +7,7 @@ can mean two is refused with both readings.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from leakatlas import limits, tensorfiles
 from leakatlas.data import pictures
 from leakatlas.data.box import Box
 from leakatlas.data.images import ImageSet
-from leakatlas.data.stacks import Arrays, numbered, stacked
+from leakatlas.data.stacks import Arrays, Classes, named, numbered, renamed, stacked
 from leakatlas.errors import InvalidInput, shown
 
 Batch = ImageSet | tuple[Any, Any] | Mapping[str, Any] | Iterable[Any] | Sized
@@ -40,7 +40,13 @@ ROUNDING = 1e-3
 
 
 def as_images(
-    given: Any, *, name: str = "batch", box: Box | None = None, vectors: bool = False
+    given: Any,
+    *,
+    name: str = "batch",
+    box: Box | None = None,
+    vectors: bool = False,
+    channels: Literal[1, 3] | None = None,
+    classes: Classes | None = None,
 ) -> ImageSet:
     """What somebody holds, as an image set.
 
@@ -50,12 +56,20 @@ def as_images(
         name: For messages and reports.
         box: By which pixels outside [0, 1] may have been normalised already.
         vectors: Whether the loss takes one target per output, so that one-hot rows stay vectors.
+        channels: 1 makes colour images grey, 3 gives grey ones three equal channels.
+        classes: Names of the classes in the order of their labels, or label by name.
 
     Raises:
-        InvalidInput: If it is none of these, or could be read in two ways.
+        InvalidInput: If it is none of these, could be read in two ways, or its labels go beyond
+            the classes.
     """
-    if isinstance(given, ImageSet):
-        return given
+    images = given if isinstance(given, ImageSet) else _read(given, name, box, vectors)
+    if classes is not None:
+        images = renamed(images, named(classes))
+    return images if channels is None else images.with_channels(channels)
+
+
+def _read(given: Any, name: str, box: Box | None, vectors: bool) -> ImageSet:
     notes: list[str] = []
     x, y = _pair(given, name, notes)
     images, labels = _numbers(x, f"{name}: images", notes), _targets(y, name)

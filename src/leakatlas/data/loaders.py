@@ -11,7 +11,6 @@ import re
 import shlex
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from leakatlas import reading
 from leakatlas.data import bundled, pictures
 from leakatlas.data.folders import image_folder
 from leakatlas.data.images import ImageSet
-from leakatlas.data.stacks import Arrays, Classes, assemble, named, numbered
+from leakatlas.data.stacks import Arrays, Classes, assemble, named, numbered, renamed
 from leakatlas.errors import (
     InvalidInput,
     InvalidParameter,
@@ -199,17 +198,8 @@ def load(
     names = None if classes is None else named(classes)
     images = _load(spec, limit, names)
     if names is not None and images.classes != names:
-        images = _renamed(images, names)
+        images = renamed(images, names)
     return images if channels is None else images.with_channels(channels)
-
-
-def _renamed(images: ImageSet, names: tuple[str, ...]) -> ImageSet:
-    highest = int(images.labels.max())
-    if highest >= len(names):
-        raise InvalidInput(
-            f"{images.name}: classes names {len(names)}; the labels go up to {highest}."
-        )
-    return replace(images, classes=names)
 
 
 def _load(spec: str, limit: int | None, names: tuple[str, ...] | None) -> ImageSet:

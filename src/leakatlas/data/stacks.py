@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -127,6 +128,22 @@ def named(classes: Classes) -> tuple[str, ...]:
         raise InvalidInput(f"classes: labels are 0, 1, 2, ...; got {min(by_label)}.")
     numbers = numbered(list(by_label), "classes")
     return tuple(by_label.get(label, number) for label, number in enumerate(numbers))
+
+
+def renamed(images: ImageSet, names: tuple[str, ...]) -> ImageSet:
+    """The same images with other names of their classes.
+
+    Raises:
+        InvalidInput: If the labels go beyond them.
+    """
+    if images.classes == names or images.labels.ndim == 2:
+        return replace(images, classes=names)
+    highest = int(images.labels.max())
+    if highest >= len(names):
+        raise InvalidInput(
+            f"{images.name}: classes names {len(names)}; the labels go up to {highest}."
+        )
+    return replace(images, classes=names)
 
 
 def _once(names: Sequence[str | int]) -> list[tuple[int, str | int]]:

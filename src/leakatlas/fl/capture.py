@@ -51,7 +51,7 @@ class CapturedRound:
 
 @dataclass(frozen=True, kw_only=True)
 class Capture:
-    """Rounds of one client in a real system, oldest first.
+    """Rounds of one client in a real system, or means over several clients, oldest first.
 
     Args:
         rounds: At least one.
@@ -72,6 +72,14 @@ class Capture:
     def of(cls, captured: Capture | Update) -> Capture:
         """A capture as it is; a single update as a capture of one round."""
         return Capture(rounds=(_round(captured),)) if isinstance(captured, Update) else captured
+
+    @classmethod
+    def of_rounds(cls, captures: Sequence[Capture]) -> Self:
+        """Captures of one round after the other, made one; rounds are counted from 0."""
+        rounds = [one for capture in captures for one in capture.rounds]
+        notes = dict.fromkeys(note for capture in captures for note in capture.notes)
+        numbered = tuple(replace(one, index=i) for i, one in enumerate(rounds))
+        return cls(rounds=numbered, notes=tuple(notes))
 
     @property
     def update(self) -> Update:
@@ -112,11 +120,11 @@ class Capture:
                         f"{tuple(tensor.shape)}, which {type(model).__name__} does not have; it "
                         f"has: {', '.join(list(own)[:6])}."
                     )
-            received = {**own, **{n: t.to(own[n].dtype) for n, t in one.received.items()}}
+            received = {**own, **{n: t.to(own[n]) for n, t in one.received.items()}}
             who = f"The state received in round {one.index} of the capture"
             state.require_finite(received, model, who)
             update = one.update.check().check_fits(own).as_delta(received)
-            update = update.with_tensors({n: t.to(own[n].dtype) for n, t in update.tensors.items()})
+            update = update.with_tensors({n: t.to(own[n]) for n, t in update.tensors.items()})
             rounds.append(replace(one, received=received, update=update))
         return replace(self, rounds=tuple(rounds))
 
@@ -220,16 +228,17 @@ class Replayed(Federation):
         self.rounds_played += 1
         received = state.load_into(self.model, one.received)
         received.train(self.protocol.mode == "train")
+        cohort = tuple(sorted(self.clients)) if one.update.clients > 1 else (self.target,)
         shared = {n: t for n, t in one.received.items() if n not in self.private_names}
         message = Message(
             client=self.target, num_examples=one.update.num_examples, update=one.update
         )
         return RoundRecord(
             index=one.index,
-            cohort=(self.target,),
+            cohort=cohort,
             sybils=frozenset(),
             received={self.target: received},
-            states={self.target: shared},
+            states=dict.fromkeys(cohort, shared),
             updates={self.target: one.update},
             messages={self.target: message},
             aggregate=one.update,
@@ -247,6 +256,7 @@ def facts_of(capture: Capture) -> dict[str, Any]:
         "rounds": len(capture.rounds),
         "client": last.client,
         "cohort": last.cohort,
+        "averaged": last.update.clients,
         "kind": last.update.kind,
         "examples": last.update.num_examples,
         "tensors": len(last.update.tensors),

@@ -10,6 +10,9 @@ depth, drop path) and dropout within attention, whether modules or functions of 
 call them. What is made of several draws inside one function of torch (``F.multi_head_attention_
 forward``, alpha dropout) is recorded as the seed it was run with. Draws of other kinds
 (``torch.randn`` in a forward pass) stay what they are: new every time.
+
+Masks are drawn on the CPU and moved, so that a seed means the same on every device; what is
+recorded as a seed is drawn on the device itself.
 """
 
 from __future__ import annotations
@@ -74,8 +77,10 @@ class _Mode(TorchFunctionMode):
     ) -> Tensor:
         if not training or p == 0.0 or _batched(input):
             return func(input, p, training, inplace)
-        ones = torch.ones_like(input)
-        mask = self.draw(lambda: func(ones, p, True, False), lambda: ones)
+        ones = torch.ones_like(input, device="cpu")
+        mask = self.draw(
+            lambda: func(ones, p, True, False).to(input), lambda: torch.ones_like(input)
+        )
         return input.mul_(mask) if inplace else input * mask
 
     def _coins(self, func: Callable[..., Tensor], input: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -84,10 +89,10 @@ class _Mode(TorchFunctionMode):
             return func(input, *args, **kwargs)
         if p is None:  # each entry is its own probability; there is no slope through a coin
             held = input.detach()
-            return self.draw(lambda: func(held, **kwargs), lambda: held.clone())
+            return self.draw(lambda: func(held.cpu(), **kwargs).to(held), lambda: held.clone())
         like = input.detach()
         found = self.draw(
-            lambda: torch.empty_like(like).bernoulli_(p, **kwargs),
+            lambda: torch.empty_like(like, device="cpu").bernoulli_(p, **kwargs).to(like),
             lambda: torch.full_like(like, p),
         )
         return input.copy_(found) if func is Tensor.bernoulli_ else found
@@ -120,15 +125,18 @@ class _Mode(TorchFunctionMode):
         elif attn_mask is not None:
             scores = scores + attn_mask
         weights = scores.softmax(dim=-1)
-        ones = torch.ones_like(weights)
-        return weights * self.draw(lambda: F.dropout(ones, dropout_p), lambda: ones) @ value
+        ones = torch.ones_like(weights, device="cpu")
+        drawn = self.draw(
+            lambda: F.dropout(ones, dropout_p).to(weights), lambda: torch.ones_like(weights)
+        )
+        return weights * drawn @ value
 
     def _seeded(self, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         seed = self.seed()
         if seed is None:
             return _undrawn(func, args, kwargs)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+            torch.manual_seed(seed)
             return func(*args, **kwargs)
 
 

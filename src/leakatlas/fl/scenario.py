@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from leakatlas import data, models
 from leakatlas.data import Box, ImageSet
+from leakatlas.devices import CPU
 from leakatlas.errors import InvalidInput, InvalidParameter, shown
 from leakatlas.fl import state
 from leakatlas.fl.capture import Capture, Replayed
@@ -181,6 +182,8 @@ class Stage:
         surrogate: Public images, in the victims' shape.
         others: More images of the victims' population, from which DISTRIBUTION is computed; the
             surrogate images if None. Copies of a private image are left out.
+        device: Where clients, server and adversary compute. The private images stay on the CPU,
+            where they are held against what comes out.
     """
 
     def __init__(
@@ -191,9 +194,11 @@ class Stage:
         box: Box,
         surrogate: ImageSet | None = None,
         others: ImageSet | None = None,
+        device: torch.device = CPU,
     ) -> None:
         state.require_finite(state.held(model), model, f"The model {type(model).__name__}")
         self.scenario = scenario
+        self.device = device
         self.known = True
         """Whether the private images are at hand; a capture may come without them."""
         self.notes: tuple[str, ...] = ()
@@ -206,8 +211,12 @@ class Stage:
         first = next(iter(self.victims.values()))
         self.input_shape = tuple(first.images.shape[1:])
         dtype = next((p.dtype for p in model.parameters()), torch.float32)
+        model = state.on_device(model, device)
         clients = {
-            index: Client(box.normalize(images.images.to(dtype)), images.labels.clone())
+            index: Client(
+                box.normalize(images.images.to(dtype)).to(device),
+                images.labels.clone().to(device),
+            )
             for index, images in self.victims.items()
         }
         self.classes = _check_model(
@@ -221,7 +230,7 @@ class Stage:
         """From now on, show captured rounds instead of letting clients compute.
 
         Args:
-            capture: Of the client ``target``.
+            capture: Of the client ``target``, or the mean of several.
             target: The client under attack.
             known: Whether the victims are the images behind the capture; otherwise they only stand
                 for a shape, and nothing of them is granted or scored.
@@ -229,11 +238,12 @@ class Stage:
         Raises:
             InvalidInput: If the capture does not fit the model, or another number of examples.
         """
-        examples = capture.num_examples // capture.update.clients
-        if known and examples != len(self.victims[target]):
+        whole, one = capture.num_examples, capture.num_examples // capture.update.clients
+        held = sum(len(images) for images in self.victims.values())
+        if known and held not in (whole, one):
             raise InvalidInput(
-                f"The captured update says that {examples} examples are behind it; the batch "
-                f"holds {len(self.victims[target])}."
+                f"The captured update says that {whole} examples are behind it; the batch "
+                f"holds {held}."
             )
         self.federation = Replayed(self.federation, capture.fitted(self.federation.model), target)
         self.known = known
@@ -284,16 +294,18 @@ class Stage:
             "box": self.box,
             "protocol": scenario.protocol,
             "defenses": federation.defenses,
-            "key": dict(keys[-1]) if keys else {},
+            "key": {n: t.to(self.device) for n, t in keys[-1].items()} if keys else {},
             "clients": tuple(sorted(federation.clients)),
             "target": target,
         }
         if self.surrogate is not None:
-            offered["surrogate"] = self.surrogate
+            offered["surrogate"] = self.surrogate.to(self.device)
         client = federation.clients[target]
         if "distribution" in wanted and self.others is not None and len(self.others) > 1:
             others = self.box.normalize(self.others.images.to(client.x))
-            offered["distribution"] = _distribution(others, self.others.labels, self.classes)
+            offered["distribution"] = _distribution(
+                others, self.others.labels.to(self.device), self.classes
+            )
         if not self.known:
             wanted -= {"labels", "batch_bn"}
         if "labels" in wanted:
@@ -369,7 +381,7 @@ class Stage:
             state={n: t.clone() for n, t in record.states[target].items()},
             cohort=len(record.cohort),
             update=None,
-            key=dict(key),
+            key={name: tensor.to(self.device) for name, tensor in key.items()},
         )
         match self.scenario.vantage:
             case Vantage.WIRE | Vantage.SERVER:
@@ -397,6 +409,7 @@ def stage(
     surrogate: ImageSet | None = None,
     box: Box | None = None,
     trust_code: bool = False,
+    device: torch.device = CPU,
 ) -> Stage:
     """Bring a scenario to life.
 
@@ -408,6 +421,7 @@ def stage(
         box: Pixel space; plain [0, 1] if None.
         trust_code: Whether Python code that the description names as its model may be run; it
             is not if the description came from a file.
+        device: Where clients, server and adversary compute.
 
     Raises:
         InvalidInput: If there are too few images, or they do not fit the model.
@@ -445,8 +459,8 @@ def stage(
         surrogate = data.load(scenario.surrogate)
     example = next(iter(dealt.values())).images[:1]
     channels = example.shape[1]
-    model, notes = take_in(model, example)
-    live = Stage(scenario, model, dealt, box or Box.unit(channels), surrogate, others)
+    model, notes = take_in(state.on_device(model, device), example.to(device))
+    live = Stage(scenario, model, dealt, box or Box.unit(channels), surrogate, others, device)
     live.notes = notes
     return live
 
@@ -504,8 +518,9 @@ def _check_model(model: nn.Module, x: Tensor, images: ImageSet, loss: Loss) -> i
     except (RuntimeError, TypeError, ValueError) as problem:
         raise InvalidInput(
             f"{type(model).__name__} cannot read inputs of shape {tuple(x.shape)}: "
-            f"{str(problem).splitlines()[0]}. It must take one tensor of images. Grey images "
-            "become colour ones, and back, by data.channels in YAML or ImageSet.with_channels."
+            f"{str(problem).splitlines()[0]}. It must take one tensor of images: put a model of "
+            "several inputs into a module that fixes the others. Grey images become colour ones, "
+            "and back, by data.channels in YAML or ImageSet.with_channels."
         ) from None
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         way = (

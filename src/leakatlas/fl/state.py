@@ -49,6 +49,13 @@ def state_hash(state: Tensors) -> str:
     return digest.hexdigest()
 
 
+def on_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on ``device``; a copy if it lies elsewhere."""
+    if all(tensor.device == device for tensor in [*model.parameters(), *model.buffers()]):
+        return model
+    return copy.deepcopy(model).to(device)
+
+
 def load_into(model: nn.Module, state: Tensors) -> nn.Module:
     """A copy of ``model`` holding ``state``.
 

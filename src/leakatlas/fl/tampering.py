@@ -163,7 +163,7 @@ class Tampering:
             "cohort": None if self.cohort is None else list(self.cohort),
             "sybils": self.sybils,
         }
-        return {n: t.detach().clone().contiguous() for n, t in tensors.items()}, facts
+        return {n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()}, facts
 
     @classmethod
     def unpack(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, object]) -> Tampering:
@@ -293,7 +293,11 @@ def _unpack_edit(edit: _EditFacts, tensors: Mapping[str, Tensor]) -> Edit:
     return EDITS[edit.kind].from_json({**edit.facts, **named})
 
 
+PLAIN: tuple[type, ...] = (Tensor, nn.Parameter)
+"""A subclass may run code in any operation."""
+
+
 def _check_plain(tensors: Mapping[str, object]) -> None:
     for name, tensor in tensors.items():
-        if type(tensor) not in (Tensor, nn.Parameter):  # a subclass may run code in any operation
+        if type(tensor) not in PLAIN:
             raise InvalidInput(f"{name!r} is a {type(tensor).__name__}, expected a plain tensor.")

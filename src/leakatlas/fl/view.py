@@ -619,7 +619,7 @@ class View:
             "read_before": sorted(self._read_before),
         }
         # Copies: safetensors refuses tensors that share memory.
-        save_file({n: t.detach().clone().contiguous() for n, t in tensors.items()},
+        save_file({n: t.detach().cpu().clone().contiguous() for n, t in tensors.items()},
                   folder / "view.safetensors")  # fmt: skip
         (folder / "view.json").write_text(json.dumps(description, indent=2), encoding="utf-8")
 
@@ -631,6 +631,7 @@ class View:
         model: nn.Module | None = None,
         loss: Loss | None = None,
         trust_code: bool = False,
+        device: torch.device | None = None,
     ) -> View:
         """Read what :meth:`save` wrote; nothing in it is run.
 
@@ -641,6 +642,7 @@ class View:
             loss: The client's loss, if it is Python code.
             trust_code: Whether Python code that the view names as its architecture or its loss
                 may be run; only for views that one saved oneself.
+            device: Where it is to lie; the CPU if None.
 
         Raises:
             InvalidInput: If a file is missing, truncated, or not a view, or if its architecture
@@ -662,7 +664,9 @@ class View:
                 "expected 'leakatlas/view/1'."
             )
         with reading.boundary(who, LookupError, TypeError, AttributeError, RuntimeError):
-            return cls._from_file(description, tensors, model, loss, trust_code)
+            if device is not None:
+                tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+            return cls._from_file(description, tensors, model, loss, trust_code, device)
 
     @classmethod
     def _from_file(
@@ -672,6 +676,7 @@ class View:
         model: nn.Module | None,
         loss: Loss | None,
         trust_code: bool,
+        device: torch.device | None,
     ) -> View:
         reference = ModelRef.from_json(description["model"])
         architecture = model if model is not None else reference.build(trust_code=trust_code)
@@ -681,7 +686,7 @@ class View:
                 architecture = defense.model(architecture)
         prefix = "architecture/"
         architecture = state.load_into(
-            architecture,
+            architecture if device is None else architecture.to(device),
             {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
         )
         architecture.train(description["mode"] == "train")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.special import log_ndtr
+import torch
 from torch import Tensor, nn
 
 from leakatlas.errors import InvalidInput, InvalidParameter
@@ -143,8 +143,8 @@ def own_epsilon(clip_norm: float, noise_std: float, rounds: int, delta: float) -
 
     def delta_of(epsilon: float) -> float:
         # Logarithms, since e^epsilon overflows where its partner underflows.
-        first = math.exp(float(log_ndtr(mu / 2 - epsilon / mu)))
-        return first - math.exp(epsilon + float(log_ndtr(-mu / 2 - epsilon / mu)))
+        first = math.exp(_log_normal_cdf(mu / 2 - epsilon / mu))
+        return first - math.exp(epsilon + _log_normal_cdf(-mu / 2 - epsilon / mu))
 
     if delta_of(0.0) <= delta:
         return 0.0
@@ -159,3 +159,7 @@ def own_epsilon(clip_norm: float, noise_std: float, rounds: int, delta: float) -
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _log_normal_cdf(z: float) -> float:
+    return float(torch.special.log_ndtr(torch.tensor(z, dtype=torch.float64)))

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from leakatlas import devices
 from leakatlas.data import Box, ImageSet
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import Update, load_into, model_state, task_loss
-from leakatlas.fl.state import parameters
+from leakatlas.fl.state import on_device, parameters
 from leakatlas.lint import behaviour, consistency, inversion, published, static, thresholds
 from leakatlas.lint.behaviour import Batch
 from leakatlas.lint.consistency import Received, RoundFacts
@@ -35,6 +36,7 @@ def lint(
     facts: RoundFacts | None = None,
     previous: ModelOrState | None = None,
     history: Sequence[Dynamics] = (),
+    device: str | torch.device | None = None,
 ) -> Verdict:
     """Was this model tampered with? Ask before training on it, or before sending the update.
 
@@ -56,13 +58,18 @@ def lint(
         facts: What is known of the round.
         previous: What was received in the round before; the reference, if there is none.
         history: Of earlier rounds, oldest first on the same examples (:func:`dynamics`).
+        device: Where the checks run, by a name of :func:`leakatlas.devices.chosen`; where the
+            model lies if None.
 
     Returns:
         The verdict; ``verdict.alarm`` says whether to refuse.
 
     Raises:
-        InvalidInput: If the model, the batch or the update cannot be used.
+        InvalidInput: If the model, the batch or the update cannot be used, or there is no such
+            device.
     """
+    if device is not None:
+        model = _moved(model, devices.chosen(device))
     scores, skipped, leaks = measure(
         model, reference=reference, batch=batch, update=update, others=others, box=box,
         facts=facts, previous=previous, history=history,
@@ -90,6 +97,9 @@ def measure(
         Scores, the checks that were not run with the reason, and what the update gives away.
     """
     body = anatomy(model)
+    place = _place(model)
+    reference = None if reference is None else _moved(reference, place)
+    previous = None if previous is None else _moved(previous, place)
     reference = previous if reference is None else reference
     skipped: dict[str, str] = {}
     scores = static.check_weights(body, box)
@@ -253,7 +263,23 @@ def _on_batch(
 def _sent(update: Update, module: nn.Module) -> dict[str, Tensor]:
     own = parameters(module)
     update.check().check_fits(own)
+    update = update.with_tensors({n: t.to(own[n].device) for n, t in update.tensors.items()})
     return dict(update.as_delta(own).tensors)
+
+
+def _place(model: ModelOrState) -> torch.device:
+    """Where a model lies; the CPU for one that holds nothing."""
+    held = model.state_dict() if isinstance(model, nn.Module) else model
+    return next((t.device for t in held.values() if isinstance(t, Tensor)), torch.device("cpu"))
+
+
+def _moved(model: ModelOrState, device: torch.device) -> ModelOrState:
+    """The same on another device; what lies on ``meta`` holds nothing to move, and is judged so."""
+    if "meta" in (device.type, _place(model).type):
+        return model
+    if isinstance(model, nn.Module):
+        return on_device(model, device)
+    return {n: t.to(device) if isinstance(t, Tensor) else t for n, t in model.items()}
 
 
 def _module(model: ModelOrState, state: State, reference: ModelOrState | None) -> nn.Module | None:

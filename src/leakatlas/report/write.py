@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from PIL import Image
 from torch import Tensor
@@ -107,6 +106,8 @@ def check_writable(folder: Path) -> None:
 
 def render_page(report: Report) -> str:
     """The page as one string without a single external reference; every value is escaped."""
+    import jinja2  # a run that writes no page does without
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("leakatlas.report", "templates"),
         autoescape=True,

@@ -159,7 +159,7 @@ class LOKI(ActiveAttack):
             images, energy = self.read_block(block, edges, shape)
             found.append(images)
             sure.append(energy)
-            owner.append(torch.full((len(images),), float(block.client)))
+            owner.append(images.new_full((len(images),), float(block.client)))
         if not found or not sum(len(part) for part in found):
             return nothing_found(shape, "no row of any client's block holds a valid image")
         images, confidence, client = torch.cat(found), torch.cat(sure), torch.cat(owner)

@@ -145,7 +145,7 @@ class MANDRAKE(ActiveAttack):
             images, energy = self.read_block(block, edges, shape)
             found.append(images)
             sure.append(energy)
-            owner.append(torch.full((len(images),), client))
+            owner.append(torch.full((len(images),), client, device=images.device))
         images, energy, client = torch.cat(found), torch.cat(sure), torch.cat(owner)
         if not len(images):
             return nothing_found(shape, "no row of any client's block holds a valid image")

@@ -151,7 +151,7 @@ class ScaleMIA(ActiveAttack):
         parts = find_parts(model, example_input(model, shape))
         if not parts.learns:
             return {}
-        decoder = Decoder(parts.latent, shape)
+        decoder = Decoder(parts.latent, shape).to(surrogate.images.device)
         weights = [*encoder_weights(parts).values(), *decoder.parameters()]
         optimizer = torch.optim.Adam(weights, lr=self.lr, weight_decay=self.weight_decay)
         images = surrogate.images
@@ -184,7 +184,7 @@ class ScaleMIA(ActiveAttack):
         if view.rounds:
             return None
         model = view.model
-        front = surgery.Normalise(view.box)
+        front = surgery.Normalise(view.box).to(view.surrogate.images.device)
         learned = self.artefact(view.surrogate, nn.Sequential(front, model), watch=watch)
         parts = find_parts(model, example_input(model, view.input_shape))
         with torch.no_grad():

@@ -120,9 +120,10 @@ class LTI(Attack):
             [view.circumstances(), view.surrogate.fingerprint()],
             lambda draws, budget: self.lesson(view, generator=draws, watch=budget),
             watch=watch,
+            device=next(iter(view.update.tensors.values())).device,
         )
         inverter = Inverter.of(learned)
-        u = hashed(flat(view, view.update.tensors), self.bins)
+        u = hashed(flat(view, view.update.tensors), self.bins).to(inverter.mean.device)
         with torch.no_grad():
             pixels = inverter(u.unsqueeze(0))[0]
         like = next(iter(view.update.tensors.values()))
@@ -173,6 +174,7 @@ class LTI(Attack):
         """
         mean, scale = self.standard(u)
         inverter = Inverter(u.shape[1], self.hidden, x.shape[1:], mean=mean, scale=scale)
+        inverter.to(u.device)
         held = max(1, int(HELD_OUT * len(u))) if len(u) > 1 else 0
         seen, unseen = slice(held, None), slice(0, held or None)
         optimizer = torch.optim.Adam(inverter.parameters(), lr=self.lr)
@@ -225,12 +227,12 @@ class LTI(Attack):
             own = view.rehearse(inputs[chosen], y[chosen].to(like.device), seed=seed)
             uploads.append(hashed(flat(own, own.update.tensors), self.bins))
             images.append(public[chosen].flatten(1).float())
-        return torch.stack(uploads), torch.stack(images)
+        return torch.stack(uploads).to(like.device), torch.stack(images)
 
     def standard(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """What is subtracted from every entry, and what divides it."""
         if self.scaling == "none":
-            return torch.zeros(u.shape[1]), torch.ones(u.shape[1])
+            return u.new_zeros(u.shape[1]), u.new_ones(u.shape[1])
         spread = u.std(0, correction=0)
         # An entry that the defense never sends, or that never moves, says nothing.
         return u.mean(0), torch.where(spread > 0, spread, torch.ones_like(spread))
@@ -278,7 +280,7 @@ class Inverter(nn.Module):
         shape = tuple(int(n) for n in learned["shape"])
         made = cls(features, hidden, shape, mean=weights["mean"], scale=weights["scale"])
         models.apply_state(made, weights, source="the learned inverter")
-        return made.eval()
+        return made.eval().to(weights["mean"].device)
 
 
 class _Best:

@@ -247,10 +247,11 @@ def fresh_network(images: ImageSet) -> nn.Module:
             "GradViT's prior learns to tell classes apart; the surrogate images have fewer than "
             "two. Use prior='shipped', or bn_weight=0."
         )
-    return models.build(
+    made = models.build(
         "convnet-bn", in_channels=images.channels, size=images.size, classes=len(images.classes),
         width=WIDTH,
     )  # fmt: skip
+    return made.to(images.images.device)
 
 
 def learn(

@@ -133,7 +133,8 @@ class Bottleneck(nn.Module):
         mu, a = self.encoder(h).chunk(2, dim=-1)
         sigma = F.softplus(a)
         self._divergence = divergence(mu, a).reshape(len(h), -1).sum(1)
-        epsilon = torch.randn_like(mu) if self.noise is None else self.noise
+        drawn = torch.randn_like(mu, device="cpu") if self.noise is None else self.noise
+        epsilon = drawn.to(mu.device)
         decoded: Tensor = self.decoder(mu + self.sigma_scale * sigma * epsilon)
         return decoded
 

@@ -1,0 +1,55 @@
+"""Every attack on a pretended accelerator, where tensors of two devices cannot meet."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from leakatlas.attacks.api import Attack, Reconstruction
+from leakatlas.bench import harness
+from leakatlas.catalogue import registry
+from leakatlas.catalogue.loader import attack as row_of
+from leakatlas.fl import tampering
+from tests.attacks.case import Case
+from tests.attacks.test_contract import CASES, SEED, TABLED
+from tests.conftest import build_stage, surrogate
+from tests.device.elsewhere import Elsewhere, pretended
+
+KEYS = TABLED
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEAKATLAS_CACHE", str(tmp_path_factory.getbasetemp() / "device"))
+    monkeypatch.setattr(tampering, "PLAIN", (Tensor, nn.Parameter, Elsewhere))
+
+
+def _found(key: str, device: torch.device) -> Reconstruction:
+    case: Case = CASES[key]
+    attack: Attack = registry.attack(key, **case.parameters)
+    stage = build_stage(
+        letter=row_of(key).threat_model,
+        grants=attack.grants(),
+        public=surrogate(int(case.scene.get("size", 8))),
+        device=device,
+        **case.scene,
+    )
+    view, _ = harness.observe(stage, attack)
+    return attack(view, seed=SEED)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_it_runs_where_its_view_is_and_finds_what_the_cpu_finds(key: str) -> None:
+    with pretended() as device:
+        there = _found(key, device)
+        assert there.images.device == device
+        found = there.on_cpu()
+    here = _found(key, torch.device("cpu"))
+    assert found.status == here.status, found.reason
+    torch.testing.assert_close(found.images, here.images, rtol=1e-6, atol=1e-6)
+    for name in ("labels", "label_counts", "confidence"):
+        a, b = getattr(found, name), getattr(here, name)
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
