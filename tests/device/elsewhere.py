@@ -68,6 +68,14 @@ class Elsewhere(torch.Tensor):
         """Without reading it."""
         return f"Elsewhere({self.held!r})"
 
+    def data_ptr(self) -> int:
+        """Where the values lie, by which code tells whether two tensors share them."""
+        return self.held.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """As :meth:`data_ptr`."""
+        return self.held.untyped_storage()
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares it unbound
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -93,8 +101,6 @@ class _Function(TorchFunctionMode):
             asked = {"dtype": args[0].dtype, "device": args[0].device, **kwargs}
             made = torch.tensor(args[1], dtype=asked["dtype"])
             return made.to(asked["device"])
-        if func is torch.Tensor.data_ptr and isinstance(args[0], Elsewhere):
-            return args[0].held.data_ptr()
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             args = (args[0], _indices(args[1]), *args[2:])
         if func is torch.Tensor.tolist and isinstance(args[0], Elsewhere):
