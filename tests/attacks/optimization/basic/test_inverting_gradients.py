@@ -217,8 +217,10 @@ def test_a_zero_update_is_a_failure_that_says_so() -> None:
 def test_the_budget_is_respected_and_reported() -> None:
     watch = Watch(0.3)
     trial = harness.run_trial(small(), InvertingGradients(steps=10**6), watch=watch)
-    assert trial.found.status == "cut short"
+    # As many as fit are planned; on a machine where almost none do, the run is cut.
+    assert trial.found.status in ("complete", "cut short")
     assert trial.found.notes["iterations"] < 10**6
+    assert trial.found.notes["iterations_asked"] == 10**6
     assert trial.found.images.shape == (1, 3, 8, 8)
 
 
