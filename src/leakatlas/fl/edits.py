@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leakatlas import limits
 from leakatlas.errors import InvalidInput
 from leakatlas.params import Configured, NonNegativeInt, Positive, PositiveInt, Real
 
@@ -237,6 +238,12 @@ class SplitImprintLayers(nn.Module):
         own = channels + int(edit.anchor)
         n, k = len(w), len(edges) - 1
         start = edit.group * own
+        limits.require_memory(
+            f"SplitImprint(clients={edit.clients:,})",
+            float(own * edit.clients * (k * height * width + 9 * channels) * w.element_size()),
+            f"{edit.clients:,} clients x {own} channels x ({k:,} bins x {height} x {width} pixels "
+            f"+ 9 x {channels}) x {w.element_size()} bytes",
+        )
         self.conv = nn.utils.skip_init(
             nn.Conv2d, channels, own * edit.clients, 3, padding=1, dtype=w.dtype, device=w.device
         )
