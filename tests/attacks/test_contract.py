@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -391,7 +392,8 @@ def _invalid(schema: Mapping[str, Any]) -> list[object]:
         case "integer" | "number":
             values: list[object] = ["many"]
             values += [schema["minimum"] - 1] if "minimum" in schema else []
-            values += [schema["maximum"] + 1] if "maximum" in schema else []
+            for most in [schema["maximum"]] if "maximum" in schema else []:
+                values.append(max(most + 1, math.nextafter(most, math.inf)))  # 1e30 + 1 is 1e30
             values += [schema[k] for k in ("exclusiveMinimum", "exclusiveMaximum") if k in schema]
             return [*values, float("nan")]
         case "boolean":
