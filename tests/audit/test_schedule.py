@@ -15,7 +15,7 @@ from leakatlas.attacks.api import Outlook
 from leakatlas.attacks.generative.latent.gias import GIAS
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.audit import Plan, Report, Run, carry_out, effort
-from leakatlas.audit.budget import Budget, Writer
+from leakatlas.audit.budget import COMPARISONS, REPORT, Budget, Writer
 from leakatlas.audit.compare import _alone
 from leakatlas.audit.effort import fitting, spend
 from leakatlas.audit.jobs import Job, not_run
@@ -298,6 +298,19 @@ def test_diagnosis_counts_as_spent(monkeypatch: pytest.MonkeyPatch) -> None:
     late = Budget(begun, 30.0, compares=False).attacks(Watch()).remaining()
     assert late is not None and late <= 0
     assert Budget(begun, None, compares=False).attacks(Watch()).remaining() is None
+
+
+def test_what_the_diagnosis_left_is_divided(
+    small_plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it took, attacks and comparisons still have their parts."""
+    monkeypatch.setattr("time.perf_counter", lambda: 190.0)
+    defenses = {"clipping": (registry.defense("clipping"),)}
+    slow = Budget.of(replace(small_plan, seconds=100.0, alternatives=defenses), 100.0)
+    assert slow.attacks(Watch()).remaining() == pytest.approx((1 - COMPARISONS - REPORT) * 10.0)
+    assert slow.comparisons(Watch()).remaining() == pytest.approx((1 - REPORT) * 10.0)
+    late = Budget.of(replace(small_plan, seconds=50.0), 100.0)
+    assert late.attacks(Watch()).remaining() == 0.0
 
 
 def test_a_killed_audit_leaves_a_report(
