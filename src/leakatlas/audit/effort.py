@@ -84,7 +84,7 @@ def spend(
             yield kept
     limited = main.remaining() is not None
     long = [job for job in waiting if limited and iterates(job.attack)]
-    # What is learned takes all it is given, masks on large models take the simulated clients long.
+    # What is learned takes all it is given.
     short = sorted(
         (job for job in waiting if job not in long),
         key=lambda job: (job.attack.length is not None, job.setting.hides_updates),
@@ -96,16 +96,15 @@ def spend(
     for position, job in enumerate(short):
         if stop.stopped:
             return
-        if long and over(pool):
+        # A round under masks takes the simulated clients long and ends when it ends: it may take
+        # what others leave, never what they need.
+        if long and (job.setting.hides_updates or over(pool)):
             late.append(job)
         elif over(main):
             yield unreached(job)
         else:
-            # A round under masks takes what it takes, whatever the others left of their part.
-            purse, part = pool, _part(job, len(short) - position)
-            if job.setting.hides_updates:
-                purse, part = main, CLOSED
-            yield run_job(job, plan, _allowance(purse, part), out, listener, main)
+            part = _part(job, len(short) - position)
+            yield run_job(job, plan, _allowance(pool, part), out, listener, main)
     yield from _spend_on_schedules(long, plan, _leaving(main, late), out, listener, stop)
     for position, job in enumerate(late):
         if stop.stopped:
