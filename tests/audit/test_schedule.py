@@ -388,3 +388,30 @@ def test_honest_clients_compute_once_for_all_passive_attacks(
     report = carry_out(_short(three_targets))
     assert len(report.runs) == 6 and all(run.tried for run in report.runs)
     assert len(played) == 2  # the doctor's round, and the one that every attack is shown
+
+
+def test_rounds_under_masks_wait_for_what_the_others_leave(
+    three_targets: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can end one half-way, and it may take any time: attacks that iterate come before."""
+    (setting,) = three_targets.settings
+    masked = replace(
+        setting, name="masked", defenses=(registry.defense("secure_aggregation"),), targets=(0,)
+    )
+    closed = registry.load_attack("robbing_the_fed").tuned()
+    jobs = [Job(masked, closed, "G", 0, 1.0), Job(setting, closed, "G", 0, 1.0)]
+    jobs += _jobs(three_targets)[-1:]
+    made: list[tuple[str, str]] = []
+
+    def run(job: Job, *rest: Any) -> Run:
+        made.append((job.setting.name, job.attack.key))
+        return not_run(job.setting, job.attack, Start("B", Outlook("unknown", ""), "refused"))
+
+    monkeypatch.setattr(effort, "timed", _timed)
+    monkeypatch.setattr(
+        effort, "readied", lambda at, job, *a, **k: Readied(job.attack, at.pace, None, "-")
+    )
+    monkeypatch.setattr(effort, "run_job", run)
+    list(spend(jobs, three_targets, Watch(600.0), None, Silent(), Watch()))
+    keys = [("one photo", "robbing_the_fed"), ("one photo", "inverting_gradients")]
+    assert made == [*keys, ("masked", "robbing_the_fed")]
