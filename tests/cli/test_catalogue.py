@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 from leakatlas import catalogue
 from leakatlas.catalogue import measured, results
 from leakatlas.cli import catalogue as commands
+from leakatlas.site import guide
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -249,7 +250,10 @@ def test_validate_refuses_other_files(tmp_path: Path) -> None:
 def test_site_build_writes_the_pages(tmp_path: Path) -> None:
     document = machine("site", "build", tmp_path / "out")
     assert Path(document["index"]).is_file()
-    assert document["pages"] == 7 + ROWS + len(catalogue.threat_models())
+    chapters = guide.pages(ROOT)
+    assert chapters
+    expected = 7 + ROWS + len(catalogue.threat_models()) + len(chapters)
+    assert document["pages"] == expected
     path = tmp_path / "file"
     path.touch()
     assert run("site", "build", path).exit_code == 2

@@ -182,7 +182,10 @@ def test_the_default_protocol_is_fedsgd() -> None:
 
 def test_a_described_scenario_runs_no_code_unless_told_to(tmp_path: Path) -> None:
     canary = tmp_path / "owned"
-    values = Scenario(model=ModelRef("python", "os:mkdir", {"path": str(canary)})).to_json()
+    file = tmp_path / "factory.py"
+    file.write_text("import os\n\n\ndef make(path):\n    os.mkdir(path)\n", encoding="utf-8")
+    named = ModelRef("python", f"{file}:make", {"path": str(canary)})
+    values = Scenario(model=named).to_json()
     scenario = Scenario.from_json(values)
     with pytest.raises(InvalidInput, match=r"was not run.*`model=`, or `trust_code=True`"):
         stage(scenario)

@@ -7,7 +7,7 @@ FedSGD, one round; the client's model is in train mode.
           1 - \frac{\langle \nabla_\theta \mathcal L(x, y; m),\, g \rangle}
                    {\lVert \nabla_\theta \mathcal L(x, y; m) \rVert \, \lVert g \rVert}
           + \alpha \, \mathrm{TV}(x)
-          + \beta \sum_l \bigl\lvert (1 - \overline{m_l}) - p_l \bigr\rvert
+          + \beta \sum_l \lvert (1 - \overline{m_l}) - p_l \rvert
 
 A client draws masks that nobody else knows, and the gradient belongs to the thinned network that
 they leave. The adversary knows where layers drop and at which rate :math:`p_l`, so it relaxes every

@@ -8,7 +8,7 @@ rows, the output channels, are weighted by their norms, the product is cut to it
 singular values, and the weights are taken off again:
 
 .. math:: \hat M = D^{-1} \, [D M]_r, \qquad D = \mathrm{diag}(\lVert M_c \rVert^{\gamma}), \qquad
-          r = \min\Bigl\{ k : \sum_{i \le k} \sigma_i^2 \ge \tau \sum_i \sigma_i^2 \Bigr\},
+          r = \min \{ k : \sum_{i \le k} \sigma_i^2 \ge \tau \sum_i \sigma_i^2 \},
 
 so that what is cut is paid by channels that matter little for training. The energy threshold
 adapts to the client: one whose singular values are few (few classes, few images) leaks more, and
