@@ -18,11 +18,14 @@ keeps less,
           H = \text{mean over layers of } \frac{-\sum_i p_i \log p_i}{\log \min(m, n)},
           \quad p_i = \sigma_i^2 / \textstyle\sum_j \sigma_j^2 .
 
-What an adversary does about it: the upload shows the row space that was kept, and whoever compares
-only there compares everything that is left (:math:`\hat M = M V V^T`, since :math:`D` acts from the
-left). And a matrix of rank one has nothing to cut: the gradient of a linear layer on one image is
-:math:`\delta x^T`, which passes whole at any threshold, so that row over bias still gives the
-image exactly; on N images its rank is at most N.
+What an adversary does about it: the upload shows the rank that was kept. Cutting the own candidates
+to that rank matches all that is left; the slope must pass as if nothing were cut, since along its
+own directions a candidate never gains those that it lacks (that, and comparing on the observed row
+space alone, do worse than ignoring the defense).
+
+And a matrix of rank one has nothing to cut: the gradient of a linear layer on one
+image is :math:`\delta x^T`, which passes whole at any threshold, so that row over bias still gives
+the image exactly; on N images its rank is at most N.
 
 Departures (the paper's formulas were not at hand; this is rebuilt from its abstract):
     * The three formulas above are ours: that the threshold follows the entropy of the singular
@@ -87,16 +90,15 @@ class SVDefense(Defense):
     def simulate(
         self, update: dict[str, Tensor], x: Tensor, y: Tensor, observed: Update
     ) -> dict[str, Tensor]:
-        """The candidate's matrices on the row spaces of the observed ones.
+        """The candidate's matrices, cut to the ranks that the observed ones show.
 
-        The spaces are constants, so slopes pass straight through. At the truth this equals the
-        observation.
+        At the truth this equals the observation.
         """
         del x, y
         if self.energy == 1:
             return update
         return {
-            name: projected(t, observed.tensors[name]) if t.dim() > 1 else t
+            name: cut_alike(t, observed.tensors[name], self.channel_weight) if t.dim() > 1 else t
             for name, t in update.items()
         }
 
@@ -132,14 +134,15 @@ def truncated(tensor: Tensor, threshold: float, channel_weight: float) -> Tensor
     M = matrix(tensor)
     if not bool(M.any()):
         return tensor
-    weights = torch.linalg.vector_norm(M.double(), dim=1).pow(channel_weight)
-    alive = M.any(dim=1)
-    weights = torch.where(alive, weights / weights.max(), torch.ones_like(weights)).unsqueeze(1)
-    U, S, Vh = torch.linalg.svd(weights * M.double(), full_matrices=False)
-    r = rank(S, threshold)
-    kept: Tensor = (U[:, :r] * S[:r]) @ Vh[:r] / weights
-    kept = kept * alive.unsqueeze(1)  # rounding would make a dead row live
-    return kept.to(tensor.dtype).reshape(tensor.shape)
+    _, S, Vh = torch.linalg.svd(weighted(M, channel_weight), full_matrices=False)
+    return projected(tensor, Vh[: rank(S, threshold)])
+
+
+def weighted(M: Tensor, channel_weight: float) -> Tensor:
+    """The rows of ``M`` in float64, times a power of their norms over the largest of those."""
+    M = M.double()
+    norms = torch.linalg.vector_norm(M, dim=1, keepdim=True)
+    return (norms / norms.max()).pow(channel_weight) * M
 
 
 def rank(S: Tensor, threshold: float) -> int:
@@ -148,11 +151,24 @@ def rank(S: Tensor, threshold: float) -> int:
     return int((energy < threshold * energy[-1]).sum()) + 1
 
 
-def projected(tensor: Tensor, observed: Tensor) -> Tensor:
-    """A matrix on the row space of another; directions that are rounding are none."""
-    M = matrix(observed).detach().double()
-    _, S, Vh = torch.linalg.svd(M, full_matrices=False)
-    floor = max(M.shape) * torch.finfo(observed.dtype).eps * S[0]
-    V = Vh[floor < S].to(tensor.dtype)
+def projected(tensor: Tensor, Vh: Tensor) -> Tensor:
+    """A matrix on the space of the orthonormal rows ``Vh`` ``(r, n)``.
+
+    That undoes the weights by itself: ``D^-1 [D M]_r = M V V^T``, since D acts from the left.
+    """
+    V = Vh.to(tensor.dtype)
     found: Tensor = matrix(tensor) @ V.T @ V
     return found.reshape(tensor.shape)
+
+
+def cut_alike(tensor: Tensor, observed: Tensor, channel_weight: float) -> Tensor:
+    """A candidate's matrix, cut as the defense would cut it to the rank that the upload shows.
+
+    The slope is that of the whole matrix, as if nothing were cut: along the candidate's own
+    directions alone, a candidate never gains those that it lacks.
+    """
+    M = matrix(observed).detach().double()
+    shown = int(torch.linalg.matrix_rank(M, rtol=max(M.shape) * torch.finfo(observed.dtype).eps))
+    own = matrix(tensor).detach()
+    _, _, Vh = torch.linalg.svd(weighted(own, channel_weight), full_matrices=False)
+    return tensor + (projected(own, Vh[:shown]).reshape(tensor.shape) - tensor).detach()
