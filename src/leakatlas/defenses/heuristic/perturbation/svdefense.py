@@ -171,4 +171,6 @@ def cut_alike(tensor: Tensor, observed: Tensor, channel_weight: float) -> Tensor
     shown = int(torch.linalg.matrix_rank(M, rtol=max(M.shape) * torch.finfo(observed.dtype).eps))
     own = matrix(tensor).detach()
     _, _, Vh = torch.linalg.svd(weighted(own, channel_weight), full_matrices=False)
-    return tensor + (projected(own, Vh[:shown]).reshape(tensor.shape) - tensor).detach()
+    cut = projected(own, Vh[:shown]).reshape(tensor.shape)
+    passed: Tensor = tensor + (cut - tensor).detach()
+    return passed
