@@ -17,7 +17,6 @@ from torch import Tensor
 
 from leakatlas import data
 from leakatlas.attacks.api import Attack
-from leakatlas.attacks.generative.direct.lti import LTI
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.audit.rehearsal import rehearse
 from leakatlas.bench import scene
@@ -27,7 +26,7 @@ from leakatlas.fl import Client, Federation, FedSGD, Stage, View
 from leakatlas.fl.view import defense_from_json
 from leakatlas.metrics.images import psnr
 
-ITERATIONS = 80
+ITERATIONS = 60
 CLIENTS, EXAMPLES, TEST, ROUNDS = 8, 40, 300, 25
 RATES = (0.5, 0.15)
 """Server step sizes tried."""
@@ -53,14 +52,12 @@ def leakage(cell: Cell) -> dict[str, Any]:
             seed=cell.seed, cache=Path(empty),
         ).variant  # fmt: skip
     attack = variants[chosen].lasting(ITERATIONS)
-    learner = LTI.from_json({**LTI.tuned().to_json(), "epochs": 15})
     mean = surrogate.images.mean(0, keepdim=True)
     return {
         "psnr_rehearsed": _reached(attack, views, stage, cell.seed),
         "psnr_oblivious": _reached(
             attack, [v.without("defenses") for v in views], stage, cell.seed
         ),
-        "psnr_lti": _reached(learner, views, stage, cell.seed),
         "psnr_mean_image": [_psnr(mean, stage, i) for i in stage.victims],
         "relative_error": _error(cell, [v.update.tensors for v in views]),
     }

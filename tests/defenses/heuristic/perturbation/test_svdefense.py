@@ -151,6 +151,12 @@ def test_the_mirror_lets_slopes_pass_in_directions_that_were_cut() -> None:
     torch.testing.assert_close(slope, seen)
 
 
+def test_the_mirror_of_a_dead_or_diverged_candidate_says_so_and_does_not_crash() -> None:
+    seen = truncated(random_tensors()["weight"], 0.5, 0.5)
+    assert not cut_alike(torch.zeros_like(seen), seen, 0.5).any()
+    assert bool(cut_alike(torch.full_like(seen, torch.nan), seen, 0.5).isnan().all())
+
+
 def test_one_image_behind_a_linear_layer_leaks_at_any_threshold() -> None:
     """Its gradient has rank one: there is nothing to cut."""
     assert readout_error(SVDefense(energy=0.01)) < 1e-9

@@ -142,7 +142,10 @@ def weighted(M: Tensor, channel_weight: float) -> Tensor:
     """The rows of ``M`` in float64, times a power of their norms over the largest of those."""
     M = M.double()
     norms = torch.linalg.vector_norm(M, dim=1, keepdim=True)
-    return (norms / norms.max()).pow(channel_weight) * M
+    made: Tensor = (norms / norms.max().clamp(min=torch.finfo(M.dtype).tiny)).pow(
+        channel_weight
+    ) * M
+    return made
 
 
 def rank(S: Tensor, threshold: float) -> int:
@@ -169,7 +172,7 @@ def cut_alike(tensor: Tensor, observed: Tensor, channel_weight: float) -> Tensor
     """
     M = matrix(observed).detach().double()
     shown = int(torch.linalg.matrix_rank(M, rtol=max(M.shape) * torch.finfo(observed.dtype).eps))
-    own = matrix(tensor).detach()
+    own = matrix(tensor).detach().nan_to_num()  # a candidate that diverged is the loop's to halt
     _, _, Vh = torch.linalg.svd(weighted(own, channel_weight), full_matrices=False)
     cut = projected(own, Vh[:shown]).reshape(tensor.shape)
     passed: Tensor = tensor + (cut - tensor).detach()
