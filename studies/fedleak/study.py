@@ -12,12 +12,12 @@ from torch import Tensor
 from leakatlas.attacks.api import Attack
 from leakatlas.attacks.optimization.basic.fedleak import FedLeak
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
-from leakatlas.audit import strangers
 from leakatlas.audit.rehearsal import rehearse
 from leakatlas.bench import scene
 from leakatlas.bench.cells import Cell
 from leakatlas.bench.harness import Trial
 from leakatlas.blocks.watch import Conduct, Watch
+from leakatlas.data import strangers
 from leakatlas.fl import Stage
 from leakatlas.metrics.assignment import assign, pairwise_mse
 from leakatlas.metrics.images import psnr_of_mse
@@ -50,7 +50,7 @@ def measure(cell: Cell) -> dict[str, Any]:
     quiet = Watch(conduct=Conduct(execution="eager"))
     with tempfile.TemporaryDirectory() as empty:  # nothing is taken from earlier rehearsals
         best = rehearse(
-            view, variants, strangers.photos_like(stage.victims[0]), planned=ITERATIONS, images=1,
+            view, variants, strangers(stage.victims[0]), planned=ITERATIONS, images=1,
             watch=quiet, seed=cell.seed, cache=Path(empty),
         ).variant  # fmt: skip
     found = variants[best].lasting(ITERATIONS)(view, seed=cell.seed, watch=quiet)
