@@ -106,7 +106,8 @@ def _lead(tokens: list[Token], source: str, name: str, known: dict[str, str]) ->
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), parts.path))
         if target in known:
             near = posixpath.relpath(known[target], posixpath.dirname(name))
-            opened.attrSet("href", near + (f"#{parts.fragment}" if parts.fragment else ""))
+            place = f"#{parts.fragment}" if parts.fragment and target not in TABLES else ""
+            opened.attrSet("href", near + place)
         else:
             for token in (opened, closed):
                 token.type, token.tag, token.attrs = "link", "em", {}
