@@ -87,9 +87,6 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "a gate that a busy machine does not fail": (
         "test_daily_needs.test_no_test_holds_a_duration_against_a_number_of_seconds",
     ),
-    "a doctor that starts at once": (
-        "test_daily_needs.test_the_doctor_loads_no_library_that_it_does_not_use",
-    ),
     "inputs that were normalised otherwise than in training": (
         "test_forgotten_normalisation."
         "test_the_statistics_of_a_shipped_model_tell_pixels_from_normalised_inputs",

@@ -21,7 +21,6 @@ from leakatlas.blocks.watch import Watch
 from leakatlas.cli import app
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import FedSGD, Update
-from tests.audit.test_imports import loaded_by
 
 TESTS = Path(__file__).parents[1]
 
@@ -70,12 +69,9 @@ def test_a_private_gradient_is_replayed_through_the_declared_defense() -> None:
         factor = min(1.0, norm / float(size))
         clipped = [c + factor * g / len(images) for c, g in zip(clipped, each, strict=True)]
     declared = [defense("client_dp", unit="example", clip_norm=norm, noise_multiplier=0.1)]
-    quiet = [defense("client_dp", unit="example", clip_norm=norm, noise_multiplier=0.0)]
     update = Update.from_gradients(clipped, model, num_examples=3)
     bare = doctor(model, _batch(), captured=update).replay
     assert not bare.expected, "clipping was not noticed"
-    exact = doctor(model, _batch(), captured=update, defenses=quiet).replay
-    assert exact.residual is not None and exact.residual < 1e-5
     generator = torch.Generator().manual_seed(1)
     noisy = [c + 0.1 * norm / 3 * torch.randn(c.shape, generator=generator) for c in clipped]
     update = Update.from_gradients(noisy, model, num_examples=3)
@@ -144,20 +140,6 @@ def test_diagnosis_and_comparisons_are_inside_the_budget() -> None:
     left = [part.remaining() or 0.0 for part in parts]
     assert left == sorted(left)
     assert max(left) <= 15.0, "what is over is over"
-
-
-# -- what a start loads ----------------------------------------------------------------------------
-
-
-def test_the_doctor_loads_no_library_that_it_does_not_use() -> None:
-    """Grey, not square, three clients that train: another set-up than the other counts take."""
-    held = "(torch.rand(3, 1, 6, 5), [2, 0, 1])"
-    what = (
-        "from torch import nn; import leakatlas; from leakatlas import FedAVG; leakatlas.doctor("
-        f"nn.Sequential(nn.Flatten(), nn.Linear(30, 3)), {held}, clients=3, "
-        "protocol=FedAVG(epochs=1, batch_size=1, lr=0.1))"
-    )
-    assert loaded_by(what) == []
 
 
 # -- tests that say nothing of the machine ---------------------------------------------------------
