@@ -44,7 +44,6 @@ from typing import Literal, Self
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from leakatlas import models
@@ -331,6 +330,8 @@ def unordered_mse(found: Tensor, wanted: Tensor) -> Tensor:
     """
     if found.shape[1] == 1:
         return (found - wanted).square().mean((1, 2))
+    from scipy.optimize import linear_sum_assignment  # half a second to import
+
     cost = torch.cdist(found.detach(), wanted).square().cpu().numpy()
     order = torch.tensor(np.array([linear_sum_assignment(c)[1] for c in cost]))
     matched = wanted.gather(1, order.to(wanted.device).unsqueeze(2).expand_as(wanted))
