@@ -34,8 +34,8 @@ Departures:
     - Where the last features have no mean sum to divide by (mixed signs), counts come from the
       head's bias, which needs none.
     - Granted labels, and a granted order (with which all epochs share their images), are used.
-    - :meth:`DLFA.tuned` is ours: a relative matching term and weights that suit it, chosen on other
-      images than any figure.
+    - :meth:`DLFA.tuned` is ours: a relative matching term and weights that suit it, a first guess
+      that was tuned on no image.
 
 Released code: ``eth-sri/fedavg_leakage``, ``fedavg/utils/flax_losses.py``,
 ``fedavg/attacks/grad_attack.py``.

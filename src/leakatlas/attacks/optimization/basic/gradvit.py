@@ -22,8 +22,8 @@ Departures:
       surrogate images, in place of a ResNet-50; it sees the images in its own normalisation.
     - The weights, the length and the step size are from memory of the paper.
     - The iterate of least objective with every term on is kept, not the last one.
-    - :meth:`GradViT.tuned` is ours: a relative matching term and weights that suit it, chosen on
-      other images than any figure.
+    - :meth:`GradViT.tuned` is ours: a relative matching term and weights that suit it, a first
+      guess that was tuned on no image.
 
 There is no official code; a repository of the same name is an unrelated quantised transformer.
 """
