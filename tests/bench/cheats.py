@@ -24,13 +24,9 @@ from leakatlas.threat import Knowledge
 
 def images_among(found: Iterator[object], shape: tuple[int, ...]) -> Reconstruction:
     """Whatever has the shape of images, as candidates."""
-    # By type: asking some objects for their class runs code.
-    known = (
-        cast(Tensor, t)
-        for t in found
-        # A lazy parameter, left over from elsewhere in the process, has no shape to ask for.
-        if issubclass(type(t), Tensor) and not nn.parameter.is_lazy(cast(Tensor, t))
-    )
+    # By exact type: asking some objects for their class runs code, and what other tests leave behind
+    # in this process (lazy parameters, tensors of a pretended device) holds no images to read.
+    known = (cast(Tensor, t) for t in found if type(t) in (Tensor, nn.Parameter))
     tensors = [t for t in known if t.dim() == 4 and t.shape[1:] == shape]
     if not tensors:
         return nothing_found(shape, "there is nothing to steal")
