@@ -24,8 +24,8 @@ from leakatlas.threat import Knowledge
 
 def images_among(found: Iterator[object], shape: tuple[int, ...]) -> Reconstruction:
     """Whatever has the shape of images, as candidates."""
-    # By exact type: asking some objects for their class runs code, and what other tests leave behind
-    # in this process (lazy parameters, tensors of a pretended device) holds no images to read.
+    # By exact type: asking some objects for their class runs code, and what other tests leave in
+    # this process (lazy parameters, tensors of a pretended device) holds no images to read.
     known = (cast(Tensor, t) for t in found if type(t) in (Tensor, nn.Parameter))
     tensors = [t for t in known if t.dim() == 4 and t.shape[1:] == shape]
     if not tensors:
@@ -70,9 +70,11 @@ class Burglar(Attack):
 
         def stolen() -> Iterator[object]:
             for place in told:
-                for file in place.glob("**/*.safetensors") if place.is_dir() else ():
-                    with contextlib.suppress(SafetensorError, OSError):
-                        yield from load_file(file).values()
+                # A walk steps over folders that vanish meanwhile; other tests make and remove many.
+                for folder, _, files in os.walk(place):
+                    for file in (name for name in files if name.endswith(".safetensors")):
+                        with contextlib.suppress(SafetensorError, OSError):
+                            yield from load_file(Path(folder) / file).values()
 
         return images_among(stolen(), tuple(view.input_shape))
 
