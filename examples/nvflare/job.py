@@ -1,6 +1,8 @@
 """A job whose clients examine what arrives, and record what goes by: ``python job.py FOLDER``."""
 
 import argparse
+import tempfile
+from pathlib import Path
 
 from net import Net, TamperedNet
 from nvflare.app_opt.pt.recipes.fedavg import FedAvgRecipe
@@ -13,7 +15,7 @@ def main():
     """Run the job in NVFlare's simulator, two sites."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="where captures go (absolute)")
-    parser.add_argument("--workspace", default="/tmp/nvflare/leakatlas")
+    parser.add_argument("--workspace", default=str(Path(tempfile.gettempdir()) / "nvflare"))
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tamper", action="store_true", help="be a malicious server")
     options = parser.parse_args()

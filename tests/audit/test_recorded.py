@@ -62,6 +62,15 @@ def test_a_folder_brings_its_protocol(tmp_path: Path) -> None:
     found = examine(setting.stage(letter="B", seed=0), attacks, letters=("B",))
     assert found.replay.residual is not None
     assert found.replay.residual < 1e-5
+    assert any("taken in order" in finding for finding in found.findings)
+
+
+def test_a_recorded_shuffle_is_no_assumption(tmp_path: Path) -> None:
+    record(tmp_path / "captures", settings={**SETTINGS, "shuffle": True})
+    config = read_config(_yaml(tmp_path / "audit.yaml"))
+    (setting,) = make_plan(config, base=tmp_path, command="").settings
+    assert setting.protocol == FedAVG(epochs=2, batch_size=2, lr=0.05, shuffle=True)
+    assert not any("taken in order" in note for note in setting.weights_notes)
 
 
 def test_what_is_unknown_is_asked_for_and_can_be_said(tmp_path: Path) -> None:

@@ -276,10 +276,9 @@ def test_three_rounds_of_two_clients_under_the_real_engine(
         torch.testing.assert_close(tensor, sum(s[name] for s in sent) / NODES)
 
 
-def test_a_run_goes_on_without_the_client_that_refuses(
+def test_a_run_goes_on_when_its_clients_refuse_a_round(
     engine: dict[str, str], tmp_path: Path
 ) -> None:
     said = _run(engine, tmp_path, tamper="true", guard='"refuse"', **{"num-server-rounds": "1"})
-    assert "refuses this round" in said or "received 0 results" in said or "failures" in said
     assert not list(tmp_path.glob("*/server-*.safetensors")), "no refused client was heard"
     assert "Strategy execution finished" in said

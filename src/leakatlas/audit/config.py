@@ -72,6 +72,13 @@ class DataConfig(_Strict):
     """As ``mean``."""
 
 
+IN_ORDER = (
+    "whether the client shuffles its examples was not recorded; they are taken in order, which is "
+    "more than most adversaries know: say shuffle: true under protocol if it does"
+)
+"""Said of a capture from a framework that does not tell."""
+
+
 class RecordedConfig(_Strict):
     """A folder that one of :mod:`leakatlas.integrations` recorded, and what of it is attacked."""
 
@@ -245,8 +252,11 @@ def make_setting(config: AuditConfig, *, base: Path) -> Setting:
     model = reference.build(trust_code=True)  # the person who starts an audit names this file
     described: Mapping[str, Any] = config.protocol
     capture, recorded = _captured(config, model, base)
+    assumed: tuple[str, ...] = ()
     if recorded is not None:
         described = recorded
+        if recorded["algorithm"] == "fedavg" and "shuffle" not in recorded:
+            assumed = (IN_ORDER,)
     known = config.data.victims != "none"
     if known and config.data.shape is not None:
         raise InvalidInput("data.shape belongs to victims: none; images bring their own shape.")
@@ -286,7 +296,7 @@ def make_setting(config: AuditConfig, *, base: Path) -> Setting:
         known=known,
         weights=config.model.weights or "",
         device=devices.chosen(config.device),
-        weights_notes=notes,
+        weights_notes=(*notes, *assumed),
     )
 
 

@@ -128,7 +128,7 @@ def _is_trained(layer: nn.Module) -> bool:
 
 
 def _misfit(layer: nn.Module, reached: Tensor) -> float:
-    mean, var = getattr(layer, "running_mean"), getattr(layer, "running_var")  # noqa: B009
+    mean, var = layer.get_buffer("running_mean"), layer.get_buffer("running_var")
     axes = [axis for axis in range(reached.dim()) if axis != 1]
     seen = reached.double()
     ratio = seen.var(axes, correction=0).clamp(min=1e-12) / var.double().clamp(min=1e-12)

@@ -45,6 +45,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "momentum": ("momentum",),
     "weight_decay": ("weight_decay",),
     "optimizer": ("optimizer",),
+    "shuffle": ("shuffle",),
     "mode": ("mode",),
 }
 """How applications call what a protocol needs; dashes and underscores are alike."""

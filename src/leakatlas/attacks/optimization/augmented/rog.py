@@ -217,7 +217,8 @@ class Enhancer(nn.Module):
             ]  # fmt: skip
         last = nn.Conv2d(width, channels, 3, padding=1)
         nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)  # type: ignore[arg-type]  # it has one
+        assert last.bias is not None
+        nn.init.zeros_(last.bias)
         self.body = nn.Sequential(*layers, last)
 
     def forward(self, x: Tensor) -> Tensor:
