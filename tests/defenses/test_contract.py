@@ -138,6 +138,16 @@ def test_there_is_one_knob_with_a_neutral_value(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", KEYS)
+def test_its_strengths_are_worth_trying(key: str) -> None:
+    cls = load(key)
+    assert cls.strengths, f"{key} names no value of its knob that is worth trying"
+    assert cls.neutral not in cls.strengths
+    assert getattr(cls(), cls.knob) in cls.strengths
+    for value in cls.strengths:
+        assert getattr(dataclasses.replace(cls(), **{cls.knob: value}), cls.knob) == value
+
+
+@pytest.mark.parametrize("key", KEYS)
 def test_it_acts_somewhere_and_says_on_what(key: str) -> None:
     defense = load(key)()
     assert acts_at(defense)

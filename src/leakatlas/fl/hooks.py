@@ -170,6 +170,9 @@ class Defense(Configured, ABC):
     """Name of the field that trades privacy against utility."""
     neutral: ClassVar[Any]
     """The knob's value at which nothing is defended."""
+    strengths: ClassVar[tuple[Any, ...]] = ()
+    """Values of the knob that are worth trying where none is given, weakest first: published ones,
+    and those that users of the mechanism choose. The default is among them."""
     version: ClassVar[int] = 1
     """Raised whenever results may change."""
     modes: ClassVar[frozenset[ActsOn]] = frozenset({ActsOn.PER_STEP, ActsOn.PER_UPDATE})

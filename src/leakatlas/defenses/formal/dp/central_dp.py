@@ -78,6 +78,7 @@ class CentralDP(Defense):
     version: ClassVar[int] = 2
     knob: ClassVar[str] = "noise_multiplier"
     neutral: ClassVar[float] = 0.0
+    strengths: ClassVar[tuple[float, ...]] = (0.1, 1.0)
     # After everything else on the client, so that no later step can push a norm past the bound.
     stage: ClassVar[int] = 80
     traits: ClassVar[frozenset[Trait]] = frozenset({Trait.DP_NOISE, Trait.READS_UPDATES})

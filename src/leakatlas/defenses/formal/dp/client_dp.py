@@ -78,6 +78,7 @@ class ClientDP(Defense):
     key: ClassVar[str] = "client_dp"
     knob: ClassVar[str] = "noise_multiplier"
     neutral: ClassVar[float] = 0.0
+    strengths: ClassVar[tuple[float, ...]] = (0.01, 0.1, 1.0, 6.0)
     # Innermost among the local steps (it computes the gradients), and after pruning among updates.
     stage: ClassVar[int] = 60
     traits: ClassVar[frozenset[Trait]] = frozenset({Trait.DP_NOISE, Trait.EXAMPLE_DP})

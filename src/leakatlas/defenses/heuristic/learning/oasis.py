@@ -53,6 +53,7 @@ class OASIS(Defense):
     key: ClassVar[str] = "oasis"
     knob: ClassVar[str] = "fraction"
     neutral: ClassVar[float] = 0.0
+    strengths: ClassVar[tuple[float, ...]] = (1.0,)
     stage: ClassVar[int] = 10
     modes: ClassVar[frozenset[ActsOn]] = frozenset({ActsOn.PER_STEP})
 

@@ -41,6 +41,7 @@ class VicinalAugmentation(Defense):
     key: ClassVar[str] = "vicinal_augmentation"
     knob: ClassVar[str] = "fraction"
     neutral: ClassVar[float] = 0.0
+    strengths: ClassVar[tuple[float, ...]] = (0.5, 1.0)
     stage: ClassVar[int] = 10
     modes: ClassVar[frozenset[ActsOn]] = frozenset({ActsOn.PER_STEP})
 

@@ -53,6 +53,7 @@ class FedKL(Defense):
     key: ClassVar[str] = "fedkl"
     knob: ClassVar[str] = "locked"
     neutral: ClassVar[float] = 0.0
+    strengths: ClassVar[tuple[float, ...]] = (0.5, 1.0)
     stage: ClassVar[int] = 20
     modes: ClassVar[frozenset[ActsOn]] = frozenset({ActsOn.PER_STEP, ActsOn.PER_UPDATE})
 

@@ -55,6 +55,7 @@ class PRECODE(Defense):
     key: ClassVar[str] = "precode"
     knob: ClassVar[str] = "sigma_scale"
     neutral: ClassVar[float] = 0.0
+    strengths: ClassVar[tuple[float, ...]] = (0.5, 1.0)
     stage: ClassVar[int] = 20
     modes: ClassVar[frozenset[ActsOn]] = frozenset({ActsOn.PER_STEP})
 

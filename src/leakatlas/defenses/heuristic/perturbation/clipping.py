@@ -36,6 +36,7 @@ class Clipping(Defense):
     key: ClassVar[str] = "clipping"
     knob: ClassVar[str] = "max_norm"
     neutral: ClassVar[float] = float("inf")
+    strengths: ClassVar[tuple[float, ...]] = (4.0, 1.0, 0.1)
     stage: ClassVar[int] = 40
     modes: ClassVar[frozenset[ActsOn]] = frozenset({ActsOn.PER_UPDATE})
 

@@ -50,6 +50,7 @@ class GradientPruning(Defense):
     key: ClassVar[str] = "gradient_pruning"
     knob: ClassVar[str] = "rate"
     neutral: ClassVar[float] = 0.0
+    strengths: ClassVar[tuple[float, ...]] = (0.8, 0.95, 0.99)
     stage: ClassVar[int] = 50
     modes: ClassVar[frozenset[ActsOn]] = frozenset({ActsOn.PER_UPDATE})
 

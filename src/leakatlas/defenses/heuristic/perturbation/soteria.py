@@ -55,6 +55,7 @@ class Soteria(Defense):
     key: ClassVar[str] = "soteria"
     knob: ClassVar[str] = "prune"
     neutral: ClassVar[float] = 0.0
+    strengths: ClassVar[tuple[float, ...]] = (0.4, 0.8)
     stage: ClassVar[int] = 50
     modes: ClassVar[frozenset[ActsOn]] = frozenset({ActsOn.SINGLE_BATCH})
     traits: ClassVar[frozenset[Trait]] = frozenset({Trait.READS_BATCH})

@@ -62,6 +62,7 @@ class SVDefense(Defense):
     key: ClassVar[str] = "svdefense"
     knob: ClassVar[str] = "energy"
     neutral: ClassVar[float] = 1.0
+    strengths: ClassVar[tuple[float, ...]] = (0.9, 0.8, 0.6)
     stage: ClassVar[int] = 50
     modes: ClassVar[frozenset[ActsOn]] = frozenset({ActsOn.PER_UPDATE})
 
