@@ -239,32 +239,9 @@ def check_replay(
     def wrong(culprit: str, words: str) -> ReplayCheck:
         return ReplayCheck(first.plain, False, culprit, words)
 
-    if update.state_hash and not _computed_here(update, model):
-        return wrong(
-            "weights",
-            f"the update says it was computed at state {update.state_hash[:12]}, the model "
-            f"holds {state_hash(own)[:12]}: capture the weights that the client received, "
-            "before its first step",
-        )
-    if defended:
-        words = f"the defense changes the upload by {first.plain:.1%} of its norm, as it should"
-        return wrong("defense", words)
-    noisy = [d.key for d in defenses if Trait.DP_NOISE in d.active_traits()]
-    if noisy:
-        return wrong(
-            "defense",
-            f"{noisy[0]} adds noise, which is {first.plain:.1%} of the upload's norm if all else "
-            "is as described; nobody can check that any closer",
-        )
-    if protocol.augment and seeds is None:
-        names = ", ".join(one.name for one in protocol.augment)
-        return wrong(
-            "augmentation",
-            f"the client transforms its images ({names}) and nobody recorded what it drew, so the "
-            "update cannot be replayed",
-        )
-    if drawn is None and (words := _dropout(described)):
-        return wrong("dropout", words)
+    known = _known_beforehand(described, update, model, defended=defended, size=first.plain)
+    if known is not None:
+        return wrong(*known)
     tried = []
     for culprit, words, changed in mistakes(described, box):
         found = _try(changed)
@@ -288,6 +265,47 @@ def check_replay(
         "scale, defense or parameter order explains it, nor several together; check the weights, "
         "and the preprocessing of the batch" + (f". {seen}" if seen else ""),
     )
+
+
+def _known_beforehand(
+    described: Described, update: Update, model: nn.Module, *, defended: bool, size: float
+) -> tuple[str, str] | None:
+    """Culprit and words, where the description alone says why the replay cannot match.
+
+    Args:
+        described: What was replayed.
+        update: As it was observed.
+        model: Holding the state at which it is said to have been computed.
+        defended: Whether a defense changed a simulated upload on purpose.
+        size: The residual, relative to the upload.
+    """
+    if update.state_hash and not _computed_here(update, model):
+        held = state_hash({**parameters(model), **buffers(model)})
+        return (
+            "weights",
+            f"the update says it was computed at state {update.state_hash[:12]}, the model "
+            f"holds {held[:12]}: capture the weights that the client received, "
+            "before its first step",
+        )
+    if defended:
+        return "defense", f"the defense changes the upload by {size:.1%} of its norm, as it should"
+    noisy = [d.key for d in described.defenses if Trait.DP_NOISE in d.active_traits()]
+    if noisy:
+        return (
+            "defense",
+            f"{noisy[0]} adds noise, which is {size:.1%} of the upload's norm if all else "
+            "is as described; nobody can check that any closer",
+        )
+    if described.protocol.augment and described.seeds is None:
+        names = ", ".join(one.name for one in described.protocol.augment)
+        return (
+            "augmentation",
+            f"the client transforms its images ({names}) and nobody recorded what it drew, so the "
+            "update cannot be replayed",
+        )
+    if described.drawn is None and (words := _dropout(described)):
+        return "dropout", words
+    return None
 
 
 def _computed_here(update: Update, model: nn.Module) -> bool:
