@@ -1,7 +1,9 @@
-"""The code behind a figure: one hash over a module and everything it imports inside the project.
+"""The code behind a figure: one hash over all that it runs inside the project.
 
-Read from the text of the files: nothing is imported or run. Comments, docstrings and layout do not
-count, because they cannot change a figure.
+Read from the text of the files: nothing is imported or run. What is followed are names: a module
+counts with the definitions that are used, with what these use, and with what importing it does.
+Comments, docstrings, layout and order do not count, because they cannot change a figure; nor do
+types, limits and texts of errors (what they would refuse ran), and the published facts.
 """
 
 from __future__ import annotations
@@ -10,22 +12,37 @@ import ast
 import functools
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from leakatlas.catalogue import registry
 
 PACKAGE = Path(__file__).resolve().parent.parent
-ALWAYS = ("leakatlas.bench.harness", "leakatlas.bench.scene", "leakatlas.metrics.score")
+ALWAYS = (
+    "leakatlas.bench.harness:run_trial",
+    "leakatlas.bench.harness:control_trial",
+    "leakatlas.bench.harness:scored",
+    "leakatlas.bench.harness:nothing_scored",
+    "leakatlas.bench.scene:staged",
+    "leakatlas.bench.scene:attack_of",
+    "leakatlas.bench.scene:public_images",
+)
 """What every cell runs, whatever its attack: the rounds and the scores."""
+
+UNSEEN = ("leakatlas.errors", "leakatlas.limits", "leakatlas.reading", "leakatlas.catalogue")
+"""Rooms that no figure depends on: texts, what is refused, facts of the literature."""
+
+TABLES = {"leakatlas.models.registry": ("_CLASSIFIERS", "_GENERATORS")}
+"""Dictionaries of which one entry is used: a new network leaves the figures of others alone."""
 
 
 def of_case(case: Mapping[str, Any], hook: Path | None = None) -> str:
     """Hash of the code that the cells of a study's case run.
 
     Args:
-        case: The case as JSON; its attack and defenses count.
+        case: The case as JSON; its attack, defenses and network count.
         hook: The study's own Python file.
 
     Raises:
@@ -42,73 +59,246 @@ def of_case(case: Mapping[str, Any], hook: Path | None = None) -> str:
             files.append(Path(inspect.getfile(cls)))
         else:
             modules.append(registry.module_path(kind, key))
-    return code_hash(modules, files)
+    return code_hash(modules, files, networks=None if files else [case["model"]["builtin"]])
 
 
-def code_hash(modules: Iterable[str], files: Iterable[Path] = ()) -> str:
-    """SHA-256 over modules, files, and all that these import from the project.
+def code_hash(
+    modules: Iterable[str], files: Iterable[Path] = (), *, networks: Collection[str] | None = None
+) -> str:
+    """SHA-256 over modules, files, and all that these use of the project.
 
     Args:
-        modules: Dotted names inside the package.
+        modules: Dotted names inside the package; ``module:name`` is one definition of it.
         files: Sources outside it, such as a study's own Python file.
+        networks: The only builtin networks that are used, if that is known.
     """
     digest = hashlib.sha256()
-    outside = [(path.name, _parsed(path)) for path in sorted(files)]
-    reached = set(modules)
-    for _, (_, imports) in outside:
-        reached |= imports
-    for name in sorted(_closure(frozenset(reached))):
-        digest.update(f"{name}={_parsed(_file(name) or PACKAGE)[0]}\n".encode())
-    for name, (own, _) in outside:
-        digest.update(f"{name}={own}\n".encode())
+    outside = sorted(set(files))
+    kept = None if networks is None else frozenset(networks)
+    for line in _used(frozenset(modules), tuple(outside), kept):
+        digest.update(line.encode())
     return digest.hexdigest()
 
 
-@functools.cache
-def _closure(modules: frozenset[str]) -> frozenset[str]:
-    found: set[str] = set()
-    left = [name for name in modules if _file(name) is not None]
-    while left:
-        name = left.pop()
-        if name in found:
-            continue
-        found.add(name)
-        file = _file(name)
-        assert file is not None
-        left += [other for other in _parsed(file)[1] if _file(other) is not None]
-    return frozenset(found)
+Chain = tuple[str, ...]
+"""A name and the attributes taken of it: ``scene.images`` is ``("scene", "images")``."""
 
 
-def _file(module: str) -> Path | None:
-    if module.partition(".")[0] != "leakatlas":
+@dataclass(frozen=True)
+class _Statement:
+    """One statement at the top of a file.
+
+    Args:
+        digest: Hash of its code.
+        uses: The names that running it may look up.
+        imports: What its own import statements bind.
+        binds: The names that it defines; none if it only does something.
+        entries: If it is a dictionary with texts for keys: what each entry uses.
+    """
+
+    digest: str
+    uses: frozenset[Chain]
+    imports: Mapping[str, Chain]
+    binds: frozenset[str]
+    entries: Mapping[str, frozenset[Chain]]
+
+
+@dataclass(frozen=True)
+class _File:
+    statements: tuple[_Statement, ...]
+    imports: Mapping[str, Chain]
+
+    def defining(self, name: str) -> list[_Statement]:
+        return [statement for statement in self.statements if name in statement.binds]
+
+
+@functools.lru_cache(maxsize=1024)
+def _used(
+    modules: frozenset[str], files: tuple[Path, ...], networks: frozenset[str] | None
+) -> tuple[str, ...]:
+    """A line for every statement that counts, sorted."""
+    lines: set[str] = set()
+    entered: set[str] = set()
+    done: set[tuple[str, str]] = set()
+    left: list[tuple[str, _File, _Statement]] = []
+
+    def reach(module: str, chain: Chain) -> None:
+        """Everything that ``chain``, looked up in a module, stands for."""
+        file = _module(module)
+        if file is None or module.startswith(UNSEEN):
+            return
+        if module not in entered:
+            entered.add(module)
+            left.extend((module, file, s) for s in file.statements if not s.binds)
+        if chain:
+            name, *rest = chain
+            defining = file.defining(name)
+            target = file.imports.get(name, (module, name))
+            if not defining and target != (module, name):
+                return follow(target, tuple(rest))
+            if not defining and _module(f"{module}.{name}") is not None:
+                return reach(f"{module}.{name}", tuple(rest))
+            if defining:
+                left.extend((module, file, s) for s in defining)
+                return None
+        left.extend((module, file, s) for s in file.statements)
         return None
-    stem = PACKAGE.joinpath(*module.split(".")[1:])
+
+    def follow(target: Chain, rest: Chain) -> None:
+        """What an import statement binds: a module, or a name in one."""
+        if target[0].partition(".")[0] == "leakatlas":
+            reach(target[0], (*target[1:], *rest))
+
+    for path in files:
+        source = _parsed(path)
+        left.extend((path.name, source, statement) for statement in source.statements)
+    for wanted in modules:
+        module, _, name = wanted.partition(":")
+        reach(module, (name,) if name else ())
+    while left:
+        module, file, statement = left.pop()
+        if (module, statement.digest) in done:
+            continue
+        done.add((module, statement.digest))
+        uses = statement.uses
+        chosen = networks is not None and statement.binds & set(TABLES.get(module, ()))
+        if chosen and statement.entries:
+            kept = sorted(networks & statement.entries.keys()) if networks is not None else []
+            uses = frozenset().union(*(statement.entries[key] for key in kept))
+            lines.add(f"{module} {sorted(statement.binds)}={kept}\n")
+        else:
+            lines.add(f"{module} {sorted(statement.binds)}={statement.digest}\n")
+        for name, *rest in uses:
+            bound = statement.imports.get(name) or file.imports.get(name)
+            if bound is not None and not file.defining(name):
+                follow(bound, tuple(rest))
+            left.extend((module, file, s) for s in file.defining(name))
+    return tuple(sorted(lines))
+
+
+@functools.cache
+def _module(name: str) -> _File | None:
+    if name.partition(".")[0] != "leakatlas":
+        return None
+    stem = PACKAGE.joinpath(*name.split(".")[1:])
     for path in (stem.with_suffix(".py"), stem / "__init__.py"):
         if path.is_file():
-            return path
+            return _parsed(path)
     return None
 
 
 @functools.cache
-def _parsed(path: Path) -> tuple[str, frozenset[str]]:
-    """Hash of the code in a file, and the modules of the project that it names."""
+def _parsed(path: Path) -> _File:
     tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    imports: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imports.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
-            imports.add(node.module)
-            imports.update(f"{node.module}.{alias.name}" for alias in node.names)
-        _drop_docstring(node)
-    own = {name for name in imports if name.partition(".")[0] == "leakatlas"}
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), frozenset(own)
+    imports: dict[str, Chain] = {}
+    statements = []
+    for node in tree.body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            imports.update(_bindings(node))
+        elif not (_is_text(node) or _is_for_types(node)):
+            statements.append(_statement(node))
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                imports.update(statements[-1].imports)  # of `try: import` and the like
+    return _File(tuple(statements), imports)
 
 
-def _drop_docstring(node: ast.AST) -> None:
-    if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+def _statement(node: ast.stmt) -> _Statement:
+    imports: dict[str, Chain] = {}
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Import | ast.ImportFrom):
+            imports.update(_bindings(inner))
+    entries: dict[str, frozenset[Chain]] = {}
+    value = getattr(node, "value", None)
+    if isinstance(value, ast.Dict):
+        entries = {
+            key.value: frozenset(_chains(entry))
+            for key, entry in zip(value.keys, value.values, strict=True)
+            if isinstance(key, ast.Constant) and isinstance(key.value, str)
+        }
+    return _Statement(
+        digest=hashlib.sha256(_plain(node).encode()).hexdigest(),
+        uses=frozenset(_chains(node)),
+        imports=imports,
+        binds=frozenset(_bound(node)),
+        entries=entries,
+    )
+
+
+def _bindings(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, Chain]]:
+    """The names that an import binds, each with its module and the name in it."""
+    for alias in node.names:
+        if isinstance(node, ast.ImportFrom):
+            yield alias.asname or alias.name, (node.module or "", alias.name)
+        elif alias.asname is None:  # `import a.b` binds a, of which b is taken
+            top = alias.name.partition(".")[0]
+            yield top, (top,)
+        else:
+            yield alias.asname, (alias.name,)
+
+
+def _bound(node: ast.stmt) -> Iterator[str]:
+    """The names that a statement at the top of a file defines."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        yield node.name
         return
-    if node.body and isinstance(node.body[0], ast.Expr):
-        first = node.body[0].value
-        if isinstance(first, ast.Constant) and isinstance(first.value, str):
-            node.body[0] = ast.Pass()
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+            yield inner.id
+        elif isinstance(inner, ast.FunctionDef | ast.ClassDef):
+            yield inner.name
+
+
+def _chains(node: ast.AST) -> Iterator[Chain]:
+    """The names below a node, types left out, each with the attributes taken of it."""
+    if isinstance(node, ast.Name):
+        yield (node.id,)
+        return
+    if isinstance(node, ast.Attribute):
+        attributes: list[str] = []
+        inner: ast.expr = node
+        while isinstance(inner, ast.Attribute):
+            attributes.append(inner.attr)
+            inner = inner.value
+        if isinstance(inner, ast.Name):
+            yield (inner.id, *reversed(attributes))
+            return
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield from _chains(child)
+
+
+def _plain(node: object) -> str:
+    """The code of a node, equal on every version of Python that can run it."""
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    parts = []
+    for name, value in ast.iter_fields(node):
+        if isinstance(value, list):
+            value = [child for child in value if not _is_text(child)]
+            text = ",".join(map(_plain, value))
+        else:
+            text = "" if value is None or name in ("ctx", "kind") else _plain(value)
+        if text:
+            parts.append(f"{name}={text}")
+    return f"{type(node).__name__}({';'.join(parts)})"
+
+
+def _is_text(node: object) -> bool:
+    """Whether a statement is nothing but a text: a docstring."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def _is_for_types(node: ast.stmt) -> bool:
+    """Whether a statement is ``if TYPE_CHECKING``, which never runs."""
+    return (
+        isinstance(node, ast.If)
+        and isinstance(node.test, ast.Name)
+        and node.test.id == "TYPE_CHECKING"
+    )
