@@ -22,28 +22,19 @@ from leakatlas.attacks.analytic.isolation.seer import SEER, schedule
 from leakatlas.attacks.analytic.sparsification.fishing import CLASS, CUT, Move, set_head
 from leakatlas.attacks.generative.direct.lti import LTI
 from leakatlas.attacks.optimization.augmented.rog import enlarged
-from leakatlas.attacks.optimization.basic.cpa import CPA
+from leakatlas.attacks.optimization.basic.cpa import CPA, Mixture, whiten
 from leakatlas.attacks.optimization.basic.dia import DIA
-from leakatlas.attacks.optimization.basic.dlfa import DLFA, outside
+from leakatlas.attacks.optimization.basic.dlfa import DLFA, order_prior, outside
 from leakatlas.attacks.optimization.basic.e2egi import stage_lengths, stage_rates
 from leakatlas.attacks.optimization.basic.hf_gradinv import HFGradInv, quantised
 from leakatlas.attacks.optimization.basic.sme import SME
 from leakatlas.bench.examine import errors
 from leakatlas.bench.harness import run_trial
-from leakatlas.blocks import (
-    batchnorm,
-    epochs,
-    init,
-    labels,
-    matching,
-    priors,
-    readout,
-    separation,
-    surgery,
-)  # fmt: skip
+from leakatlas.blocks import batchnorm, init, labels, matching, priors, readout, surgery
 from leakatlas.blocks.labels.profiles import fitness
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import CIFAR10, Box, patches
+from leakatlas.defenses.heuristic.perturbation import quantization as quantization_row
 from leakatlas.fl import (
     FedAVG,
     FedSGD,
@@ -103,10 +94,10 @@ def cpa() -> dict[str, float]:
         sign_weight=weights["sign"],
         l1_weight=weights["l1"],
     )
-    white = separation.whiten(given["gradient"], 4)
+    white = whiten(given["gradient"], 4)
     figures: dict[str, float] = {"whitened rows, squared": along(white.Z.square())}
     for reads_image, kind in ((True, "images"), (False, "embeddings")):
-        layer = separation.Mixture("fc", nn.Linear(192, 16), reads_image)
+        layer = Mixture("fc", nn.Linear(192, 16), reads_image)
         terms = attack.terms(u, white, layer, (3, 8, 8))
         (slope,) = torch.autograd.grad(torch.stack(list(terms.values())).sum(), u)
         figures |= {f"{name} of {kind}": float(term.detach()) for name, term in terms.items()}
@@ -149,7 +140,7 @@ def dlfa() -> dict[str, float]:
         ("mean", lambda part: part.mean(0), 1_000.0),
         ("responses", lambda part: conv2d(part, given["responses"], padding=1).amax(0), 6.075),
     ):
-        disorder = epochs.order_prior(x, 2, s, "l2")
+        disorder = order_prior(x, 2, s, "l2")
         total = 2 * match + 1e-3 * variation + 2 * leaving + weight * disorder
         figures[f"order, {name}"] = float(disorder.detach())
         figures[f"slope, {name}"] = along(torch.autograd.grad(total, x, retain_graph=True)[0])
@@ -449,6 +440,18 @@ def rgap() -> dict[str, float]:
     return figures
 
 
+def quantization() -> dict[str, float]:
+    """A tensor on 16 magnitudes, rounded at random and to the nearest, and its signs."""
+    v = draw(200, 300)
+    draws = torch.rand(300, generator=torch.Generator().manual_seed(201), dtype=torch.float64)
+    scale = v.abs().max()
+    return {
+        "random, 16 levels": along(quantization_row.quantised(v, 5, scale, draws)),
+        "nearest, 16 levels": along(quantization_row.quantised(v, 5, scale)),
+        "signs": along(quantization_row.quantised(v, 1, torch.ones(()))),
+    }
+
+
 def rog_inputs() -> dict[str, Any]:
     """A network without biases, two images, and a low-resolution start."""
     model = models.build("fc", classes=10, size=16, widths=(20,), act="sigmoid", bias=False)
@@ -615,6 +618,7 @@ OURS: dict[str, Callable[[], dict[str, float]]] = {
     "lti": lti,
     "loki": loki,
     "mkor": mkor,
+    "quantization": quantization,
     "rgap": rgap,
     "robbing_the_fed": robbing_the_fed,
     "rog": rog,
