@@ -17,7 +17,8 @@ from leakatlas.audit.listener import Listener
 from leakatlas.audit.plan import Plan, Setting, presets
 from leakatlas.audit.ready import Readied, Timed, carried_over, iterates, labelled, readied, timed
 from leakatlas.audit.utility import Utility, price_of
-from leakatlas.blocks.watch import Watch
+from leakatlas.blocks.watch import MORE_TIME, Watch
+from leakatlas.errors import LeakAtlasError
 from leakatlas.fl import Defense, FedSGD, replay
 from leakatlas.fl.view import defense_json
 from leakatlas.report import Comparison, Run, rank
@@ -64,13 +65,13 @@ def compare(
     settings = {name: _alone(first, defenses) for name, defenses in cases.items()}
     prices = _prices(plan, settings, watch, stop)
     rounds = len({letter if letter in "FGH" else "" for _, letter in battery})
-    affordable, beyond = _affordable(plan, settings, rounds, watch)
+    affordable, unplayed = _playable(plan, settings, rounds, watch)
     found: dict[str, list[Run]] = {name: [] for name in cases}
     for position, (key, letter) in enumerate(battery):
         left = watch.remaining()
         seconds = None if left is None else max(left, 1.0) / (len(battery) - position)
         duel = _Duel(plan, key, letter, Watch(seconds, parent=watch), out, listener, stop)
-        duels = [duel.fight(affordable), duel.left_out(settings, beyond)]
+        duels = [duel.fight(affordable), duel.left_out(settings, unplayed)]
         for name, run in itertools.chain(*duels):
             found[name].append(run)
             listener.done(run)
@@ -118,10 +119,10 @@ def _alone(first: Setting, defenses: Sequence[Defense]) -> Setting:
     return replace(setting, victims=mine, clients=1, targets=(0,))
 
 
-def _affordable(
+def _playable(
     plan: Plan, settings: Mapping[str, Setting], rounds: int, watch: Watch
-) -> tuple[dict[str, Setting], dict[str, float]]:
-    """The sets whose clients' rounds fit, and what those of the others take.
+) -> tuple[dict[str, Setting], dict[str, tuple[str, str]]]:
+    """The sets whose clients' rounds can be played in time; of the others why not, and the way out.
 
     Args:
         plan: The seed.
@@ -130,18 +131,27 @@ def _affordable(
         watch: The comparisons' budget.
     """
     kept: dict[str, Setting] = {}
-    beyond: dict[str, float] = {}
+    unplayed: dict[str, tuple[str, str]] = {}
     for name, setting in settings.items():
         left = watch.remaining()
         work = sum(defense.workload(setting.model) - 1 for defense in setting.defenses)
         if left is not None and work > 0:
             expected = rounds * work * setting.clients * _gradient_seconds(setting)
             if expected > DEAREST * left:
-                beyond[name] = expected
+                why = (
+                    f"not tried: would not fit; under {name} the clients' rounds take about "
+                    f"{expected:.0f} s here"
+                )
+                unplayed[name] = why, MORE_TIME
                 continue
+        try:
+            setting.honest_round(plan.seed)
+        except LeakAtlasError as problem:  # it may not fit this model; the other sets go on
+            why = f"not tried: under {name} a client cannot take part ({problem})"
+            unplayed[name] = why, f"leave {name} out, or change what it does not fit"
+            continue
         kept[name] = setting
-        setting.honest_round(plan.seed)
-    return kept, beyond
+    return kept, unplayed
 
 
 def _gradient_seconds(setting: Setting) -> float:
@@ -191,15 +201,11 @@ class _Duel:
         return Job(setting, attack, self.letter, setting.targets[0], 1.0, compared=True)
 
     def left_out(
-        self, settings: Mapping[str, Setting], beyond: Mapping[str, float]
+        self, settings: Mapping[str, Setting], unplayed: Mapping[str, tuple[str, str]]
     ) -> Iterator[tuple[str, Run]]:
-        """The entries of sets whose clients alone would take longer than there is."""
-        for name, expected in beyond.items():
-            why = (
-                f"not tried: would not fit; under {name} the clients' rounds take about "
-                f"{expected:.0f} s here"
-            )
-            yield name, unreached(self.job(settings[name]), why)
+        """The entries of sets whose clients' rounds cannot be played, or not in time."""
+        for name, (why, wants) in unplayed.items():
+            yield name, unreached(self.job(settings[name]), why, wants=wants)
 
     def fight(self, settings: Mapping[str, Setting]) -> Iterator[tuple[str, Run]]:
         """The runs."""
@@ -289,22 +295,35 @@ def _attacks(jobs: Mapping[str, Job]) -> list[Attack]:
 
 
 def _battery(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """The strongest passive and the strongest active attack that leaked, with their letters.
+    """The strongest attack of each kind that was scored, with its letter.
 
-    Over all targets together: one lucky photo makes no strong attack.
+    A defense may end one kind and leave another as it was: pruning ends closed forms, and a search
+    goes on. Over all targets together: one lucky photo makes no strong attack.
     """
-    scored: dict[tuple[bool, str, str], list[tuple[int, float]]] = {}
+    scored: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
     for run in runs:
         if run.scores is not None:
-            place = (run.letter in "FGH", run.attack, run.letter)
+            place = (_kind(run), run.attack, run.letter)
             strength = (rank(run.verdict), run.scores.psnr.mean)
             scored.setdefault(place, []).append(strength)
-    chosen: dict[bool, tuple[tuple[float, float], str, str]] = {}
-    for (active, key, letter), strengths in scored.items():
+    chosen: dict[str, tuple[tuple[float, float], str, str]] = {}
+    for (kind, key, letter), strengths in scored.items():
         words, quality = (statistics.fmean(column) for column in zip(*strengths, strict=True))
-        if active not in chosen or (words, quality) > chosen[active][0]:
-            chosen[active] = (words, quality), key, letter
-    return [(key, letter) for _, key, letter in chosen.values()]
+        if kind not in chosen or (words, quality) > chosen[kind][0]:
+            chosen[kind] = (words, quality), key, letter
+    return [chosen[kind][1:] for kind in KINDS if kind in chosen]
+
+
+KINDS = ("closed form", "active", "search")
+"""How attacks answer to a defense: they solve, change the model, or search. Searches come last:
+what the others leave of the time is theirs."""
+
+
+def _kind(run: Run) -> str:
+    if run.letter in "FGH":
+        return "active"
+    (attack,) = presets([run.attack], {}, published=False)
+    return "search" if iterates(attack) else "closed form"
 
 
 def _informed(letter: str, letters: Sequence[str]) -> str:

@@ -149,12 +149,14 @@ def _leaving(main: Watch, late: Sequence[Job]) -> Watch:
     return Watch(max(left, 0.0) * (1 - LATE), parent=main)
 
 
-def unreached(job: Job, why: str = "the budget ended before it began") -> Run:
-    """The entry of a job whose turn did not come: its outcome is open, and more time would tell."""
+def unreached(
+    job: Job, why: str = "the budget ended before it began", *, wants: str = MORE_TIME
+) -> Run:
+    """The entry of a job whose turn did not come: its outcome is open, and ``wants`` would tell."""
     return not_run(
         replace(job.setting, targets=(job.target,)),
         job.attack,
-        Start(job.letter, Outlook("unknown", why), "refused", MORE_TIME),
+        Start(job.letter, Outlook("unknown", why), "refused", wants),
     )
 
 

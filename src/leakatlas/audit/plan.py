@@ -20,8 +20,24 @@ from leakatlas.blocks.watch import Execution
 from leakatlas.catalogue import registry
 from leakatlas.data import Box, ImageSet, strangers
 from leakatlas.devices import CPU
-from leakatlas.errors import InvalidInput, InvalidParameter, UnknownName, shown
-from leakatlas.fl import Defense, ModelRef, Protocol, RoundRecord, Scenario, Stage, Trait, stage
+from leakatlas.errors import (
+    IncompatibleDefenses,
+    InvalidInput,
+    InvalidParameter,
+    UnknownName,
+    shown,
+)
+from leakatlas.fl import (
+    Defense,
+    ModelRef,
+    Protocol,
+    RoundRecord,
+    Scenario,
+    Stage,
+    Trait,
+    check_composition,
+    stage,
+)
 from leakatlas.fl.capture import Capture
 from leakatlas.fl.intake import take_in
 from leakatlas.fl.state import on_device
@@ -307,6 +323,12 @@ class Plan:
                 "Alternatives are other defenses on the same client, and a captured update cannot "
                 "be sent again under them; leave out captured to simulate the client."
             )
+        first = self.settings[0]
+        for name, defenses in self.alternatives.items():
+            try:
+                check_composition(defenses, first.protocol, first.model)
+            except IncompatibleDefenses as problem:
+                raise IncompatibleDefenses(f"alternatives, {shown(name)}: {problem}") from None
 
     def on(self, device: torch.device) -> Plan:
         """The same audit on another device."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from leakatlas.cli import audit, bench, capture, catalogue, init, lint
+from leakatlas.cli import audit, bench, capture, catalogue, init, lint, recommend
 from leakatlas.cli.codes import Guarded
 
 app = typer.Typer(
@@ -15,6 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 audit.register(app)
+recommend.register(app)
 bench.register(app)
 lint.register(app)
 capture.register(app)

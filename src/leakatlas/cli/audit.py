@@ -7,7 +7,7 @@ import shlex
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -19,12 +19,13 @@ from leakatlas.cli.options import DEVICE
 from leakatlas.cli.plain import escape
 
 if TYPE_CHECKING:  # torch takes a second to load; --help should not wait for it
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from leakatlas.audit import Diagnosis, Plan
+    from leakatlas.audit import Diagnosis, Listener, Plan, Watch
     from leakatlas.report import Report
 
 OUT = Path("leak-report")
+T = TypeVar("T")
 OUTLOOKS = {"applicable": "green", "unknown": "yellow"}
 
 
@@ -80,15 +81,19 @@ def audit(
     tried for a letter, an attack crashed or lacked something, stopped early); 4: a defect of
     LeakAtlas. Ctrl-C keeps what was computed; the same command continues it.
     """
-    from leakatlas.audit import parse_gate
+    from leakatlas.audit import carry_out, parse_gate
     from leakatlas.report import beside
 
     gates = [parse_gate(text) for text in fail_on or []]
     capture = recorded.Recorded(captured, model, truth, shape, client, protocol or ())
-    plan, asked = _planned(config, capture, budget, threat, seed, execution, rehearsal, device, out)
+    plan, asked = planned(config, capture, budget, threat, seed, execution, rehearsal, device, out)
     gates += [parse_gate(text) for text in asked]
     console = plain.console(stderr=True)
-    report = _carried_out(plan, out, console, silent=as_json)
+    report = with_bars(
+        console,
+        lambda listener, stop: carry_out(plan, out=out, listener=listener, stop=stop),
+        silent=as_json,
+    )
     failed = [gate for gate in gates if gate.holds(report.worst_case())]
     if as_json:
         typer.echo(json.dumps(report.to_json()))
@@ -111,7 +116,7 @@ def audit(
 # needs it is imported where it is used.
 
 
-def _planned(
+def planned(
     config: Path | None,
     capture: recorded.Recorded,
     budget: str | None,
@@ -121,6 +126,8 @@ def _planned(
     rehearsal: bool | None,
     device: str | None,
     out: Path,
+    *,
+    command: str = "audit",
 ) -> tuple[Plan, Sequence[str]]:
     """The plan of a file under the options of the command line, and the file's own conditions."""
     from dataclasses import replace
@@ -130,7 +137,7 @@ def _planned(
     from leakatlas.devices import chosen
     from leakatlas.threat import threat_models
 
-    command = ["leakatlas", "audit", *([str(config)] if config else []), *capture.words()]
+    words = ["leakatlas", command, *([str(config)] if config else []), *capture.words()]
     conditions: Sequence[str] = ()
     described = capture.config(config)
     if described is not None:
@@ -143,29 +150,29 @@ def _planned(
         plan = make_plan(settings, base=config.parent, command="")
     if budget is not None:
         plan = replace(plan, seconds=parse_budget(budget))
-        command += ["--budget", budget]
+        words += ["--budget", budget]
     if threat is not None:
         plan = replace(plan, letters=tuple(m.letter for m in threat_models(threat)))
-        command += ["--threat", threat]
+        words += ["--threat", threat]
     if seed is not None:
         plan = replace(plan, seed=seed)
-        command += ["--seed", str(seed)]
+        words += ["--seed", str(seed)]
     if execution is not None:
         plan = replace(plan, execution=parse_execution(execution))
-        command += ["--execution", execution]
+        words += ["--execution", execution]
     if rehearsal is not None:
         plan = replace(plan, rehearsal=rehearsal)
-        command += ["--rehearsal" if rehearsal else "--no-rehearsal"]
+        words += ["--rehearsal" if rehearsal else "--no-rehearsal"]
     if device is not None or (described is None and config is None):
         plan = plan.on(chosen(device or "auto"))
     if device is not None:
-        command += ["--device", device]
-    return replace(plan, command=shlex.join([*command, "--out", str(out)])), conditions
+        words += ["--device", device]
+    return replace(plan, command=shlex.join([*words, "--out", str(out)])), conditions
 
 
-def _carried_out(plan: Plan, out: Path, console: Console, *, silent: bool) -> Report:
-    """The report; a first signal ends the audit after its step, a second one at once."""
-    from leakatlas.audit import Silent, Watch, carry_out
+def with_bars(console: Console, run: Callable[[Listener, Watch], T], *, silent: bool) -> T:
+    """What ``run`` returns; a first signal ends it after its step, a second one at once."""
+    from leakatlas.audit import Silent, Watch
     from leakatlas.cli.progress import Bars
 
     stop = Watch()
@@ -179,10 +186,10 @@ def _carried_out(plan: Plan, out: Path, console: Console, *, silent: bool) -> Re
     previous = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         if silent:
-            return carry_out(plan, out=out, listener=Silent(), stop=stop)
+            return run(Silent(), stop)
         bars = Bars(console)
         with bars.progress:
-            return carry_out(plan, out=out, listener=bars, stop=stop)
+            return run(bars, stop)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,25 +204,7 @@ class Report:
 
     def worst_case(self) -> dict[str, list[float]]:
         """Per metric, one value for each original image: the worst over all runs."""
-        best: dict[tuple[str, int, int], dict[str, float]] = {}
-        for run in self.runs:
-            if run.scores is None:
-                continue
-            for position, image in enumerate(run.scores.images):
-                key = (run.setting, run.target, position)
-                now = {
-                    "psnr": image.psnr,
-                    "ssim": image.ssim if image.ssim is not None else 0.0,
-                    "mse": image.mse,
-                    "exact": float(image.exact),
-                }
-                old = best.setdefault(key, now)
-                best[key] = {
-                    m: (min if m == "mse" else max)(old[m], value) for m, value in now.items()
-                }
-        return {
-            m: [values[m] for values in best.values()] for m in ("psnr", "ssim", "mse", "exact")
-        }
+        return worst_case(self.runs)
 
     def exceeds(self, condition: str, *, allow_undecided: bool = False) -> bool:
         """Whether a condition such as ``P(psnr > 20 dB) > 0.05`` holds; see :func:`parse_gate`.
@@ -295,3 +277,22 @@ def load_report(path: Path | str) -> Mapping[str, Any]:
     if not isinstance(values, dict) or values.get("schema") != SCHEMA:
         raise InvalidInput(f"{str(path)!r} is not a report of schema {SCHEMA!r}.")
     return values
+
+
+def worst_case(runs: Sequence[Run]) -> dict[str, list[float]]:
+    """Per metric, one value for each original image that was attacked: the worst over the runs."""
+    best: dict[tuple[str, int, int], dict[str, float]] = {}
+    for run in runs:
+        if run.scores is None:
+            continue
+        for position, image in enumerate(run.scores.images):
+            key = (run.setting, run.target, position)
+            now = {
+                "psnr": image.psnr,
+                "ssim": image.ssim if image.ssim is not None else 0.0,
+                "mse": image.mse,
+                "exact": float(image.exact),
+            }
+            old = best.setdefault(key, now)
+            best[key] = {m: (min if m == "mse" else max)(old[m], value) for m, value in now.items()}
+    return {m: [values[m] for values in best.values()] for m in ("psnr", "ssim", "mse", "exact")}

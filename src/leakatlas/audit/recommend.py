@@ -1,0 +1,293 @@
+"""Which defenses keep the user's conditions on this set-up, and at what price.
+
+The set-up is attacked as it is; the strongest attacks then meet every defense that can take part,
+at its strongest, and the weaker strengths of those that held. All meet the same attacker, who knows
+the defense: one that was only tried against somebody ignorant of it would look better than it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from leakatlas.audit import kept
+from leakatlas.audit.compare import compare
+from leakatlas.audit.listener import Listener, Silent
+from leakatlas.audit.plan import Plan
+from leakatlas.audit.run import carry_out
+from leakatlas.audit.utility import price_of
+from leakatlas.blocks.watch import Watch
+from leakatlas.catalogue import registry, results
+from leakatlas.errors import InvalidParameter, LeakAtlasError
+from leakatlas.fl import Defense, FedSGD
+from leakatlas.fl.view import defense_json
+from leakatlas.report import TRIED, Comparison, Gate, Report, Run
+from leakatlas.report.data import worst_case
+
+AS_IT_IS = 0.35
+"""Part of the budget for attacking the set-up as it is, which finds the strongest attacks."""
+
+STRONGEST = 0.6
+"""Of the rest, the part for every defense at its strongest; the weaker strengths have what is
+left."""
+
+PRICES = 0.25
+"""Of the time for trying defenses, the part for measuring what they cost in accuracy, where that is
+not known from before."""
+
+KNOWING = "C"
+"""The weakest adversary that knows which defenses are in force."""
+
+Finding = Literal["keeps", "breaks", "undecided"]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One defense at one strength.
+
+    Args:
+        name: Key, knob and value, for people.
+        defenses: All that would be in force, as JSON.
+        finding: ``keeps`` if no condition holds on what was tried, ``breaks`` if one does,
+            ``undecided`` if none does and something of the battery did not run to its end.
+        values: Left-hand side of every condition; None without a figure.
+        images: How many images the figures are over.
+        accuracy: On the reference task; None if it was not measured.
+        points: What that costs in percentage points beside the set-up as it is.
+        reason: Why it is undecided, or why no accuracy is known.
+    """
+
+    name: str
+    defenses: tuple[Mapping[str, Any], ...]
+    finding: Finding
+    values: tuple[float | None, ...] = ()
+    images: int = 0
+    accuracy: float | None = None
+    points: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What was found out.
+
+    Args:
+        conditions: As written.
+        as_it_is: The set-up under the defenses that it has.
+        advice: What was tried, the cheapest that keeps the conditions first.
+        left_out: By name of a defense, why it cannot take part here.
+        report: The audit behind it, with the comparisons.
+    """
+
+    conditions: tuple[str, ...]
+    as_it_is: Advice
+    advice: tuple[Advice, ...]
+    left_out: Mapping[str, str]
+    report: Report
+
+    @property
+    def kept(self) -> tuple[Advice, ...]:
+        """What keeps every condition, cheapest first."""
+        return tuple(advice for advice in self.advice if advice.finding == "keeps")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "conditions": list(self.conditions),
+            "as_it_is": dataclasses.asdict(self.as_it_is),
+            "advice": [dataclasses.asdict(advice) for advice in self.advice],
+            "left_out": dict(self.left_out),
+            "notes": list(self.report.spared()),
+        }
+
+
+def recommend(
+    plan: Plan,
+    conditions: Sequence[Gate],
+    *,
+    out: Path,
+    listener: Listener | None = None,
+    stop: Watch | None = None,
+) -> Recommendation:
+    """Try the implemented defenses on the first setting of a plan, on top of those it has.
+
+    Args:
+        plan: The set-up; its alternatives are not used.
+        conditions: What must not hold, such as ``P(psnr > 20 dB) > 0.05``.
+        out: Folder that keeps finished runs and gets the report.
+        listener: Told about progress.
+        stop: Ends it early.
+
+    Raises:
+        InvalidParameter: If there is no condition, or the update was captured.
+        InvalidInput: As :func:`~leakatlas.audit.run.carry_out`.
+    """
+    if not conditions:
+        raise InvalidParameter(
+            "Nothing says what a defense must achieve; give fail_on in the file or --fail-on, "
+            "such as 'P(psnr > 20 dB) > 0.05'."
+        )
+    first = plan.settings[0]
+    if first.captured is not None:
+        raise InvalidParameter(
+            "A captured update cannot be sent again under other defenses; leave out captured to "
+            "simulate the client."
+        )
+    begun = time.perf_counter()
+    listener, stop = listener or Silent(), stop or Watch()
+    seconds = plan.seconds
+    passive = any(letter in "AB" for letter in plan.letters)
+    letters = tuple(sorted({*plan.letters, *(KNOWING if passive else "")}))
+    plan = replace(plan, settings=(first,), letters=letters, alternatives={}, upper_bound=False)
+    bare = replace(plan, seconds=None if seconds is None else AS_IT_IS * seconds)
+    report = carry_out(bare, out=out, listener=listener, stop=stop)
+    as_it_is = _judged("as it is", first.defenses, report.runs, conditions)
+    menu, left_out = menu_of(plan) if as_it_is.finding != "keeps" else ({}, {})
+    comparisons: dict[str, Comparison] = {}
+
+    def meet(sets: Mapping[str, tuple[Defense, ...]], share: float) -> None:
+        left = None if seconds is None else seconds - (time.perf_counter() - begun)
+        watch = Watch(None if left is None else max(share * left, 0.0), parent=stop)
+        local = not isinstance(first.protocol, FedSGD)
+        for pricing, defenses in zip(_part(watch).share(len(sets)), sets.values(), strict=False):
+            price_of(defenses, local=local, seed=plan.seed, watch=pricing)
+        asked = replace(plan, alternatives=sets)
+        for found in compare(asked, report.runs, watch, out, listener, stop):
+            comparisons[found.name] = found
+
+    with kept.alone(out):
+        if menu:
+            meet(dict(ladder[-1] for ladder in menu.values()), STRONGEST)
+        weaker = {
+            name: defenses
+            for ladder in menu.values()
+            for name, defenses in ladder[:-1]
+            if _holds(comparisons.get(ladder[-1][0]), conditions)
+        }
+        if weaker:
+            meet(weaker, 1.0)
+    base = comparisons.pop("as configured", None)
+    report = replace(
+        report,
+        comparisons=tuple(c for c in (base, *comparisons.values()) if c is not None),
+        complete=report.complete and not stop.stopped,
+        seconds=time.perf_counter() - begun,
+    )
+    report.save(out)
+    whole = None if base is None else base.accuracy
+    advice = [
+        _judged(c.name, c.defenses, c.runs, conditions, c.accuracy, whole, c.reason)
+        for c in comparisons.values()
+    ]
+    return Recommendation(
+        conditions=tuple(gate.text for gate in conditions),
+        as_it_is=replace(as_it_is, accuracy=whole),
+        advice=tuple(sorted(advice, key=_order)),
+        left_out=left_out,
+        report=report,
+    )
+
+
+def _part(watch: Watch) -> Watch:
+    left = watch.remaining()
+    return Watch(None if left is None else PRICES * left, parent=watch)
+
+
+Ladder = tuple[tuple[str, tuple[Defense, ...]], ...]
+"""One defense at its strengths, weakest first: name, and all that is in force with it."""
+
+
+def menu_of(plan: Plan) -> tuple[dict[str, Ladder], dict[str, str]]:
+    """Every implemented defense on top of the configured ones, and those that do not fit, why.
+
+    A defense that is configured already is tried at its other strengths. Those that were measured
+    to fail against the informed adversary stand last.
+    """
+    setting = plan.settings[0]
+    menu: dict[str, Ladder] = {}
+    left_out: dict[str, str] = {}
+    for key in registry.defense_keys():
+        present = next((d for d in setting.defenses if d.key == key), None)
+        others = tuple(d for d in setting.defenses if d.key != key)
+        steps: list[tuple[str, tuple[Defense, ...]]] = []
+        try:
+            plain = present or registry.load_defense(key)()
+            for value in plain.strengths:
+                strong = replace(plain, **{plain.knob: value})
+                if strong != present:
+                    defended = replace(setting, defenses=(*others, strong))
+                    defended.stage(letter=KNOWING, seed=plan.seed)
+                    name = f"{key}, {plain.knob} = {_value(value)}"
+                    steps.append((name, (*others, strong)))
+        except LeakAtlasError as problem:
+            left_out[key] = str(problem)
+            continue
+        if steps:
+            menu[key] = tuple(steps)
+    known = results.load(results.default_folder())
+    lost = {k for k in menu if results.measured_stances(known, k).get(KNOWING) == "fails"}
+    return {key: menu[key] for key in sorted(menu, key=lambda key: key in lost)}, left_out
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _holds(found: Comparison | None, conditions: Sequence[Gate]) -> bool:
+    """Whether a weaker form of it is worth trying."""
+    return found is not None and _findings(found.runs, conditions)[0] == "keeps"
+
+
+def _findings(runs: Sequence[Run], conditions: Sequence[Gate]) -> tuple[Finding, str]:
+    """What the runs say, and why they say nothing.
+
+    A condition that holds on what ran is broken, whatever else did not run.
+    """
+    scores = worst_case(runs)
+    if any(gate.holds(scores) for gate in conditions):
+        return "breaks", ""
+    open_ = [run for run in runs if run.status not in TRIED or run.status == "cut short"]
+    ran = [run for run in runs if run.status in TRIED]
+    open_ = [run for run in open_ if run.status != "not applicable"]
+    if open_:
+        return "undecided", f"{open_[0].attack}: {open_[0].status}, {open_[0].reason}"
+    if not ran:
+        return "undecided", runs[
+            0
+        ].reason if runs else "no attack was scored on the set-up as it is"
+    return "keeps", ""
+
+
+def _judged(
+    name: str,
+    defenses: Sequence[Defense | Mapping[str, Any]],
+    runs: Sequence[Run],
+    conditions: Sequence[Gate],
+    accuracy: float | None = None,
+    whole: float | None = None,
+    reason: str = "",
+) -> Advice:
+    scores = worst_case(runs)
+    finding, why = _findings(runs, conditions)
+    points = None if accuracy is None or whole is None else 100 * (whole - accuracy)
+    return Advice(
+        name=name,
+        defenses=tuple(defense_json(d) if isinstance(d, Defense) else d for d in defenses),
+        finding=finding,
+        values=tuple(gate.value(scores) for gate in conditions),
+        images=len(scores["psnr"]),
+        accuracy=accuracy,
+        points=points,
+        reason="; ".join(dict.fromkeys(filter(None, (why, reason)))),
+    )
+
+
+def _order(advice: Advice) -> tuple[int, float]:
+    """What keeps the conditions first, the cheapest of it first."""
+    rank = ("keeps", "undecided", "breaks").index(advice.finding)
+    return rank, math.inf if advice.points is None else advice.points

@@ -1,0 +1,59 @@
+"""``leakatlas recommend``: the table, the sentence under it, and the exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from leakatlas.audit.utility import Utility
+from leakatlas.cli import app
+
+CONFIG = {
+    "model": {
+        "builtin": "fc",
+        "kwargs": {"in_channels": 1, "size": 8, "classes": 10, "widths": [32]},
+    },
+    "data": {"victims": "digits", "limit": 1},
+    "attacks": ["rgap"],
+    "threat": "B",
+    "budget": "paper",
+}
+
+
+def asked(folder: Path, monkeypatch: pytest.MonkeyPatch, keys: list[str], *options: str) -> Result:
+    monkeypatch.setattr("leakatlas.audit.compare.price_of", lambda *_, **__: Utility(0.9))
+    monkeypatch.setattr("leakatlas.audit.recommend.price_of", lambda *_, **__: Utility(0.9))
+    monkeypatch.setattr("leakatlas.audit.recommend.registry.defense_keys", lambda: tuple(keys))
+    file = folder / "audit.yaml"
+    file.write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
+    return CliRunner().invoke(app, ["recommend", str(file), "--out", str(folder / "out"), *options])
+
+
+def test_what_keeps_the_condition_is_named_with_its_price(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = asked(tmp_path, monkeypatch, ["client_dp", "fedkl"], "--fail-on", "exact > 0")
+    assert done.exit_code == 0, done.output
+    words = " ".join(done.output.split())
+    assert "is the cheapest that keeps every condition: it costs 0.0 points" in words
+    assert "before you rely on it" in words and "fedkl cannot take part" in words
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_nothing_that_keeps_it_is_exit_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = asked(tmp_path, monkeypatch, ["clipping"], "--fail-on", "exact > 0", "--json")
+    assert done.exit_code == 1, done.output
+    found = json.loads(done.stdout)
+    assert [advice["finding"] for advice in found["advice"]] == ["breaks"]
+
+
+def test_a_file_without_an_aim_is_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = asked(tmp_path, monkeypatch, ["clipping"])
+    assert done.exit_code == 2
+    assert "give fail_on" in done.output
