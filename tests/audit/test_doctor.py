@@ -10,7 +10,8 @@ import torch
 
 from leakatlas import data, models
 from leakatlas.audit import audit, diagnosis, doctor
-from leakatlas.audit.consistency import check_replay, relative_residual
+from leakatlas.audit.consistency import check_replay
+from leakatlas.audit.described import relative_residual
 from leakatlas.audit.diagnosis import SPECTRAL_LEFT_OUT, best_informed, examine
 from leakatlas.errors import InvalidInput, UnsupportedModel
 from leakatlas.fl import Client, FedAVG, Federation, FedSGD, ModelRef, Protocol, Scenario, Update

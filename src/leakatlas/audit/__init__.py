@@ -109,10 +109,9 @@ def audit(
         model: Image classifier ``(N, C, H, W) -> (N, K)`` with the weights that a client would
             receive; it is not changed.
         batch: Private images in [0, 1] and labels ``(N,)``, or targets ``(N, K)`` of the
-            protocol's loss, in any form that :func:`leakatlas.data.as_images` reads (tensors,
-            arrays, pictures, a Dataset, a DataLoader); dealt evenly to the clients. With
-            ``captured``, the images behind it, or None where they are not at hand: then nothing is
-            scored.
+            protocol's loss, in any form that :func:`leakatlas.data.as_images` reads; dealt evenly
+            to the clients. With ``captured``, the images behind it, or None where they are not at
+            hand: then nothing is scored.
         captured: What a real client sent, attacked instead of a simulated round; the model holds
             the state that it received, unless the capture does.
         input_shape: ``(C, H, W)``, needed where there is no batch.
@@ -124,35 +123,27 @@ def audit(
         grants: Facts given on top; recorded in the report.
         clients: Number of clients.
         box: Normalisation between [0, 1] and the model's inputs; none if None.
-        output: Which part of the model's output holds the logits (place, key or attribute), if it
-            returns more than one tensor.
-        surrogate: Public images of the same kind, for D, E, G and H; in any form that a batch
-            may have.
-        channels: 3 gives grey images of ``batch`` and ``surrogate`` three equal channels, 1 makes
-            colour ones grey; as they come if None.
+        output: Which part of the model's output holds the logits (place, key or attribute).
+        surrogate: Public images of the same kind, for D, E, G and H, as a batch may come.
+        channels: 3 gives grey images three equal channels, 1 makes colour ones grey.
         classes: Names of the classes in the order of their labels, or label by name.
         attacks: Keys; every implemented one if None.
         attack_parameters: Changes to the presets, by key.
-        budget: ``"30s"``, ``"10m"``, seconds, or ``"paper"`` for the published presets without a
-            limit.
+        budget: ``"30s"``, seconds, or ``"paper"`` for the published presets without a limit.
         seed: Of everything random.
-        execution: How optimisation attacks compute slopes: ``"auto"`` tries faster ways where
-            the rest of a run repays it, ``"eager"`` repeats a long run bit for bit.
-        rehearsal: Whether the adversary first tries its attacks on public images, within the
-            budget, and so chooses variants and order; a published preset has no budget and no
-            rehearsal.
+        execution: ``"auto"`` tries faster ways to compute slopes where that repays, ``"eager"``
+            repeats a long run bit for bit.
+        rehearsal: Whether the adversary first chooses variants and order on public images, within
+            the budget; not for published presets, which have none.
         upper_bound: Whether the strongest attacks run once more with oracles, within the budget,
             for the second of the two verdicts (:meth:`leakatlas.report.Report.standings`).
-        context: What the audit is about (purpose, roles, assessor, ...), for the first page of
-            the report; the keys of :class:`leakatlas.report.Context`.
-        in_process: Whether attacks run in this process, where they could read the images, instead
-            of one of their own; a debugging aid, which the recipe names.
-        out: Folder that keeps finished runs and checkpoints of the present one, so that a killed
-            audit resumes.
+        context: For the first page of the report; the keys of :class:`leakatlas.report.Context`.
+        in_process: Whether attacks run in this process, where they could read the images: a
+            debugging aid, which the recipe names.
+        out: Keeps finished runs and checkpoints, so that a killed audit resumes.
         listener: Shown progress.
         stop: Its ``stop()`` ends the audit early and keeps what was computed.
-        device: ``"auto"`` (a CUDA GPU if there is one, else the CPU), ``"cpu"``, ``"cuda"``,
-            ``"cuda:1"``, ``"mps"``; scores are computed on the CPU.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``"mps"``.
 
     Raises:
         InvalidInput: If the images do not fit the model, or this machine lacks the device.

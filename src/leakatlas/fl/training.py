@@ -19,6 +19,7 @@ from leakatlas.fl.hooks import ClientContext, Defense, LocalStep
 from leakatlas.fl.losses import Loss
 from leakatlas.fl.protocol import FedAVG, FedSGD
 from leakatlas.fl.seeding import stream_seed
+from leakatlas.models.structure import in_mode
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,12 @@ def check_batches(
         for module in model.modules()
         if isinstance(module, kinds)
     ]
-    modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with in_mode(model, train=False), torch.no_grad(), torch.random.fork_rng(devices=[]):
             model(torch.zeros_like(x[:1]))
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     modules = dict(model.named_modules())
     for name, count in places.items():
         alone = 1 if isinstance(modules[name], _InstanceNorm) else smallest

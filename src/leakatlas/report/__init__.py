@@ -1,7 +1,7 @@
 """Reports: what an audit found as plain data, and how it is written for people and machines."""
 
 from leakatlas.report.context import Context
-from leakatlas.report.data import Comparison, LetterVerdict, Report, load_report
+from leakatlas.report.data import Comparison, LetterVerdict, Report
 from leakatlas.report.gate import Gate, parse_gate
 from leakatlas.report.realism import Realism, Side, Standing
 from leakatlas.report.run import Run, pictures_of
@@ -35,7 +35,6 @@ __all__ = [
     "Verdict",
     "beside",
     "check_writable",
-    "load_report",
     "parse_gate",
     "pictures_of",
     "rank",

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from leakatlas import limits, reading
 from leakatlas.blocks.watch import MORE_TIME
-from leakatlas.errors import InvalidInput, Undecided
+from leakatlas.errors import Undecided
 from leakatlas.report.context import Context
 from leakatlas.report.gate import parse_gate
 from leakatlas.report.realism import Realism, Standing, sides, standings, strongest
@@ -262,21 +261,6 @@ class Report:
         from leakatlas.report.write import write_report
 
         return write_report(self, Path(folder))
-
-
-def load_report(path: Path | str) -> Mapping[str, Any]:
-    """The content of a ``report.json``.
-
-    Raises:
-        InvalidInput: If the file is missing or not a report.
-    """
-    path = Path(path)
-    if reading.is_folder(path):
-        path = path / "report.json"
-    values = reading.read_json(path, what="report", limit=limits.REPORT)
-    if not isinstance(values, dict) or values.get("schema") != SCHEMA:
-        raise InvalidInput(f"{str(path)!r} is not a report of schema {SCHEMA!r}.")
-    return values
 
 
 def worst_case(runs: Sequence[Run]) -> dict[str, list[float]]:

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,24 +107,16 @@ def descend(
             shared=shared, schedule=schedule, transform=transform, after=after, done=done,
             generators=generators, report_every=report_every,
         )  # fmt: skip
-    run = _Run(objective, start, optimizer, candidates, transform, watch)
     file = watch.conduct.next_file()
     wanted = saved.identity(start, steps, candidates) if file is not None else ""
-    first = 0
-    state = None
-    if file is not None:
-        state = saved.load(file, wanted, generators, start, candidates)
-    if file is not None and state is not None:
-        try:
-            run.restore(state)
-        except sealed.MALFORMED:
-            sealed.discard(file, "its optimizer's part is of another optimizer")
-            run = _Run(objective, start, optimizer, candidates, transform, watch)
-            state = None
-    if state is not None:
-        first = state["steps"]
-        if state["finished"]:
-            return run.end(first)
+
+    def fresh() -> _Run:
+        return _Run(objective, start, optimizer, candidates, transform, watch)
+
+    run, state = _resumed(fresh, file, wanted, generators, start, candidates)
+    first = 0 if state is None else state["steps"]
+    if state is not None and state["finished"]:
+        return run.end(first)
     now = Step(first - 1, max(first - 1, 0) / steps)
     begun = kept = time.perf_counter()
     settled = False
@@ -152,11 +145,8 @@ def descend(
         if (now.index + 1) % report_every == 0:
             run.halt()
             lowest, alive = run.report()
-            if watch.listen is not None:
-                rate = (now.index + 1 - first) / max(time.perf_counter() - begun, 1e-9)
-                watch.note = run.note(lowest, rate, steps - now.index - 1, watch.remaining())
-            if watch.conduct.trail is not None and "x" in run.best:
-                watch.conduct.trail.add(run.leading("x"))
+            rate = (now.index + 1 - first) / max(time.perf_counter() - begun, 1e-9)
+            run.tell(lowest, rate, steps - now.index - 1)
             if not bool(alive.any()) or (done is not None and done(lowest)):
                 settled = True
                 break
@@ -174,6 +164,27 @@ def descend(
         saved.save(file, run.state(wanted, now.index + 1, finished=True), generators)
     watch.conduct.executions.append(run.describe())
     return run.end(now.index + 1)
+
+
+def _resumed(
+    fresh: Callable[[], _Run],
+    file: Path | None,
+    wanted: str,
+    generators: Sequence[torch.Generator],
+    start: Variables,
+    candidates: int | None,
+) -> tuple[_Run, Mapping[str, Any] | None]:
+    """A run, and the checkpoint in ``file`` that it goes on from, if there is one that fits."""
+    run = fresh()
+    state = None if file is None else saved.load(file, wanted, generators, start, candidates)
+    if file is None or state is None:
+        return run, None
+    try:
+        run.restore(state)
+    except sealed.MALFORMED:
+        sealed.discard(file, "its optimizer's part is of another optimizer")
+        return fresh(), None
+    return run, state
 
 
 class _OutOfTime(Exception):
@@ -282,6 +293,13 @@ class _Run:
         """The best criteria so far and who is alive; noted in the trace."""
         self.trace.append(self.lowest)
         return self.lowest, self.alive
+
+    def tell(self, lowest: Tensor, rate: float, left: int) -> None:
+        """Show listeners how far it is, and the trail of this run its leading image."""
+        if self.watch.listen is not None:
+            self.watch.note = self.note(lowest, rate, left, self.watch.remaining())
+        if self.watch.conduct.trail is not None and "x" in self.best:
+            self.watch.conduct.trail.add(self.leading("x"))
 
     def note(self, lowest: Tensor, rate: float, left: int, seconds: float | None) -> str:
         """Criterion, speed and time to come, for people."""

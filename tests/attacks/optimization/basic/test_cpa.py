@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from leakatlas.attacks.optimization.basic import cpa
-from leakatlas.attacks.optimization.basic.cpa import CPA, Mixture, Negentropy, White
+from leakatlas.attacks.optimization.basic.cpa import CPA
 from leakatlas.bench import harness
+from leakatlas.blocks import separation
+from leakatlas.blocks.separation import Mixture, Negentropy, White
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import FedAVG, Stage
@@ -79,10 +81,10 @@ def test_every_centred_input_lies_in_the_row_space_of_the_gradient() -> None:
 
 def test_whitened_rows_have_unit_covariance_and_the_mean_comes_back() -> None:
     G = noise(32, 8) @ uniform(8, 500)
-    white = cpa.whiten(G, 8)
+    white = separation.whiten(G, 8)
     covariance = white.Z @ white.Z.T / (G.shape[1] - 1)
     torch.testing.assert_close(covariance, torch.eye(8).double(), atol=1e-6, rtol=0)
-    U = cpa.unit_rows(noise(8, 8, seed=1))
+    U = separation.unit_rows(noise(8, 8, seed=1))
     torch.testing.assert_close(U @ (white.Z + white.shift), U @ white.W @ G,
                                atol=1e-6, rtol=0)  # fmt: skip
 
@@ -90,7 +92,7 @@ def test_whitened_rows_have_unit_covariance_and_the_mean_comes_back() -> None:
 def test_the_right_unmixing_and_the_bias_give_sign_and_scale() -> None:
     """Exact images from the oracle's unmixing matrix, whatever factor each of its rows has."""
     G, g_b, x = mixed(wide())
-    W = cpa.whiten(G, 4).W
+    W = separation.whiten(G, 4).W
     factors = torch.tensor([2.0, -0.5, 30.0, -1.0]).double()
     oracle = (factors[:, None] * x) @ torch.linalg.pinv(W @ G)
     images = cpa.as_images(oracle @ W @ G, oracle @ W @ g_b, "bias", BOX, SHAPE, x)
@@ -111,7 +113,7 @@ def test_without_the_bias_rows_fill_the_pixel_range() -> None:
 
 def test_as_released_without_priors_nothing_moves() -> None:
     """Independence set to zero, as in the released code: the start is stationary."""
-    white = cpa.whiten(noise(32, 8) @ uniform(8, 500), 8)
+    white = separation.whiten(noise(32, 8) @ uniform(8, 500), 8)
     u = torch.eye(8, dtype=torch.float64).requires_grad_()
     released = CPA(negentropy="off", tv_weight=0)
     terms = released.terms(u, white, image_layer(32, 500), FLAT)
@@ -144,7 +146,7 @@ def test_a_scan_of_rotations_finds_the_sources_or_the_mixture(
     for angle in angles.tolist():
         c, s = math.cos(angle), math.sin(angle)
         rotated = torch.tensor([[c, -s], [s, c]]).double() @ S
-        values.append(float(cpa.negentropy(rotated, kind)))
+        values.append(float(separation.negentropy(rotated, kind)))
     assert int(torch.tensor(values).argmin()) == (0 if separates else len(angles) - 1)
 
 
@@ -161,29 +163,31 @@ def test_independent_sources_are_separated(
     kind: Negentropy, law: str, low: float, high: float
 ) -> None:
     X = (uniform if law == "uniform" else laplace)(8, 3072, seed=3)
-    white = cpa.whiten(noise(32, 8, seed=4) @ X, 8)
+    white = separation.whiten(noise(32, 8, seed=4) @ X, 8)
     attack = CPA(steps=150, lr=0.05, negentropy=kind, negentropy_weight=1e3, tv_weight=0,
                  decorrelation=1.0, temperature=5.0)  # fmt: skip
     found = attack.separate(white, image_layer(32, 3072), (3, 32, 32), Watch())
-    reached = correlation(cpa.unit_rows(found.best["u"]) @ white.Z, X)
+    reached = correlation(separation.unit_rows(found.best["u"]) @ white.Z, X)
     assert low < float(reached.min()) <= high + 1e-12
 
 
 def test_the_gaussian_reference_is_that_of_a_gaussian() -> None:
     grid = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
     density = torch.exp(-grid.square() / 2) / math.sqrt(2 * math.pi)
-    expected = torch.trapezoid(cpa.log_cosh(grid) * density, grid)
-    assert float(expected) == pytest.approx(cpa.GAUSSIAN, abs=1e-7)
-    assert float(cpa.log_cosh(torch.tensor(1e4))) == pytest.approx(1e4 - math.log(2))
+    expected = torch.trapezoid(separation.log_cosh(grid) * density, grid)
+    assert float(expected) == pytest.approx(separation.GAUSSIAN, abs=1e-7)
+    assert float(separation.log_cosh(torch.tensor(1e4))) == pytest.approx(1e4 - math.log(2))
 
 
 def test_signs_and_likeness_vanish_where_they_should() -> None:
     X = uniform(3, 20)
-    assert float(cpa.two_signs(X)) == 0 == float(cpa.two_signs(-X))
-    assert float(cpa.two_signs(X - 0.5)) > 0
+    assert float(separation.two_signs(X)) == 0 == float(separation.two_signs(-X))
+    assert float(separation.two_signs(X - 0.5)) > 0
     identity = torch.eye(4).double()
-    assert float(cpa.alike(identity, 2.0)) == pytest.approx((math.exp(2.0) - 1) / 4)
-    assert float(cpa.alike(torch.ones(4, 4).double() / 2, 2.0)) > float(cpa.alike(identity, 2.0))
+    assert float(separation.alike(identity, 2.0)) == pytest.approx((math.exp(2.0) - 1) / 4)
+    assert float(separation.alike(torch.ones(4, 4).double() / 2, 2.0)) > float(
+        separation.alike(identity, 2.0)
+    )
 
 
 # -- the whole attack ------------------------------------------------------------------------------
@@ -216,7 +220,7 @@ def test_local_steps_keep_the_inputs_in_the_rows() -> None:
     """Every step of SGD adds mixtures of the same inputs, so a FedAVG delta is one as well."""
     protocol = FedAVG(epochs=3, batch_size=2, lr=0.05)
     G, _, x = mixed(wide(protocol=protocol, letter="C"))
-    white = cpa.whiten(G, 4)
+    white = separation.whiten(G, 4)
     centred = x - x.mean(1, keepdim=True)
     basis = white.Z / white.Z.norm(dim=1, keepdim=True)
     assert float((centred - centred @ basis.T @ basis).norm() / centred.norm()) < 1e-8
@@ -226,11 +230,11 @@ def test_a_convolutional_network_gives_embeddings_that_are_inverted() -> None:
     stage = build_stage(model="lenet", settings={"width": 8, "classes": 10}, examples=2, letter="B")
     view, _ = harness.observe(stage, SHORT)
     assert SHORT.outlook(view).verdict == "unknown"
-    f = cpa.features(view.model, cpa.find_mixture(view.model, SHAPE).name)
+    f = separation.features(view.model, separation.find_mixture(view.model, SHAPE).name)
     x = stage.federation.clients[0].x
     z = f(x).detach()
     attack = CPA(inversion_steps=150, inversion_tv=0.0)
-    mixture = cpa.find_mixture(view.model, SHAPE)
+    mixture = separation.find_mixture(view.model, SHAPE)
     generator = torch.Generator().manual_seed(0)
     end = attack.invert(z, mixture, view, generator, Watch())
     aligned = torch.nn.functional.cosine_similarity(z, f(end.best["x"]), dim=1)
@@ -242,16 +246,16 @@ def test_a_convolutional_network_gives_embeddings_that_are_inverted() -> None:
 
 def test_where_the_image_enters_is_found_on_a_copy() -> None:
     shape = (3, 8, 8)
-    assert cpa.find_mixture(build("fc", size=8), shape).reads_image
-    assert not cpa.find_mixture(build("lenet", size=8), shape).reads_image
+    assert separation.find_mixture(build("fc", size=8), shape).reads_image
+    assert not separation.find_mixture(build("lenet", size=8), shape).reads_image
     with pytest.raises(UnsupportedModel, match="one row an example"):
-        cpa.find_mixture(build("vit", size=8, patch=4), shape)
+        separation.find_mixture(build("vit", size=8, patch=4), shape)
     with pytest.raises(UnsupportedModel, match="calls none"):
-        cpa.find_mixture(nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten()), shape)
+        separation.find_mixture(nn.Sequential(nn.Conv2d(3, 4, 8), nn.Flatten()), shape)
 
 
 def test_white_is_what_the_weights_say() -> None:
     G = noise(16, 4) @ uniform(4, 300)
-    white: White = cpa.whiten(G, 4)
+    white: White = separation.whiten(G, 4)
     torch.testing.assert_close(white.Z, white.W @ (G - G.mean(1, keepdim=True)))
-    assert cpa.numerical_rank(G, 1e-12) == 4
+    assert separation.numerical_rank(G, 1e-12) == 4

@@ -12,7 +12,7 @@ from torch import Tensor
 from leakatlas.attacks.optimization.basic import dlfa
 from leakatlas.attacks.optimization.basic.dlfa import DLFA
 from leakatlas.bench import harness
-from leakatlas.blocks import labels, priors
+from leakatlas.blocks import epochs, labels, priors
 from leakatlas.blocks.observed import mean_gradient
 from leakatlas.fl import FedAVG, FedSGD, Stage, View, task_loss
 from leakatlas.threat import Grant
@@ -68,9 +68,9 @@ def test_the_simulation_is_a_loop_of_sgd_also_where_batches_do_not_divide(N: int
 
 
 def test_an_epoch_never_reads_into_the_next() -> None:
-    batches = dlfa.epoch_batches(3, 2, 2, 2)
+    batches = epochs.epoch_batches(3, 2, 2, 2)
     assert [b.tolist() for b in batches] == [[0, 1], [2], [3, 4], [5]]
-    shared = dlfa.epoch_batches(3, 2, 2, 1)
+    shared = epochs.epoch_batches(3, 2, 2, 1)
     assert [b.tolist() for b in shared] == [[0, 1], [2], [0, 1], [2]]
 
 
@@ -137,13 +137,13 @@ def test_what_was_sent_may_have_any_sign_and_scale() -> None:
 @pytest.mark.parametrize("distance", ["l2", "l1"])
 def test_the_order_prior_sees_no_order_and_vanishes_at_the_truth(kind: Any, distance: Any) -> None:
     view, x, _, order = seen(examples=4)
-    s = dlfa.summary(kind, 3, torch.Generator().manual_seed(1), x)
+    s = epochs.summary(kind, 3, torch.Generator().manual_seed(1), x)
     torch.testing.assert_close(s(x), s(x[[2, 0, 3, 1]]))
     truth = epochs_in_order(x, order, 4)
-    assert float(dlfa.order_prior(truth, 2, s, distance)) < 1e-12
+    assert float(epochs.order_prior(truth, 2, s, distance)) < 1e-12
     moved = truth.clone()
     moved[0] += 1
-    assert float(dlfa.order_prior(moved, 2, s, distance)) > 1e-4
+    assert float(epochs.order_prior(moved, 2, s, distance)) > 1e-4
     assert view.num_examples == 4
 
 
@@ -151,7 +151,7 @@ def test_the_order_prior_is_the_mean_over_all_pairs() -> None:
     x = torch.randn(6, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
     parts = [part.mean(0) for part in x.chunk(3)]
     expected = sum(float((a - b).square().mean()) for a in parts for b in parts) / 9
-    found = dlfa.order_prior(x, 3, lambda part: part.mean(0), "l2")
+    found = epochs.order_prior(x, 3, lambda part: part.mean(0), "l2")
     assert float(found) == pytest.approx(expected)
 
 
@@ -168,8 +168,8 @@ def test_circular_variation_and_range_penalty_equal_their_formulas() -> None:
 
 def test_epochs_are_put_into_one_order_and_averaged() -> None:
     x = BOX.normalize(torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(0)).double())
-    epochs = torch.stack([x, x[[3, 1, 0, 2]], x[[1, 2, 3, 0]]])
-    torch.testing.assert_close(dlfa.merged(epochs, BOX), x)
+    searched = torch.stack([x, x[[3, 1, 0, 2]], x[[1, 2, 3, 0]]])
+    torch.testing.assert_close(epochs.merged(searched, BOX), x)
 
 
 # -- labels ----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 from leakatlas.attacks.optimization.basic import e2egi
 from leakatlas.attacks.optimization.basic.e2egi import E2EGI
 from leakatlas.bench import harness
-from leakatlas.blocks import batchnorm, descent, labels, matching
+from leakatlas.blocks import batchnorm, chunks, descent, labels, matching
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import FedAVG, FedSGD, Stage
 from leakatlas.threat import Grant
@@ -224,7 +224,7 @@ def test_a_gradient_in_pieces_equals_the_whole(
     view, _ = harness.observe(stage, replace(SHORT, bn="running"))
     x = noise(*view.batch_shape).requires_grad_()
     g, y = dict(view.update.tensors), view.labels
-    pieces = e2egi.in_chunks(view.replayer(), size, view)
+    pieces = chunks.in_chunks(view.replayer(), size, view)
     values, slopes = [], []
     for replay in (view.replayer(), pieces):
         value = matching.squared_l2(replay(x, y), g)

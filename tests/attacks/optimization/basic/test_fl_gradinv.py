@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from leakatlas.attacks.optimization.basic import fl_gradinv
-from leakatlas.attacks.optimization.basic.fl_gradinv import FLGradInv, Solved
+from leakatlas.attacks.optimization.basic.fl_gradinv import FLGradInv
 from leakatlas.bench import harness
-from leakatlas.blocks import matching
+from leakatlas.blocks import buffers, matching
+from leakatlas.blocks.buffers import Solved
 from leakatlas.fl import FedAVG, FedSGD, Stage, View, batchnorm_statistics
 from leakatlas.metrics.images import rdlv, ssim
 from leakatlas.models import build
@@ -38,7 +39,7 @@ def seen(**changes: Any) -> tuple[View, Tensor, Tensor]:
 
 def solve(view: View) -> Solved:
     batch = fl_gradinv.local_batch(view)
-    return fl_gradinv.client_statistics(view.update, view.model, view.input_shape, batch)
+    return buffers.client_statistics(view.update, view.model, view.input_shape, batch)
 
 
 # -- statistics from buffers -----------------------------------------------------------------------
@@ -67,7 +68,7 @@ def test_the_weighted_mean_over_k_steps_is_exact() -> None:
     after = {f"0.{n}": b.clone() for n, b in layer.named_buffers()}
     update = seen()[0].update
     sent = replace(update, buffers_before=before, buffers_after=after)
-    solved = fl_gradinv.client_statistics(sent, model, (1,), 6)
+    solved = buffers.client_statistics(sent, model, (1,), 6)
     assert solved.steps == 5
     weights = torch.tensor([0.9 ** (4 - j) for j in range(5)], dtype=torch.float64)
     weights /= weights.sum()
@@ -77,7 +78,7 @@ def test_the_weighted_mean_over_k_steps_is_exact() -> None:
     assert float(variance) == pytest.approx(float(expected[1]), abs=1e-14)
     one_step = (after["0.running_mean"] - 0.9 * before["0.running_mean"]) / 0.1
     assert abs(float(one_step) - float(expected[0])) > 0.3
-    assert fl_gradinv.step_weights(solved, 5) == pytest.approx(weights.tolist())
+    assert buffers.step_weights(solved, 5) == pytest.approx(weights.tolist())
 
 
 @pytest.mark.parametrize(("epochs", "batch_size", "steps"), [(1, 2, 2), (3, 2, 6), (2, 4, 2)])
@@ -85,7 +86,7 @@ def test_the_counter_tells_the_local_steps(epochs: int, batch_size: int, steps: 
     protocol = FedAVG(epochs=epochs, batch_size=batch_size, lr=0.01)
     view, _, _ = seen(protocol=protocol, examples=4)
     assert solve(view).steps == steps == protocol.steps(4)
-    assert sum(fl_gradinv.step_weights(solve(view), 4 // batch_size)) == pytest.approx(1)
+    assert sum(buffers.step_weights(solve(view), 4 // batch_size)) == pytest.approx(1)
 
 
 def test_the_truth_has_the_solved_statistics_at_the_received_weights() -> None:
@@ -202,6 +203,6 @@ def test_relative_leakage_is_zero_for_the_prior_and_largest_for_the_truth() -> N
 
 def test_a_model_with_layers_of_its_own_kind() -> None:
     model = build("convnet-bn", size=8, width=4)
-    seen_values = fl_gradinv.values_per_example(model, (3, 8, 8))
+    seen_values = buffers.values_per_example(model, (3, 8, 8))
     assert set(seen_values.values()) <= {64, 16, 4}
     assert len(seen_values) > 1

@@ -54,7 +54,7 @@ from leakatlas.blocks import readout
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import View
-from leakatlas.models.structure import example_input
+from leakatlas.models.structure import example_input, hooked, in_mode
 from leakatlas.params import Fraction, OpenFraction, PositiveInt
 from leakatlas.threat import Knowledge
 
@@ -263,17 +263,13 @@ def input_layer(model: nn.Module, shape: tuple[int, ...]) -> InputLayer:
             order.append((module, inputs[0]))
 
     leaves = [m for m in model.modules() if not list(m.children())]
-    modes = {module: module.training for module in model.modules()}
-    handles = [leaf.register_forward_hook(note) for leaf in leaves]
-    try:
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
+    with (
+        in_mode(model, train=False),
+        hooked(leaves, note),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+    ):
+        model(example)
     for position, (module, given) in enumerate(order):
         if not isinstance(module, nn.Linear):
             continue

@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import numpy as np
@@ -95,6 +95,21 @@ class LTI(Attack):
     def tuned(cls) -> Self:
         """Our setting for minutes on a CPU and gradients of any size."""
         return cls(epochs=60, hidden=512, lr=5e-4, batch_size=64, bins=8_192, scaling="entry")
+
+    @classmethod
+    def variants(cls) -> Mapping[str, Self]:
+        """What an update may need: its entries as they are, coarser bins, more units.
+
+        The published setting is none of them: a lesson of it takes the better part of an hour on a
+        CPU, and there would be one for every variant.
+        """
+        tuned = cls.tuned()
+        return {
+            "tuned": tuned,
+            "entries as they are": replace(tuned, scaling="none"),
+            "coarse bins": replace(tuned, bins=2_048),
+            "wide": replace(tuned, hidden=1_024),
+        }
 
     def outlook(self, view: View) -> Outlook:
         """Whether there is something to learn from, and of the right shape."""

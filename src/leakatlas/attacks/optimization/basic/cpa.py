@@ -50,29 +50,23 @@ Released code: ``facebookresearch/cocktail_party_attack``, ``src/gradient_invers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from torch.nn import functional as F
 
 from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
-from leakatlas.blocks import descent, init, labels, matching, priors, readout
+from leakatlas.blocks import descent, init, labels, matching, priors, readout, separation
+from leakatlas.blocks.separation import Mixture, White
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import View
-from leakatlas.models.structure import example_input, in_mode, linear_layers
 from leakatlas.params import NonNegative, Positive, PositiveInt
 from leakatlas.threat import Knowledge
-
-Negentropy = Literal["fastica", "paper", "off"]
-
-GAUSSIAN = 0.37456720
-"""E log cosh of a standard normal variable."""
 
 
 @attack("cpa", needs=Knowledge.UPDATES | Knowledge.BASIC)
@@ -104,7 +98,7 @@ class CPA(Attack):
 
     steps: PositiveInt = 25_000
     lr: Positive = 1e-3
-    negentropy: Negentropy = "fastica"
+    negentropy: separation.Negentropy = "fastica"
     negentropy_weight: NonNegative = 1.0
     decorrelation: NonNegative = 1.47
     temperature: Positive = 12.4
@@ -144,7 +138,7 @@ class CPA(Attack):
     def outlook(self, view: View) -> Outlook:
         """As many mixtures as examples are needed, and a layer that reads one row an example."""
         try:
-            mixture = find_mixture(view.model, view.input_shape)
+            mixture = separation.find_mixture(view.model, view.input_shape)
         except UnsupportedModel as problem:
             return Outlook("hopeless", str(problem))
         n, h = view.num_examples, mixture.layer.out_features
@@ -167,11 +161,11 @@ class CPA(Attack):
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
         """Whiten, separate, and turn what was separated into images."""
         n, shape = view.num_examples, view.input_shape
-        mixture = find_mixture(view.model, shape)
+        mixture = separation.find_mixture(view.model, shape)
         state = view.rounds[-1].state
         G = readout.sent_change(view.update, state, f"{mixture.name}.weight").double()
         tolerance = readout.relative_tolerance(view.update.tensors[f"{mixture.name}.weight"].dtype)
-        rank = numerical_rank(G, tolerance)
+        rank = separation.numerical_rank(G, tolerance)
         if rank < n:
             return nothing_found(
                 shape,
@@ -179,20 +173,20 @@ class CPA(Attack):
                 rank=float(rank),
                 components=float(n),
             )
-        white = whiten(G, n)
+        white = separation.whiten(G, n)
         stages = watch.share(1 if mixture.reads_image else (0.5, 0.5))
         like = next(iter(view.update.tensors.values()))
         light = White(*(t.to(like) for t in (white.Z, white.W, white.shift)))
         found = self.separate(light, mixture, shape, next(stages))
         if found.trouble:
             return nothing_found(shape, found.trouble, rank=float(rank))
-        U = unit_rows(found.best["u"].double())
+        U = separation.unit_rows(found.best["u"].double())
         rows = U @ white.W @ G
         factors = None
         if f"{mixture.name}.bias" in view.update.tensors:
             g_b = readout.sent_change(view.update, state, f"{mixture.name}.bias").double()
             factors = U @ white.W @ g_b
-        independence = (log_cosh(U @ white.Z).mean(1) - GAUSSIAN).square()
+        independence = (separation.log_cosh(U @ white.Z).mean(1) - separation.GAUSSIAN).square()
         notes = {
             "rank": float(rank),
             "components": float(n),
@@ -236,27 +230,32 @@ class CPA(Attack):
         self, u: Tensor, white: White, mixture: Mixture, shape: tuple[int, ...]
     ) -> dict[str, Tensor]:
         """The weighted terms of step 2 at an unmixing matrix ``(n, n)``."""
-        U = unit_rows(u)
+        U = separation.unit_rows(u)
         S = U @ white.Z
         X = S + U @ white.shift
         found = {}
         if self.negentropy != "off":
-            found["negentropy"] = self.negentropy_weight * negentropy(S, self.negentropy)
+            found["negentropy"] = self.negentropy_weight * separation.negentropy(S, self.negentropy)
         if mixture.reads_image:
-            found["decorrelation"] = self.decorrelation * alike(U, self.temperature)
+            found["decorrelation"] = self.decorrelation * separation.alike(U, self.temperature)
             found["tv"] = self.tv_weight * priors.tv_mean(X.reshape(-1, *shape))
         else:
-            closeness = alike(U, self.embedding_temperature)
+            closeness = separation.alike(U, self.embedding_temperature)
             found["decorrelation"] = self.embedding_decorrelation * closeness
-            found["sign"] = self.sign_weight * two_signs(X)
+            found["sign"] = self.sign_weight * separation.two_signs(X)
             found["l1"] = self.l1_weight * X.abs().mean()
         return found
 
     def invert(
-        self, z: Tensor, mixture: Mixture, view: View, generator: torch.Generator, watch: Watch
+        self,
+        z: Tensor,
+        mixture: Mixture,
+        view: View,
+        generator: torch.Generator,
+        watch: Watch,
     ) -> descent.Descended:
         """Step 3: images ``x`` whose embeddings point where ``z`` ``(n, d)`` does."""
-        f = features(view.model, mixture.name)
+        f = separation.features(view.model, mixture.name)
         start = {"x": init.normal(view.batch_shape, generator=generator, like=z)}
         if self.match_weight:
             start["y"] = labels.joint_logits(
@@ -285,151 +284,7 @@ class CPA(Attack):
         )
 
 
-# -- the layer that mixes --------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """The linear layer whose gradient is taken apart.
-
-    Args:
-        name: Of the module.
-        layer: The module.
-        reads_image: Whether its input is the flattened image itself.
-    """
-
-    name: str
-    layer: nn.Linear
-    reads_image: bool
-
-
-def find_mixture(model: nn.Module, shape: tuple[int, ...]) -> Mixture:
-    """The first linear layer that the model calls, and whether it reads the image itself.
-
-    Args:
-        model: A copy that the caller owns.
-        shape: ``(C, H, W)``.
-
-    Raises:
-        UnsupportedModel: If there is none, or it reads several rows an example (tokens).
-    """
-    names: dict[nn.Module, str] = {module: name for name, module in linear_layers(model).items()}
-    seen: list[tuple[nn.Module, Tensor]] = []
-
-    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append((module, inputs[0]))
-
-    x = example_input(model, shape)
-    x = x + torch.arange(x.numel(), dtype=x.dtype, device=x.device).reshape(x.shape) / x.numel()
-    handles = [module.register_forward_pre_hook(note) for module in names]
-    try:
-        with in_mode(model, train=False), torch.no_grad():
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not seen:
-        raise UnsupportedModel(
-            f"CPA separates the inputs of a linear layer; {type(model).__name__} calls none."
-        )
-    module, read = seen[0]
-    if read.dim() != 2:
-        raise UnsupportedModel(
-            f"CPA separates the inputs of a linear layer that reads one row an example; "
-            f"{names[module]!r} of {type(model).__name__} reads {tuple(read.shape)}."
-        )
-    assert isinstance(module, nn.Linear)  # the keys of linear_layers
-    return Mixture(names[module], module, torch.equal(read, x.flatten(1)))
-
-
-def features(model: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
-    """What a module reads of images ``(N, C, H, W)``, ``(N, d)``, in eval mode, differentiable.
-
-    Args:
-        model: A copy that the caller owns; it is put into eval mode.
-        name: Of the module.
-    """
-    model.eval()
-    state = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
-
-    def of(x: Tensor) -> Tensor:
-        caught: list[Tensor] = []
-
-        def catch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            caught.append(inputs[0])
-
-        handle = model.get_submodule(name).register_forward_pre_hook(catch)
-        try:
-            functional_call(model, state, (x,))
-        finally:
-            handle.remove()
-        return caught[0]
-
-    return of
-
-
-# -- the separation --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class White:
-    """Whitened mixtures.
-
-    Args:
-        Z: ``(n, d)``, rows of mean 0 and unit covariance.
-        W: ``(n, h)``, so that ``Z = W (G - mu)``.
-        shift: ``(n, 1)``, W times the row means.
-    """
-
-    Z: Tensor
-    W: Tensor
-    shift: Tensor
-
-
-def numerical_rank(G: Tensor, tolerance: float) -> int:
-    """Singular values of the centred rows of ``G`` ``(h, d)`` above a share of the largest."""
-    size = torch.linalg.svdvals(G - G.mean(1, keepdim=True))
-    return int((size > tolerance * size.max()).sum())
-
-
-def whiten(G: Tensor, n: int) -> White:
-    """The n strongest principal components of the rows of ``G`` ``(h, d)``, at unit variance."""
-    mu = G.mean(1, keepdim=True)
-    left, size, right = torch.linalg.svd(G - mu, full_matrices=False)
-    sign = torch.where(left.sum(0) < 0, -1.0, 1.0).to(G)[:n, None]  # else the library's choice
-    root = (G.shape[1] - 1) ** 0.5
-    W = sign * left[:, :n].T * root / size[:n, None]
-    return White(sign * right[:n] * root, W, W @ mu)
-
-
-def unit_rows(u: Tensor) -> Tensor:
-    """Rows of ``u`` ``(n, n)`` at norm 1."""
-    size: Tensor = u.norm(dim=1, keepdim=True)
-    return u / size.clamp(min=torch.finfo(u.dtype).tiny)
-
-
-def log_cosh(s: Tensor) -> Tensor:
-    """``log cosh s`` without overflow."""
-    size = s.abs()
-    return size + F.softplus(-2 * size) - 0.6931471805599453
-
-
-def negentropy(S: Tensor, kind: Negentropy) -> Tensor:
-    """L_ne of the module docstring; smaller means more independent rows of ``S`` ``(n, d)``."""
-    if kind == "off":
-        return S.new_zeros(())
-    reference = GAUSSIAN if kind == "fastica" else 0.0
-    return -(log_cosh(S).mean(1) - reference).square().mean()
-
-
-def alike(U: Tensor, temperature: float) -> Tensor:
-    """``mean_ij (exp(T |<u_i, u_j>|) - 1)`` over rows of norm 1, the diagonal included."""
-    return torch.expm1(temperature * (U @ U.T).abs()).mean()
-
-
-def two_signs(X: Tensor) -> Tensor:
-    """``mean_i min(|x_i^+|, |x_i^-|)``: 0 if every row of ``X`` ``(n, d)`` has one sign."""
-    return torch.minimum(X.clamp(min=0).norm(dim=1), X.clamp(max=0).norm(dim=1)).mean()
+# -- the images -----------------------------------------------------------------------------------
 
 
 def as_images(

@@ -49,10 +49,9 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
-from leakatlas.blocks import descent, init, labels, matching, priors
+from leakatlas.blocks import descent, epochs, init, labels, matching, priors
 from leakatlas.blocks.observed import known_labels, mean_gradient
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box
@@ -62,9 +61,6 @@ from leakatlas.fl.losses import PLAIN
 from leakatlas.models.structure import example_input, has_batchnorm
 from leakatlas.params import NonNegative, OpenFraction, Positive, PositiveInt
 from leakatlas.threat import Knowledge
-
-RESPONSES = 96
-"""Channels of the random convolution."""
 
 Replay = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
@@ -167,7 +163,7 @@ class DLFA(Attack):
         copies = 1 if shared else E
         simulated = self.simulate(view, copies)
         to_match = self.matching_term(view, copies)
-        s = summary(self.statistic, view.input_shape[0], generator, like)
+        s = epochs.summary(self.statistic, view.input_shape[0], generator, like)
         box, target = view.box, y.repeat(copies)
 
         def objective(variables: descent.Variables, t: Tensor) -> descent.Value:
@@ -178,7 +174,7 @@ class DLFA(Attack):
             total = total + self.tv_weight * priors.tv_circular(x)
             total = total + self.clip_weight * outside(x, box)
             if copies > 1 and self.order_weight:
-                disorder = order_prior(x, copies, s, self.order_distance)
+                disorder = epochs.order_prior(x, copies, s, self.order_distance)
                 total = total + self.order_weight * disorder
             return descent.Value(total, match)
 
@@ -195,12 +191,12 @@ class DLFA(Attack):
         x = found.chosen()["x"].reshape(copies, N, *view.input_shape)
         loss = float(found.criterion.min())
         return Reconstruction(
-            images=merged(x, box),
+            images=epochs.merged(x, box),
             labels=y,
             confidence=torch.full((N,), -loss, dtype=torch.float64),
             notes={
                 "matching_loss": loss,
-                "disorder": float(order_prior(x.flatten(0, 1), copies, s, "l2")),
+                "disorder": float(epochs.order_prior(x.flatten(0, 1), copies, s, "l2")),
                 "epochs": float(copies),
                 "iterations": float(found.steps),
                 "labels_granted": float(view.has("labels")),
@@ -254,7 +250,7 @@ class DLFA(Attack):
             protocol,
             view.update,
             defenses=view.defenses if view.has("defenses") else (),
-            order=epoch_batches(N, B, E, copies),
+            order=epochs.epoch_batches(N, B, E, copies),
         )
 
     def matching_term(self, view: View, copies: int) -> Callable[[Mapping[str, Tensor]], Tensor]:
@@ -291,20 +287,6 @@ def batch_of(view: View) -> int:
     return view.num_examples
 
 
-def epoch_batches(N: int, B: int, E: int, copies: int) -> list[Tensor]:
-    """Indices of every local step into ``copies * N`` images; epochs beyond the copies begin anew.
-
-    Args:
-        N: Examples.
-        B: Batch size; the last batch of an epoch may be smaller.
-        E: Epochs.
-        copies: Sets of N images.
-    """
-    return [
-        batch + N * (epoch % copies) for epoch in range(E) for batch in torch.arange(N).split(B)
-    ]
-
-
 def local_change(view: View) -> dict[str, Tensor]:
     """``theta_0 - theta_U`` by parameter name; one step of a gradient at the protocol's rate."""
     if view.update.kind == "gradient":
@@ -328,67 +310,7 @@ def layer_depths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
     return {name: number[name.rpartition(".")[0]] for name in names}
 
 
-# -- priors and the answer -------------------------------------------------------------------------
-
-
-def summary(
-    kind: Literal["mean", "responses"], channels: int, generator: torch.Generator, like: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """The statistic s of an epoch's images ``(N, C, H, W)``, which does not depend on their order.
-
-    Args:
-        kind: The mean image, or the largest response at every place of one random 3x3 convolution
-            with scaled normal weights.
-        channels: C.
-        generator: Draws the convolution.
-        like: Gives dtype and device.
-    """
-    if kind == "mean":
-        return lambda x: x.mean(0)
-    shape = (RESPONSES, channels, 3, 3)
-    weight = init.normal(shape, generator=generator, like=like) / (9 * channels) ** 0.5
-    return lambda x: F.conv2d(x, weight, padding=1).amax(0)
-
-
-def order_prior(
-    x: Tensor, copies: int, s: Callable[[Tensor], Tensor], distance: Literal["l2", "l1"]
-) -> Tensor:
-    """Mean over pairs of epochs of ``d(s(X_e), s(X_e'))``; a pair of equals counts as 0.
-
-    Args:
-        x: ``(copies * N, C, H, W)``, epoch by epoch.
-        copies: Epochs with images of their own.
-        s: See :func:`summary`.
-        distance: Mean squares or mean absolute values.
-    """
-    S = torch.stack([s(part) for part in x.chunk(copies)]).flatten(1)
-    difference = S[:, None] - S[None]
-    each = difference.square() if distance == "l2" else difference.abs()
-    return each.mean()
-
-
 def outside(x: Tensor, box: Box) -> Tensor:
     """Squares of what leaves [0, 1], summed over pixels and averaged over images."""
     pixels = box.denormalize(x)
     return (pixels - pixels.clamp(0, 1)).square().mean(0).sum()
-
-
-def merged(x: Tensor, box: Box) -> Tensor:
-    """One image for each example: epochs assigned to the first one by PSNR, then averaged.
-
-    Args:
-        x: ``(E, N, C, H, W)``, model space.
-        box: Gives the pixels that are compared.
-
-    Returns:
-        ``(N, C, H, W)`` inside the box.
-    """
-    from scipy.optimize import linear_sum_assignment  # half a second to import
-
-    pixels = box.denormalize(x).flatten(2).double()
-    total = x[0].clone()
-    for epoch, flat in zip(x[1:], pixels[1:], strict=True):
-        error = torch.cdist(pixels[0], flat).square() / flat.shape[1]
-        _, order = linear_sum_assignment(error.clamp(min=1e-12).log().cpu().numpy())
-        total += epoch[torch.as_tensor(order, device=x.device)]
-    return box.clip(total / len(x))
