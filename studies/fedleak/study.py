@@ -22,7 +22,7 @@ from leakatlas.fl import Stage
 from leakatlas.metrics.assignment import assign, pairwise_mse
 from leakatlas.metrics.images import psnr_of_mse
 
-ITERATIONS = 200
+ITERATIONS = 100
 ATTACKS: dict[str, type[Attack]] = {
     "chosen_fedleak": FedLeak, "chosen_inverting_gradients": InvertingGradients
 }  # fmt: skip

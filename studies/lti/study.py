@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,12 +14,15 @@ from leakatlas.bench import scene
 from leakatlas.bench.cells import Cell
 from leakatlas.metrics.images import psnr
 
+EPOCHS = 20
+
 
 def measure(cell: Cell) -> dict[str, list[float]]:
     """DB of the victim's image, and which setting was taken."""
     torch.set_num_threads(1)
     stage = scene.staged(cell)
-    view, variants = stage.view([stage.federation.play_round()]), LTI.variants()
+    view = stage.view([stage.federation.play_round()])
+    variants = {name: replace(lti, epochs=EPOCHS) for name, lti in LTI.variants().items()}
     with tempfile.TemporaryDirectory() as empty:  # nothing is taken from earlier rehearsals
         taken = rehearse(
             view, variants, view.surrogate, images=4, seed=cell.seed, cache=Path(empty)

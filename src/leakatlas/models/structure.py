@@ -40,6 +40,19 @@ def parameter_count(model: nn.Module, *, trainable_only: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
 
 
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of a submodule, in its mode; ``model`` is changed.
+
+    Args:
+        model: Whose.
+        name: Dotted, of a module inside the model.
+        module: Instead.
+    """
+    parent, _, child = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    setattr(owner, child, module.train(owner.get_submodule(child).training))
+
+
 @contextmanager
 def in_mode(model: nn.Module, *, train: bool) -> Iterator[None]:
     """A model in train or evaluation mode for a while; then every module has its own mode back.

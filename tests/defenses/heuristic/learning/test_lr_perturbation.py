@@ -48,16 +48,19 @@ def test_one_step_keeps_its_direction_and_loses_its_size(protocol: Protocol) -> 
 
 def test_several_steps_at_another_rate_are_that_rate() -> None:
     """The factor on the gradient is the client's run at ``(1 + u) lr``, decay and momentum too."""
-    settings = {"epochs": 3, "batch_size": 3, "momentum": 0.5, "weight_decay": 0.1}
+
+    def protocol(lr: float) -> FedAVG:
+        return FedAVG(epochs=3, batch_size=3, lr=lr, momentum=0.5, weight_decay=0.1)
+
     defended = build_stage(
         model="convnet", settings={"width": 4}, examples=3, defenses=(STRONG,),
-        protocol=FedAVG(lr=0.05, **settings),
+        protocol=protocol(0.05),
     )  # fmt: skip
     sent = defended.federation.play_round().updates[0].tensors
     factor = defended.federation.clients[0].memories["lr_perturbation"]["factor"]
     direct = build_stage(
         model="convnet", settings={"width": 4}, examples=3,
-        protocol=FedAVG(lr=0.05 * factor, **settings),
+        protocol=protocol(0.05 * factor),
     )  # fmt: skip
     plain = direct.federation.play_round().updates[0].tensors
     assert abs(factor - 1) > 0.01

@@ -35,6 +35,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import ActsOn, Defense, Memory
+from leakatlas.models.structure import replace_module
 from leakatlas.params import Fraction, PositiveInt
 
 Activation = Literal["relu", "sigmoid"]
@@ -81,7 +82,7 @@ class FedKL(Defense):
         key = torch.rand(self.key_length).to(like)
         for name in names[: math.ceil(self.locked * len(names))]:
             lock = KeyLock(defended.get_submodule(name), key, self.activation).to(like)
-            _replace(defended, name, lock)
+            replace_module(defended, name, lock)
         return defended
 
     def private(self, model: nn.Module) -> frozenset[str]:
@@ -160,15 +161,8 @@ def merged(model: nn.Module) -> nn.Module:
             for field, value in zip(_AFFINE, module.affine(), strict=True):
                 norm.register_parameter(field, nn.Parameter(value.detach().clone()))
             setattr(norm, "affine", True)  # noqa: B010 - see KeyLock
-            _replace(plain, name, norm)
+            replace_module(plain, name, norm)
     return plain
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    owner = model.get_submodule(parent)
-    module.train(owner.get_submodule(child).training)
-    setattr(owner, child, module)
 
 
 def _channels(norm: nn.Module) -> int:

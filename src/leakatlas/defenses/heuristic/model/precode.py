@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import ActsOn, Defense, LocalStep
-from leakatlas.models.structure import last_linear
+from leakatlas.models.structure import last_linear, replace_module
 from leakatlas.params import NonNegative, PositiveInt
 
 
@@ -83,8 +83,7 @@ class PRECODE(Defense):
         bottleneck = Bottleneck(found[1].in_features, self.latent, self.sigma_scale)
         bottleneck.to(found[1].weight)
         wrapped = nn.Sequential(OrderedDict(bottleneck=bottleneck, head=head))
-        parent, _, child = name.rpartition(".")
-        setattr(defended.get_submodule(parent), child, wrapped.train(head.training))
+        replace_module(defended, name, wrapped)
         return defended
 
     def local_step(
