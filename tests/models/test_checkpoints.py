@@ -47,9 +47,7 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_shipped_weights_fit_their_card(name: str) -> None:
     about = card(name)
     assert about.name == name
-    assert about.date == "2026-11-22"
-    assert about.license == "Apache-2.0"
-    assert about.recipe.startswith("python scripts/train_")
+    assert about.recipe.startswith(("python scripts/train_", "leakatlas prior train "))
     assert about.figures
     assert all(text for text in (about.data, about.split))
     weights = load_weights(name)
@@ -62,7 +60,7 @@ def test_shipped_weights_fit_their_card(name: str) -> None:
 def test_what_is_shipped_and_how_large() -> None:
     assert {"convnet-bn-cifar10", "convnet-cifar10", "generator-cifar10"} <= set(shipped())
     total = sum(path.stat().st_size for path in checkpoints.WEIGHTS.iterdir())
-    assert total < 3 * 2**20
+    assert total < 12 * 2**20
 
 
 def test_trained_statistics_are_those_of_images() -> None:

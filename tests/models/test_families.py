@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from leakatlas.errors import InvalidParameter
+from leakatlas.errors import InvalidInput, InvalidParameter
 from leakatlas.fl.draws import places
 from leakatlas.models import CNN6, ConvNet, FCNet, Generator, LeNet, ResNet, ViT, build
 from leakatlas.models.structure import linear_layers, parameter_count
@@ -126,14 +126,17 @@ def test_vit_settings_must_divide() -> None:
 
 
 def test_generator_stages_compose_to_the_whole() -> None:
-    model = Generator()
-    z = torch.randn(2, 128, generator=torch.Generator().manual_seed(0))
-    image = model(z).detach()
-    assert image.shape == (2, 3, 32, 32)
-    assert 0 <= float(image.min()) <= float(image.max()) <= 1
-    for stage in range(len(model.stages) + 1):
-        assert torch.equal(model.resume(model.features(z, stage), stage), image)
-    assert torch.equal(model.features(z, 0), z)
+    model = Generator(classes=3)
+    z, y = torch.randn(2, 128, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2])
+    image = model(z, y)
+    assert not torch.allclose(image, model(z, y.flip(0)))
+    h = model.enter(z, y)
+    for stage, module in enumerate(model.stages):
+        assert torch.equal(model.resume(h, stage), image)
+        h = module(h)
+    assert torch.equal(Generator().enter(z), z)
+    with pytest.raises(InvalidInput, match="got none"):
+        model(z)
 
 
 def test_generator_images_do_not_depend_on_their_batch_or_mode() -> None:

@@ -187,6 +187,9 @@ class Attack(Configured, ABC):
     """Iterations below which a run is no try of the method: what does not fit is not begun."""
     learned_by: ClassVar[tuple[str, ...] | None] = None
     """Parameters on which :meth:`prepare` depends; all of them if None."""
+    draws_on_prior: ClassVar[bool] = False
+    """Whether it holds a learned picture of what images look like, beside what it may learn in
+    :meth:`prepare`: then a picture may be owed to that alone."""
 
     def knowledge(self) -> Knowledge:
         """The knowledge that these parameters need: :attr:`needs`, or less where options say so."""
@@ -232,6 +235,14 @@ class Attack(Configured, ABC):
             if getattr(self, name, 0)
         }
         return replace(self, **scaled)
+
+    def priors(self, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """Kept priors, by name or folder, that it may use on inputs ``(C, H, W)``.
+
+        Whoever knows the truth refuses a victim that one of them was trained on.
+        """
+        del shape
+        return ()
 
     def outlook(self, view: View) -> Outlook:
         """Whether this attack can work on ``view``, judged in a second from what it holds."""
@@ -286,29 +297,9 @@ class Attack(Configured, ABC):
         parameters = self.to_json()
         if self.learned_by is not None:
             parameters = {name: parameters[name] for name in self.learned_by}
-        where = [] if device.type == "cpu" else [device.type]
-        identity = json.dumps([self.key, self.version, parameters, *facts, *where], sort_keys=True)
-        file = cache_folder() / f"{self.key}-{hashlib.sha256(identity.encode()).hexdigest()}"
-        file = file.with_suffix(".sealed")
-        if (held := sealed.unseal(file)) is not None:
-            try:
-                return {n: t.to(device) for n, t in safetensors.torch.load(held).items()}
-            except _NO_TENSORS:
-                sealed.discard(file, "it holds no tensors")
-        watch = Watch(parent=watch)
-        with torch.random.fork_rng(devices=[]):
-            # The cache key has no seed of the attack, so no draw may depend on one.
-            torch.manual_seed(stream_seed(self.key, "prepare"))
-            learned = learn(stream(self.key, "prepare"), watch)
-        # Learned in less time than asked for: good for this run, not for the next.
-        if watch.cut_short or watch.planned is not None:
-            return learned
-        tensors = {n: t.detach().cpu().clone().contiguous() for n, t in learned.items()}
-        try:
-            sealed.seal(file, safetensors.torch.save(tensors))
-        except OSError as problem:  # what was learned serves this run all the same
-            warnings.warn(f"{file} cannot be written ({problem.strerror}).", stacklevel=3)
-        return learned
+        return learned(
+            self.key, [self.version, parameters, *facts], learn, watch=watch, device=device
+        )
 
     @final
     def missing(self, view: View) -> Knowledge:
@@ -444,6 +435,48 @@ def attack(key: str, *, needs: Knowledge) -> Callable[[A], A]:
         return cls
 
     return declare
+
+
+def learned(
+    name: str,
+    facts: Sequence[Any],
+    learn: Callable[[torch.Generator, Watch], dict[str, Tensor]],
+    *,
+    watch: Watch,
+    device: torch.device = CPU,
+) -> dict[str, Tensor]:
+    """What ``learn`` gives, from the cache if the same was learned before.
+
+    Args:
+        name: What it is; also whose random streams it draws from.
+        facts: All that the lesson rests on; plain JSON.
+        learn: ``(generator, watch) -> tensors by name``.
+        watch: Budget and progress.
+        device: Where it learns; its kind is part of the cache key, too.
+    """
+    where = [] if device.type == "cpu" else [device.type]
+    identity = json.dumps([name, *facts, *where], sort_keys=True)
+    file = cache_folder() / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()}"
+    file = file.with_suffix(".sealed")
+    if (held := sealed.unseal(file)) is not None:
+        try:
+            return {n: t.to(device) for n, t in safetensors.torch.load(held).items()}
+        except _NO_TENSORS:
+            sealed.discard(file, "it holds no tensors")
+    watch = Watch(parent=watch)
+    with torch.random.fork_rng(devices=[]):
+        # The cache key has no seed of the attack, so no draw may depend on one.
+        torch.manual_seed(stream_seed(name, "prepare"))
+        found = learn(stream(name, "prepare"), watch)
+    # Learned in less time than asked for: good for this run, not for the next.
+    if watch.cut_short or watch.planned is not None:
+        return found
+    tensors = {n: t.detach().cpu().clone().contiguous() for n, t in found.items()}
+    try:
+        sealed.seal(file, safetensors.torch.save(tensors))
+    except OSError as problem:  # what was learned serves this run all the same
+        warnings.warn(f"{file} cannot be written ({problem.strerror}).", stacklevel=4)
+    return found
 
 
 def cache_folder() -> Path:

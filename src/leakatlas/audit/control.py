@@ -34,8 +34,8 @@ PRIOR = "the prior, not the update"
 
 
 def at_work(attack: Attack) -> bool:
-    """Whether the attack learns offline, from public images, before it sees an update."""
-    return type(attack).prepare is not Attack.prepare
+    """Whether the attack learned from public images what pictures look like."""
+    return attack.draws_on_prior or type(attack).prepare is not Attack.prepare
 
 
 def part(attack: Attack) -> float:

@@ -14,7 +14,7 @@ from leakatlas.attacks.api import CUT, ActiveAttack, Attack, Reconstruction, Tam
 from leakatlas.bench.adversary import Adversary, Here, Request
 from leakatlas.bench.task import code_of
 from leakatlas.blocks.watch import MORE_TIME, Trail, Watch
-from leakatlas.errors import InvalidInput, NotGranted, ProtocolError, Unavailable
+from leakatlas.errors import InvalidInput, NotGranted, ProtocolError, Unavailable, shown
 from leakatlas.fl import Federation, RoundRecord, Stage, TamperedModel, Truth, View
 from leakatlas.metrics import assign, pairwise_mse, psnr_of_mse
 from leakatlas.metrics.score import Scores, score
@@ -222,7 +222,11 @@ def run_trial(
         adversary: As there.
         lean: As there.
         played: Rounds of this stage's honest clients that were played before, for a passive attack.
+
+    Raises:
+        InvalidInput: If a victim is among the images that the attack's prior was trained on.
     """
+    require_strangers(stage, attack)
     adversary = adversary or Here()
     watch = watch or Watch()
     if played is not None and not isinstance(attack, ActiveAttack):
@@ -242,6 +246,28 @@ def run_trial(
         found = replace(found, notes={**found.notes, **notes})
     truth = truth_of(stage, target, records)
     return Trial(view, truth, records, found, stage.box.denormalize(found.images))
+
+
+def require_strangers(stage: Stage, attack: Attack) -> None:
+    """Refuse victims that a kept prior of the attack has seen: it would score what it memorised.
+
+    Raises:
+        InvalidInput: Naming the prior and the number of victims.
+    """
+    names = attack.priors(tuple(stage.input_shape))
+    if not names:
+        return
+    from leakatlas import priors  # few attacks have one
+
+    for name in names:
+        prior = priors.load(name)
+        known = sum(int(prior.knows(images.images).sum()) for images in stage.victims.values())
+        if known:
+            raise InvalidInput(
+                f"The prior {shown(name)} of {attack.key} was trained on {known} of the victims, "
+                "so its result would be a memory; take other victims, or another prior "
+                "(prior='surrogate' learns one from the surrogate images)."
+            )
 
 
 def _travelling(stage: Stage, adversary: Adversary) -> bytes | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from leakatlas.cli import audit, bench, capture, catalogue, init, lint, recommend
+from leakatlas.cli import audit, bench, capture, catalogue, init, lint, prior, recommend
 from leakatlas.cli.codes import Guarded
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ bench.register(app)
 lint.register(app)
 capture.register(app)
 init.register(app)
+prior.register(app)
 catalogue.register(app)
 
 

@@ -10,6 +10,7 @@ from leakatlas.models.checkpoints import pretrained as pretrained
 from leakatlas.models.checkpoints import shipped as shipped
 from leakatlas.models.cnn6 import CNN6 as CNN6
 from leakatlas.models.convnet import ConvNet as ConvNet
+from leakatlas.models.denoiser import Denoiser as Denoiser
 from leakatlas.models.fc import FCNet as FCNet
 from leakatlas.models.fitting import fit_state as fit_state
 from leakatlas.models.generators import Generator as Generator

@@ -17,6 +17,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from torch import Tensor, nn
 
 from leakatlas import reading, tensorfiles
@@ -32,6 +33,7 @@ _LEVELS = 4
 """How deep weights are looked for."""
 
 
+@with_config(ConfigDict(extra="forbid", allow_inf_nan=False))
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """Where shipped weights come from.
@@ -50,6 +52,7 @@ class Card:
         date: Day of training.
         license: Licence of the weights.
         sha256: Of the safetensors file.
+        seen: Name of the file with fingerprints of what a prior was trained on, if there is one.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Card:
     date: str
     license: str
     sha256: str
+    seen: str = ""
 
 
 def shipped() -> tuple[str, ...]:
@@ -81,11 +85,27 @@ def card(name: str) -> Card:
     """
     if name not in shipped():
         raise UnknownName("shipped weights", name, shipped())
-    path = WEIGHTS / f"{name}.json"
     try:
-        return Card(**reading.read_json(path, what="provenance card"))
-    except (InvalidInput, TypeError) as problem:
-        raise InvalidInput(f"{path}: not a provenance card: {problem}; reinstall.") from None
+        return read_card(WEIGHTS / f"{name}.json")
+    except InvalidInput as problem:
+        raise InvalidInput(f"{problem} Reinstall the package.") from None
+
+
+def read_card(path: Path) -> Card:
+    """The provenance card in a file; every value is of its type.
+
+    Raises:
+        InvalidInput: If it is none.
+    """
+    values = reading.read_json(path, what="provenance card")
+    try:
+        return TypeAdapter(Card).validate_python(values)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise InvalidInput(
+            f"{shown(str(path))}: not a provenance card: {where}: {first['msg']}."
+        ) from None
 
 
 def load_weights(name: str) -> dict[str, Tensor]:

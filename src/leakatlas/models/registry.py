@@ -14,6 +14,7 @@ from leakatlas import limits
 from leakatlas.errors import InvalidParameter, LeakAtlasError, UnknownName, shown
 from leakatlas.models.cnn6 import CNN6
 from leakatlas.models.convnet import ConvNet
+from leakatlas.models.denoiser import Denoiser
 from leakatlas.models.fc import FCNet
 from leakatlas.models.generators import Generator
 from leakatlas.models.lenet import LeNet
@@ -42,7 +43,7 @@ _CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     "vgg16": partial(VGG, groups=DEPTHS[16]),
     "vit": ViT,
 }
-_GENERATORS: dict[str, Callable[..., nn.Module]] = {"generator": Generator}
+_GENERATORS: dict[str, Callable[..., nn.Module]] = {"generator": Generator, "denoiser": Denoiser}
 
 
 def names() -> tuple[str, ...]:
@@ -54,8 +55,8 @@ def build(name: str, /, **settings: Any) -> nn.Module:
     """A freshly initialised model, on the CPU, in float32 and in train mode.
 
     Every classifier takes ``in_channels``, ``size`` (side of a square image), ``classes`` and
-    ``seed``; the rest is its own (see the class). ``"generator"`` maps latents to images and
-    takes ``channels`` instead.
+    ``seed``; the rest is its own (see the class). ``"generator"`` maps latents to images,
+    ``"denoiser"`` finds the noise in images; both take ``channels`` instead.
 
     Raises:
         UnknownName: If there is no model of that name.

@@ -10,6 +10,7 @@ from leakatlas.blocks.descent.loop import Descended, descend
 from leakatlas.blocks.descent.objective import Objective, Value, Variables
 from leakatlas.blocks.descent.optimizers import Factory, adam, in_turn, lbfgs, sgd
 from leakatlas.blocks.descent.steps import (
+    Hook,
     between,
     cosine_decay,
     inside,
@@ -22,6 +23,7 @@ __all__ = [
     "EXECUTIONS",
     "Descended",
     "Factory",
+    "Hook",
     "Objective",
     "Value",
     "Variables",

@@ -1,0 +1,149 @@
+"""``leakatlas prior train``: a generative prior of one's own population."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn
+from rich.table import Table
+
+from leakatlas.cli import plain
+from leakatlas.cli.plain import escape
+
+if TYPE_CHECKING:
+    from leakatlas.models import Card
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+commands = typer.Typer(
+    name="prior",
+    help="Generative priors: what an adversary with public images knows of a population.",
+    no_args_is_help=True,
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.add_typer(commands)
+
+
+@commands.command()
+def train(
+    data: Annotated[
+        str, typer.Argument(help="Public images: folder:PATH@SIZE, parquet:PATH, patches:64:2000.")
+    ],
+    kind: Annotated[
+        str, typer.Option(help="vae (closest to given images), gan (sharpest), ddpm (diffusion).")
+    ] = "vae",
+    size: Annotated[
+        int | None,
+        typer.Option(help="Side of its images, a multiple of 8; the data's if left out."),
+    ] = None,
+    grey: Annotated[bool, typer.Option("--grey", help="Average colours away.")] = False,
+    conditional: Annotated[
+        bool, typer.Option("--conditional", help="Condition a gan on the labels.")
+    ] = False,
+    latent: Annotated[int, typer.Option(help="Length of the latent.", min=1, max=4096)] = 128,
+    steps: Annotated[int, typer.Option(help="Steps of training.", min=1)] = 2_000,
+    budget: Annotated[
+        str | None, typer.Option(help="Time, such as 20m; fewer steps, under the whole schedule.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="At most so many images, from the first.")
+    ] = None,
+    flips: Annotated[bool, typer.Option(help="Mirror images at random.")] = True,
+    seed: Annotated[int, typer.Option(help="Of weights, order and noise.")] = 0,
+    name: Annotated[str, typer.Option(help="Name of the prior.")] = "prior",
+    license: Annotated[
+        str, typer.Option(help="Licence of the weights, as the data allow.")
+    ] = "unknown",
+    out: Annotated[Path, typer.Option(help="Folder for weights and card.")] = Path("prior"),
+) -> None:
+    """Learn a prior on public images; a run that was stopped goes on where it was.
+
+    Writes NAME.safetensors, its provenance card NAME.json and NAME.seen, fingerprints of the
+    images. An attack takes it as `prior: FOLDER`; a victim that it was trained on is refused.
+    Exit code 2: bad input.
+    """
+    # torch takes a second to load; --help should not wait for it.
+    from leakatlas import data as room
+    from leakatlas import priors
+    from leakatlas.blocks.watch import Watch, parse_budget
+    from leakatlas.errors import InvalidParameter, UnknownName
+    from leakatlas.priors import training
+    from leakatlas.priors.learning import KINDS
+
+    if kind not in KINDS:
+        raise UnknownName("kind of prior", kind, KINDS)
+    if not NAME.fullmatch(name):
+        raise InvalidParameter(
+            f"--name {plain.escape(name)}: expected lower-case letters, digits, dots and dashes."
+        )
+    if size is not None and (size < 8 or size % 8 or size > 1024):
+        raise InvalidParameter(f"--size {size}: expected a multiple of 8, 1024 at the most.")
+    images = room.load(data, limit=limit)
+    recipe = training.Recipe(
+        kind=kind, size=size, grey=grey, conditional=conditional, latent=latent, steps=steps,
+        flips=flips, seed=seed,
+    )  # fmt: skip
+    console = plain.console(stderr=True)
+    checkpoint = out / f".{name}.training"
+    columns = (plain.Words(), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(escape(f"{kind} on {len(images):,} images"), total=1.0)
+
+        def listen(fraction: float, note: str) -> None:
+            progress.update(task, completed=fraction, description=escape(note))
+
+        watch = Watch(parse_budget(budget), listen)
+        prior = training.train(
+            images, recipe, name=name, license=license, watch=watch, checkpoint=checkpoint,
+            command=_command(
+                data, kind, size, grey, conditional, latent, steps, budget, limit, flips, seed, name
+            ),
+        )  # fmt: skip
+    card = priors.save(prior, out)
+    checkpoint.unlink(missing_ok=True)
+    _show(card, out, watch.planned, steps)
+
+
+def _command(
+    data: str,
+    kind: str,
+    size: int | None,
+    grey: bool,
+    conditional: bool,
+    latent: int,
+    steps: int,
+    budget: str | None,
+    limit: int | None,
+    flips: bool,
+    seed: int,
+    name: str,
+) -> str:
+    """What makes the prior again."""
+    words = ["leakatlas", "prior", "train", data, "--kind", kind]
+    for option, value in (
+        ("--size", size), ("--latent", latent), ("--steps", steps), ("--budget", budget),
+        ("--limit", limit), ("--seed", seed), ("--name", name),
+    ):  # fmt: skip
+        words += [] if value is None else [option, str(value)]
+    words += ["--grey"] * grey + ["--conditional"] * conditional + ["--no-flips"] * (not flips)
+    return shlex.join(words)
+
+
+def _show(card: Card, out: Path, planned: tuple[int, int] | None, asked: int) -> None:
+    table = Table(title=f"Prior {card.name}", show_header=False)
+    for what, text in (("data", card.data), ("split", card.split), ("recipe", card.recipe)):
+        plain.row(table, what, text)
+    for figure, value in card.figures.items():
+        plain.row(table, figure.replace("_", " "), f"{value:g}")
+    console = plain.console()
+    console.print(table)
+    if planned is not None:
+        console.print(f"The budget made it {planned[0]:,} of {asked:,} steps.")
+    console.print(f"Written to {escape(str(out))}; an attack takes it as prior: {escape(str(out))}")

@@ -1,0 +1,167 @@
+"""From images to a prior with its card: what ``leakatlas prior train`` and the attacks do."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from leakatlas.blocks.watch import Watch
+from leakatlas.data import ImageSet
+from leakatlas.errors import InvalidInput
+from leakatlas.models import Card, Denoiser
+from leakatlas.models.parts import seeded
+from leakatlas.priors import learning
+from leakatlas.priors.kept import settings_of, wrapped
+from leakatlas.priors.learning import Kind, drawn_shape, fitted, lesson, noised, teach
+from leakatlas.priors.prior import (
+    CEILING,
+    INVERTED,
+    Diffusion,
+    Prior,
+    fingerprints,
+    inversion_psnr,
+    linear_schedule,
+)
+
+HELD_OUT = 0.1
+"""Share of the images that is held out to measure the prior, at most :data:`INVERTED` of them."""
+
+FEWEST_IMAGES = 8
+"""Images below which nothing is learned that could be called a population."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a prior is learned.
+
+    Args:
+        kind: vae, gan or ddpm.
+        size: Side of its images; that of the data, rounded up to a multiple of 8, if None.
+        grey: Whether colours are averaged away.
+        conditional: Whether it is conditioned on the labels; a gan only.
+        latent: Length of the latent.
+        steps: Steps of training; a deadline makes them fewer, under the whole schedule.
+        flips: Whether images are mirrored at random.
+        seed: Of weights, order and noise.
+    """
+
+    kind: Kind = "vae"
+    size: int | None = None
+    grey: bool = False
+    conditional: bool = False
+    latent: int = 128
+    steps: int = 2_000
+    flips: bool = True
+    seed: int = 0
+
+
+def train(
+    data: ImageSet,
+    recipe: Recipe,
+    *,
+    name: str,
+    license: str,
+    command: str,
+    watch: Watch,
+    checkpoint: Path | None = None,
+    measure: bool = True,
+) -> Prior | Diffusion:
+    """A prior learned on images, with its card.
+
+    The last tenth (at most 64 images) is held out and measured on; it is no victim of an attack
+    either, so that the figure stays one of strangers.
+
+    Args:
+        data: The images; labels are used by a conditional prior only.
+        recipe: How.
+        name: Of the prior.
+        license: Of its weights.
+        command: What makes it again, for the card.
+        watch: Budget and progress.
+        checkpoint: A file to go on from, and to leave behind if stopped.
+        measure: Whether the held-out figures are computed.
+
+    Raises:
+        InvalidInput: If there are too few images, or labels are missing.
+    """
+    if len(data) < FEWEST_IMAGES:
+        raise InvalidInput(
+            f"A prior is learned on a population; {data.name} holds {len(data)} images, expected "
+            f"{FEWEST_IMAGES} at the least, and thousands for pictures worth looking at."
+        )
+    channels = 1 if recipe.grey else data.channels
+    side = recipe.size or max(data.shape[1:])
+    shape = drawn_shape((channels, side, side))
+    images = fitted(data.images, shape)
+    if recipe.conditional and data.labels.dim() != 1:
+        raise InvalidInput(f"A conditional prior needs one label an image; {data.name} has none.")
+    labels = data.labels if data.labels.dim() == 1 else torch.zeros(len(data), dtype=torch.int64)
+    held = min(INVERTED, max(1, round(HELD_OUT * len(images))))
+    kept = len(images) - held
+    classes = len(data.classes) if recipe.conditional else 0
+    with seeded(recipe.seed):
+        taught = lesson(recipe.kind, shape, latent=recipe.latent, classes=classes)
+        begun = time.process_time()
+        made = teach(
+            taught,
+            images[:kept],
+            labels[:kept],
+            steps=recipe.steps,
+            generator=torch.Generator().manual_seed(recipe.seed),
+            watch=watch,
+            flips=recipe.flips,
+            checkpoint=checkpoint,
+        )
+        seconds = time.process_time() - begun
+    network = taught.result().requires_grad_(False)
+    card = Card(
+        name=name,
+        model="denoiser" if isinstance(network, Denoiser) else "generator",
+        settings=settings_of(network),
+        box=None,
+        data=f"{data.name} ({data.fingerprint()[:12]})",
+        split=f"the first {kept:,} of {len(images):,} images; the last {held} held out",
+        recipe=command,
+        seed=recipe.seed,
+        epochs=math.ceil(made * taught.batch / kept),
+        figures={},
+        date=datetime.date.today().isoformat(),
+        license=license,
+        sha256="",
+    )
+    seen = fingerprints(images[:kept], shape).unique()
+    prior = wrapped(network, card, seen)
+    if measure:
+        figures = _figures(prior, images[kept:], labels[kept:], images[:kept].mean(0))
+        card.figures.update({**figures, "steps": made, "cpu_seconds": round(seconds)})
+    return prior
+
+
+def _figures(
+    prior: Prior | Diffusion, held: Tensor, labels: Tensor, mean: Tensor
+) -> dict[str, Any]:
+    """What the card says of held-out images."""
+    error = (held - mean).square().flatten(1).mean(1)
+    null = {"held_out_psnr_db_of_mean_image": round(float(-10 * error.log10().mean()), 2)}
+    if isinstance(prior, Prior):
+        return {CEILING: round(inversion_psnr(prior, held, labels), 2), **null}
+    kept = linear_schedule()
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for t in (50, 200, 500):
+        noise = torch.randn(held.shape, generator=generator)
+        x = noised(2 * held - 1, noise, kept[torch.full((len(held),), t)])
+        with torch.no_grad():
+            errors.append(float(F.mse_loss(prior.noise(x, t), noise)))
+    return {"held_out_noise_error": round(sum(errors) / len(errors), 4), **null}
+
+
+__all__ = ["FEWEST_IMAGES", "HELD_OUT", "Recipe", "learning", "train"]
