@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from leakatlas import data
 from leakatlas.attacks.api import Attack, Reconstruction
-from leakatlas.attacks.generative.latent.gias import GIAS
+from leakatlas.attacks.generative import prior
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.audit.rehearsal import (
     LEAST,
@@ -248,10 +248,6 @@ def test_a_trial_that_was_cut_decides_nothing(cache: Path) -> None:
 
 def test_one_prior_serves_runs_of_any_length(cache: Path) -> None:
     surrogate = data.patches(8, 32, part="surrogate")
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
-    gias = replace(GIAS.tuned(), prior="surrogate", prior_epochs=1, prior_latent=8)
-    for attack in (gias, replace(gias, latent_steps=7)):
-        attack.artefact(surrogate, model)
-    assert len(list(cache.glob("gias-*"))) == 1
-    replace(gias, prior_latent=9).artefact(surrogate, model)
-    assert len(list(cache.glob("gias-*"))) == 2
+    for latent, files in ((8, 1), (8, 1), (9, 2)):
+        prior.taught(surrogate, steps=2, latent=latent, watch=Watch())
+        assert len(list(cache.glob("prior-*"))) == files

@@ -31,7 +31,7 @@ SHORT: dict[str, Any] = {
             "latent_steps": 2,
             "generator_steps": 2,
             "restarts": 1,
-            "prior_epochs": 1,
+            "prior_steps": 3,
             "prior_latent": 8,
         },
     },
