@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakatlas.errors import InvalidParameter
-from leakatlas.models import Card
+from leakatlas.models import Card, Generator
 
 CEILING = "held_out_inversion_psnr_db"
 """The figure of a card that bounds every search among what the prior can draw: the PSNR of its
@@ -73,14 +73,14 @@ class Prior:
 
     def decoder(self, y: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """Latents ``(N, *latent)`` to pixels of [0, 1], for images of these labels."""
-        return lambda z: self.network(*self.inputs(z, y))  # type: ignore[no-any-return]  # a module
+        return lambda z: self.network(*self.inputs(z, y))
 
     def enter(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """The input of the first stage."""
         if not self.classes:
             return z
-        entered: Tensor = self.network.enter(*self.inputs(z, y))
-        return entered
+        assert isinstance(self.network, Generator)
+        return self.network.enter(*self.inputs(z, y))
 
     def knows(self, pixels: Tensor) -> Tensor:
         """``(N,)`` whether images of [0, 1] are among those that it was trained on.
