@@ -42,6 +42,8 @@ PROTOCOLS: dict[str, Protocol] = {
     "fedavg": FedAVG(epochs=2, batch_size=1, lr=0.05),
 }
 SIZE = 8
+OWN_RANDOMNESS = {"homomorphic_encryption"}
+"""Their library draws where no seed reaches; sums differ by the noise of ciphertexts."""
 
 
 def network(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -93,6 +95,12 @@ def accepts(defense: Defense, protocol: Protocol) -> bool:
 
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def close(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        torch.allclose(a[name], b[name], rtol=0, atol=1e-6) for name in a
+    )
 
 
 def uploads(record: RoundRecord) -> dict[int, Mapping[str, Tensor]]:
@@ -219,7 +227,8 @@ def test_the_same_seed_gives_the_same_round(key: str, protocol: Protocol) -> Non
     global_state = torch.get_rng_state()
     first, second = (on_stage(defense, protocol=protocol).federation.play_round() for _ in range(2))
     assert all(same(uploads(first)[c], uploads(second)[c]) for c in uploads(first))
-    assert same(first.aggregate.tensors, second.aggregate.tensors)
+    agree = close if key in OWN_RANDOMNESS else same
+    assert agree(first.aggregate.tensors, second.aggregate.tensors)
     assert torch.equal(torch.get_rng_state(), global_state)
 
 
@@ -301,7 +310,11 @@ def test_a_saved_view_simulates_as_the_live_one(key: str, vantage: Vantage, tmp_
 def test_the_mirror_is_differentiable_and_keeps_its_inputs(key: str) -> None:
     defense = load(key)()
     live_stage = on_stage(defense, vantage=Vantage.AGGREGATE)
-    view = live_stage.view([live_stage.federation.play_round()])
+    record = live_stage.federation.play_round()
+    view = live_stage.view([record])
+    if record.broadcast is None:  # only members read the sum
+        live_stage = on_stage(defense, vantage=Vantage.PEER)
+        view = live_stage.view([live_stage.federation.play_round()])
     observed = copy.deepcopy(dict(view.update.tensors))
     x = torch.full(view.batch_shape, 0.3, dtype=torch.float64, requires_grad=True)
     replayed = view.replay(x, torch.arange(len(x)) % 10)

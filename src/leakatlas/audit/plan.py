@@ -205,8 +205,9 @@ class Setting:
 
     @property
     def hides_updates(self) -> bool:
-        """Whether a defense hides single updates from the server."""
-        return any(Trait.HIDES_UPDATES in defense.active_traits() for defense in self.defenses)
+        """Whether a defense hides single updates from the server, every entry of them."""
+        traits = [defense.active_traits() for defense in self.defenses]
+        return any(Trait.HIDES_UPDATES in t and Trait.SHOWS_PART not in t for t in traits)
 
     @property
     def effective_vantage(self) -> Vantage:

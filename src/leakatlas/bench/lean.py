@@ -29,8 +29,8 @@ from leakatlas.fl.hooks import Message
 from leakatlas.fl.training import train_locally
 
 if TYPE_CHECKING:  # it needs a package of its own, which rounds without it do not
+    from leakatlas.defenses.formal.crypto._header import Header
     from leakatlas.defenses.formal.crypto.secure_aggregation import SecureAggregation
-    from leakatlas.defenses.formal.crypto.secure_aggregation._quantization import Header
 
 
 class _Sum(Protocol):
@@ -79,7 +79,7 @@ def play_round(
     return RoundRecord(
         index=0, cohort=members, sybils=frozenset(), received={0: federation.model},
         states={0: {}}, updates={}, messages={0: seen}, aggregate=aggregate, order={},
-        draws={}, augmentation={}, dropped=frozenset(),
+        draws={}, augmentation={}, dropped=frozenset(), broadcast=aggregate,
     )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ class _Ring:
         self._header: Header | None = None
 
     def add(self, update: Update, context: ClientContext) -> None:
-        from leakatlas.defenses.formal.crypto.secure_aggregation._quantization import Header
+        from leakatlas.defenses.formal.crypto._header import Header
 
         self._header = self._header or Header.of(update)
         words = self._defense.encode(update, self._header, self._clients, context)

@@ -246,6 +246,7 @@ class Replayed(Federation):
             draws={},
             augmentation={},
             dropped=frozenset(),
+            broadcast=one.update,
         )
 
 

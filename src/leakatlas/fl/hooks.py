@@ -137,6 +137,8 @@ class Trait(enum.Enum):
     """Keeps unprotected residuals and sends them later."""
     HIDES_UPDATES = enum.auto()
     """The server cannot read one client's update."""
+    SHOWS_PART = enum.auto()
+    """But it sees some entries of each in the clear."""
     READS_UPDATES = enum.auto()
     """The server must read (clip, score, filter) each client's update."""
     READS_BATCH = enum.auto()
@@ -234,6 +236,17 @@ class Defense(Configured, ABC):
     ) -> Update:
         """Decode and combine; ``combine`` is the aggregation without this defense."""
         return combine(messages)
+
+    def broadcast(self, aggregate: Update, context: ServerContext) -> Update | None:
+        """What of the aggregate those see who hold no client's keys; None if nothing."""
+        return aggregate
+
+    def members_read(self, message: Message, memory: Memory) -> Update | None:
+        """What of a client's message a colluding member of its cohort reads, beyond what shows.
+
+        ``memory`` is that of the message's own client. None if it is no more than anybody reads.
+        """
+        return None
 
     def evaluate(self, model: nn.Module, memory: Memory) -> nn.Module:
         """The model this client predicts with."""

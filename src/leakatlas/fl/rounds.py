@@ -60,6 +60,7 @@ class RoundRecord:
         draws: What the model drew in every local step (dropout masks), by client.
         augmentation: The seed of every local step's transforms, by client.
         dropped: Clients that vanished before unmasking.
+        broadcast: What of the aggregate shows without a client's keys; None if nothing does.
     """
 
     index: int
@@ -74,6 +75,7 @@ class RoundRecord:
     draws: Mapping[int, tuple[Draws, ...]]
     augmentation: Mapping[int, tuple[int, ...]]
     dropped: frozenset[int]
+    broadcast: Update | None
 
 
 class Federation:
@@ -218,7 +220,7 @@ class Federation:
             self.apply(aggregate)
         return RoundRecord(
             index, members, sybils, received, states, updates, messages, aggregate, order,
-            drawn, seeds, frozenset(dropouts),
+            drawn, seeds, frozenset(dropouts), self._broadcast(aggregate, index, members),
         )  # fmt: skip
 
     def apply(self, aggregate: Update) -> None:
@@ -386,18 +388,29 @@ class Federation:
 
         combine: Callable[[Mapping[int, Message]], Update] = plain
         for defense in self.defenses:
-            context = ServerContext(
-                index,
-                members,
-                self.server_memories[defense.key],
-                self.protocol,
-                stream(self.seed, "server", defense.key, index),
-            )
-            combine = _aggregating(defense, combine, context)
+            combine = _aggregating(defense, combine, self._server_context(defense, index, members))
         survivors = {c: m for c, m in messages.items() if c not in dropouts}
         if not survivors:
             raise ProtocolError(f"Round {index}: every client dropped out.")
         return combine(survivors)
+
+    def _broadcast(self, aggregate: Update, index: int, members: Sequence[int]) -> Update | None:
+        seen: Update | None = aggregate
+        for defense in self.defenses:
+            if seen is not None:
+                seen = defense.broadcast(seen, self._server_context(defense, index, members))
+        return seen
+
+    def _server_context(
+        self, defense: Defense, index: int, members: Sequence[int]
+    ) -> ServerContext:
+        return ServerContext(
+            index,
+            members,
+            self.server_memories[defense.key],
+            self.protocol,
+            stream(self.seed, "server", defense.key, index),
+        )
 
 
 def _aggregating(

@@ -25,6 +25,7 @@ from leakatlas.fl.seeding import stream
 from leakatlas.fl.state import ModelRef
 from leakatlas.fl.statistics import batchnorm_statistics
 from leakatlas.fl.tampering import agreed_part
+from leakatlas.fl.update import Update
 from leakatlas.fl.view import (
     SOURCES,
     Distribution,
@@ -368,11 +369,26 @@ class Stage:
     def _visible_examples(self, records: Sequence[RoundRecord], target: int) -> int:
         if records and self.scenario.vantage in (Vantage.AGGREGATE, Vantage.PEER):
             return records[-1].aggregate.num_examples
-        if records and records[-1].messages[target].update is None:
+        if records and self._readable(records[-1], target) is None:
             return records[-1].messages[target].num_examples
         if isinstance(self.federation, Replayed):
             return self.federation.capture.num_examples
         return len(self.federation.clients[target].x)
+
+    def _readable(self, record: RoundRecord, target: int) -> Update | None:
+        """What whoever takes messages from the wire reads in one.
+
+        Sybils are members of the cohort, and hold what members hold; so do granted secrets.
+        """
+        message = record.messages[target]
+        if record.sybils or Grant.DEFENSE_SECRETS in self.scenario.grants:
+            for defense in self.federation.defenses:
+                if defense.key == message.encoded_by:
+                    memory = self.federation.clients[target].memories[defense.key]
+                    opened = defense.members_read(message, memory)
+                    if opened is not None:
+                        return opened
+        return message.update
 
     def _round_view(self, record: RoundRecord, target: int, key: Mapping[str, Tensor]) -> RoundView:
         message = record.messages[target]
@@ -385,8 +401,9 @@ class Stage:
         )
         match self.scenario.vantage:
             case Vantage.WIRE | Vantage.SERVER:
-                if message.update is not None:
-                    return replace(seen, update=message.update)
+                readable = self._readable(record, target)
+                if readable is not None:
+                    return replace(seen, update=readable)
                 return replace(
                     seen,
                     payload=dict(message.payload),
@@ -394,7 +411,13 @@ class Stage:
                     "only the vantage 'aggregate' shows a sum",
                 )
             case Vantage.AGGREGATE:
-                return replace(seen, update=record.aggregate)
+                if record.broadcast is not None:
+                    return replace(seen, update=record.broadcast)
+                return replace(
+                    seen,
+                    hidden_by=f"{message.encoded_by} keeps the aggregate encrypted; only clients "
+                    "open it (the vantage 'peer')",
+                )
             case Vantage.PEER:
                 peers = [c for c in record.cohort if c != target and c not in record.sybils]
                 own = record.updates[peers[0]] if peers else None

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from leakatlas.defenses.formal.crypto._header import Header
 from leakatlas.defenses.formal.crypto.secure_aggregation._masking import Ring
 from leakatlas.defenses.formal.crypto.secure_aggregation._quantization import (
     MOST_LEVELS,
-    Header,
     choose_levels,
     from_ring,
     into_ring,

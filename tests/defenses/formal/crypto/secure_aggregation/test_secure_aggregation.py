@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from leakatlas.defenses.formal.crypto._header import Header
 from leakatlas.defenses.formal.crypto.secure_aggregation import SecureAggregation
 from leakatlas.defenses.formal.crypto.secure_aggregation._device import Device
 from leakatlas.defenses.formal.crypto.secure_aggregation._masking import agree, public_of, seal
 from leakatlas.defenses.formal.crypto.secure_aggregation._opening import open_secrets, remove_masks
-from leakatlas.defenses.formal.crypto.secure_aggregation._quantization import Header, tensor_words
+from leakatlas.defenses.formal.crypto.secure_aggregation._quantization import tensor_words
 from leakatlas.defenses.formal.crypto.secure_aggregation._shamir import PRIME
 from leakatlas.errors import InvalidInput, InvalidParameter, NotGranted, ProtocolError
 from leakatlas.fl import (

@@ -82,6 +82,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from torch import Tensor
 
+from leakatlas.defenses.formal.crypto._header import Header
 from leakatlas.defenses.formal.crypto.secure_aggregation import _masking, _quantization
 from leakatlas.defenses.formal.crypto.secure_aggregation._device import Device
 from leakatlas.defenses.formal.crypto.secure_aggregation._masking import Ring
@@ -92,7 +93,6 @@ from leakatlas.defenses.formal.crypto.secure_aggregation._opening import (
     sum_words,
 )
 from leakatlas.defenses.formal.crypto.secure_aggregation._plan import Plan, Terms
-from leakatlas.defenses.formal.crypto.secure_aggregation._quantization import Header
 from leakatlas.errors import InvalidParameter, ProtocolError
 from leakatlas.fl import (
     ClientContext,

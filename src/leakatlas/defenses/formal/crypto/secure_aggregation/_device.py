@@ -10,6 +10,7 @@ from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from leakatlas.defenses.formal.crypto._header import Header
 from leakatlas.defenses.formal.crypto.secure_aggregation import _masking, _shamir
 from leakatlas.defenses.formal.crypto.secure_aggregation._masking import Entropy, Words
 from leakatlas.defenses.formal.crypto.secure_aggregation._plan import (
@@ -24,7 +25,6 @@ from leakatlas.defenses.formal.crypto.secure_aggregation._plan import (
     pair_key,
     self_key,
 )
-from leakatlas.defenses.formal.crypto.secure_aggregation._quantization import Header
 from leakatlas.errors import ProtocolError
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from leakatlas.defenses.formal.crypto._header import Header
 from leakatlas.defenses.formal.crypto.secure_aggregation import _masking, _shamir
 from leakatlas.defenses.formal.crypto.secure_aggregation._device import Device
 from leakatlas.defenses.formal.crypto.secure_aggregation._masking import Words
@@ -18,7 +19,6 @@ from leakatlas.defenses.formal.crypto.secure_aggregation._plan import (
     pair_key,
     self_key,
 )
-from leakatlas.defenses.formal.crypto.secure_aggregation._quantization import Header
 from leakatlas.errors import ProtocolError
 
 
