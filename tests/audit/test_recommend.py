@@ -23,7 +23,6 @@ EXACT = parse_gate("exact > 0")
 @pytest.fixture
 def one_digit(monkeypatch: pytest.MonkeyPatch) -> Plan:
     """A closed form that is exact on one digit."""
-    monkeypatch.setattr("leakatlas.audit.compare.price_of", priced)
     monkeypatch.setattr("leakatlas.audit.recommend.price_of", priced)
     monkeypatch.setattr(
         "leakatlas.audit.recommend.registry.defense_keys",

@@ -25,7 +25,6 @@ CONFIG = {
 
 
 def asked(folder: Path, monkeypatch: pytest.MonkeyPatch, keys: list[str], *options: str) -> Result:
-    monkeypatch.setattr("leakatlas.audit.compare.price_of", lambda *_, **__: Utility(0.9))
     monkeypatch.setattr("leakatlas.audit.recommend.price_of", lambda *_, **__: Utility(0.9))
     monkeypatch.setattr("leakatlas.audit.recommend.registry.defense_keys", lambda: tuple(keys))
     file = folder / "audit.yaml"

@@ -39,6 +39,8 @@ def compare(
     out: Path | None,
     listener: Listener,
     stop: Watch,
+    *,
+    priced: bool = True,
 ) -> list[Comparison]:
     """The strongest attacks of the first setting again, under each set of defenses.
 
@@ -53,6 +55,7 @@ def compare(
         out: Folder that keeps finished runs.
         listener: Told about progress.
         stop: Ends the comparisons early.
+        priced: Whether the accuracy under each set is measured, in a part of the time.
     """
     if not plan.alternatives:
         return []
@@ -63,7 +66,7 @@ def compare(
     ]
     cases = {"as configured": first.defenses, **plan.alternatives}
     settings = {name: _alone(first, defenses) for name, defenses in cases.items()}
-    prices = _prices(plan, settings, watch, stop)
+    prices = _prices(plan, settings, watch, stop) if priced else {}
     rounds = len({letter if letter in "FGH" else "" for _, letter in battery})
     affordable, unplayed = _playable(plan, settings, rounds, watch)
     found: dict[str, list[Run]] = {name: [] for name in cases}
@@ -80,8 +83,7 @@ def compare(
             name,
             tuple(defense_json(d) for d in cases[name]),
             tuple(found[name]),
-            prices[name].accuracy,
-            prices[name].reason,
+            *(vars(prices[name]).values() if priced else (None, "")),
         )
         for name in cases
         if found[name] or not stop.stopped

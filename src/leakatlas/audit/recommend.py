@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from leakatlas.audit import kept
+from leakatlas.audit.budget import REPORT
 from leakatlas.audit.compare import compare
 from leakatlas.audit.listener import Listener, Silent
 from leakatlas.audit.plan import Plan
@@ -32,13 +33,12 @@ from leakatlas.report.data import worst_case
 AS_IT_IS = 0.35
 """Part of the budget for attacking the set-up as it is, which finds the strongest attacks."""
 
-STRONGEST = 0.6
-"""Of the rest, the part for every defense at its strongest; the weaker strengths have what is
-left."""
+STRONGEST = 0.5
+"""Of the rest, the part for every defense at its strongest."""
 
-PRICES = 0.25
-"""Of the time for trying defenses, the part for measuring what they cost in accuracy, where that is
-not known from before."""
+WEAKER = 0.6
+"""Of what is left then, the part for the weaker strengths of those that kept the conditions; prices
+in accuracy are measured last, first of what keeps them."""
 
 KNOWING = "C"
 """The weakest adversary that knows which defenses are in force."""
@@ -148,17 +148,18 @@ def recommend(
     report = carry_out(bare, out=out, listener=listener, stop=stop)
     as_it_is = _judged("as it is", first.defenses, report.runs, conditions)
     menu, left_out = menu_of(plan) if as_it_is.finding != "keeps" else ({}, {})
-    comparisons: dict[str, Comparison] = {}
+    sets = {"as configured": first.defenses}
+    met: dict[str, Comparison] = {}
 
-    def meet(sets: Mapping[str, tuple[Defense, ...]], share: float) -> None:
+    def part(share: float) -> Watch:
         left = None if seconds is None else seconds - (time.perf_counter() - begun)
-        watch = Watch(None if left is None else max(share * left, 0.0), parent=stop)
-        local = not isinstance(first.protocol, FedSGD)
-        for pricing, defenses in zip(_part(watch).share(len(sets)), sets.values(), strict=False):
-            price_of(defenses, local=local, seed=plan.seed, watch=pricing)
-        asked = replace(plan, alternatives=sets)
-        for found in compare(asked, report.runs, watch, out, listener, stop):
-            comparisons[found.name] = found
+        return Watch(None if left is None else max(share * left, 0.0), parent=stop)
+
+    def meet(alternatives: Mapping[str, tuple[Defense, ...]], share: float) -> None:
+        sets.update(alternatives)
+        asked = replace(plan, alternatives=alternatives)
+        tried = compare(asked, report.runs, part(share), out, listener, stop, priced=False)
+        met.update((found.name, found) for found in tried)
 
     with kept.alone(out):
         if menu:
@@ -167,22 +168,27 @@ def recommend(
             name: defenses
             for ladder in menu.values()
             for name, defenses in ladder[:-1]
-            if _holds(comparisons.get(ladder[-1][0]), conditions)
+            if _holds(met.get(ladder[-1][0]), conditions)
         }
         if weaker:
-            meet(weaker, 1.0)
-    base = comparisons.pop("as configured", None)
+            meet(weaker, WEAKER)
+    local = not isinstance(first.protocol, FedSGD)
+    pricing = part(1 - REPORT)
+    for name in sorted(met, key=lambda n: (n != "as configured", not _holds(met[n], conditions))):
+        price = price_of(sets[name], local=local, seed=plan.seed, watch=pricing)
+        met[name] = replace(met[name], accuracy=price.accuracy, reason=price.reason)
     report = replace(
         report,
-        comparisons=tuple(c for c in (base, *comparisons.values()) if c is not None),
+        comparisons=tuple(met.values()),
         complete=report.complete and not stop.stopped,
         seconds=time.perf_counter() - begun,
     )
     report.save(out)
+    base = met.pop("as configured", None)
     whole = None if base is None else base.accuracy
     advice = [
         _judged(c.name, c.defenses, c.runs, conditions, c.accuracy, whole, c.reason)
-        for c in comparisons.values()
+        for c in met.values()
     ]
     return Recommendation(
         conditions=tuple(gate.text for gate in conditions),
@@ -191,11 +197,6 @@ def recommend(
         left_out=left_out,
         report=report,
     )
-
-
-def _part(watch: Watch) -> Watch:
-    left = watch.remaining()
-    return Watch(None if left is None else PRICES * left, parent=watch)
 
 
 Ladder = tuple[tuple[str, tuple[Defense, ...]], ...]
