@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from leakatlas.bench.measures import MEASURES, known
-from leakatlas.bench.schema import Beside, Case, OwnMeasure
+from leakatlas.bench.schema import REHEARSED, Beside, Case, OwnMeasure
 from leakatlas.catalogue import loader, registry
 from leakatlas.catalogue.problems import Problem, closest
 
@@ -23,7 +23,12 @@ def check(study: Study, shown: str) -> list[Problem]:
     """
     problems: list[Problem] = []
     for label, case in study.cases.items():
-        for field, message, fix in (*_rows(case), *_beside(case.beside), *_measures(study, case)):
+        for field, message, fix in (
+            *_rows(case),
+            *_rehearsed(study, case),
+            *_beside(case.beside),
+            *_measures(study, case),
+        ):
             # The same mistake in the set-up shows in every case; it is said once.
             if not any((field, message) == (p.field, p.message) for p in problems):
                 problems.append(
@@ -57,6 +62,13 @@ def _rows(case: Case) -> list[Found]:
             field = f"defenses[{number}].key"
             found.append(_unknown(field, str(defense.get("key")), registry.defense_keys()))
     return found
+
+
+def _rehearsed(study: Study, case: Case) -> list[Found]:
+    if case.attack is None or case.attack.preset != REHEARSED or study.hook is not None:
+        return []
+    fix = "add one: `from leakatlas.audit.rehearsed import rehearsed as choose`."
+    return [("attack.preset", f"{REHEARSED!r} takes a study.py with `choose(cell)`.", fix)]
 
 
 def _beside(beside: Beside | None) -> list[Found]:

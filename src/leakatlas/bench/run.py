@@ -16,7 +16,7 @@ from leakatlas.bench.adversary import Adversary, Dead
 from leakatlas.bench.cells import Cell
 from leakatlas.bench.measures import BINS
 from leakatlas.bench.record import Record, Status
-from leakatlas.bench.schema import OwnMeasure
+from leakatlas.bench.schema import REHEARSED, OwnMeasure
 from leakatlas.blocks.watch import Conduct, Trail, Watch, parse_budget
 from leakatlas.errors import AttackCrashed, LeakAtlasError
 from leakatlas.fl import Stage
@@ -74,7 +74,9 @@ def _attacked(
 
     status: Status
     try:
-        attack = scene.attack_of(case)
+        assert case.attack is not None
+        chosen = case.attack.preset == REHEARSED
+        attack = _own(cell, "choose")(cell) if chosen else scene.attack_of(case)
         trial = harness.run_trial(
             stage, attack, target=case.target, seed=cell.seed, watch=budget(trail),
             adversary=adversary, lean=case.lean,
@@ -148,11 +150,13 @@ def _digest(*tensors: Tensor | None) -> str:
 
 def _own(cell: Cell, name: str) -> Any:
     assert cell.hook is not None
-    arguments = "cell" if name == "measure" else "trial, stage"
-    return own_code.function(
-        cell.hook, cell.study, name, f"({arguments}) -> dict",
-        f"the measures of study {cell.study!r} that describe themselves",
-    )  # fmt: skip
+    if name == "choose":
+        signature, purpose = "(cell) -> Attack", f"the preset {REHEARSED!r}"
+    else:
+        arguments = "cell" if name == "measure" else "trial, stage"
+        signature, purpose = f"({arguments}) -> dict", "the measures that describe themselves"
+    purpose = f"{purpose} of study {cell.study!r}"
+    return own_code.function(cell.hook, cell.study, name, signature, purpose)
 
 
 def _checked(cell: Cell, values: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from leakatlas import data, models, reading
 from leakatlas.attacks.api import Attack
 from leakatlas.bench.cells import Cell
-from leakatlas.bench.schema import Case, Images, Pixels, Training
+from leakatlas.bench.schema import REHEARSED, Case, Images, Pixels, Training
 from leakatlas.catalogue import registry
 from leakatlas.data import CIFAR10, Box, ImageSet, patches
 from leakatlas.errors import InvalidInput, Unavailable, UnknownName
@@ -64,13 +64,16 @@ def staged(cell: Cell, *, decoy: bool = False) -> Stage:
 def attack_of(case: Case) -> Attack:
     """The attack of a case, preset and changes applied.
 
+    Where an adversary rehearses, the published preset, of which only the length will stay.
+
     Raises:
         UnknownName: If the attack or the preset does not exist.
         InvalidParameter: If a parameter is unknown or outside its range.
     """
     assert case.attack is not None
     cls = registry.load_attack(case.attack.key)
-    preset = presets(cls).get(case.attack.preset)
+    named = "published" if case.attack.preset == REHEARSED else case.attack.preset
+    preset = presets(cls).get(named)
     if preset is None:
         raise UnknownName(f"preset of {case.attack.key}", case.attack.preset, presets(cls))
     made: Attack = preset()

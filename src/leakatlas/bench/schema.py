@@ -14,6 +14,9 @@ from leakatlas.catalogue.schema import Letter, Strict, Text
 
 SCHEMA = "leakatlas/study/1"
 
+REHEARSED = "rehearsed"
+"""The preset that the study's own ``choose(cell)`` gives."""
+
 Whole = Annotated[int, Field(strict=True, ge=0)]
 Counted = Annotated[int, Field(strict=True, gt=0)]
 Duration = Annotated[str, Field(pattern=r"^\d+(\.\d+)?(s|m|h)$")]
@@ -121,7 +124,8 @@ class AttackSpec(Strict):
     preset: Annotated[
         Text,
         Field(
-            description="`published`, `tuned`, or another preset of its class.",
+            description="`published`, `tuned`, or another preset of its class; `rehearsed` is what "
+            "`choose(cell)` of `study.py` gives, as long as the parameters say.",
             examples=["published"],
         ),
     ] = "published"

@@ -34,8 +34,9 @@ Departures:
     - Where the last features have no mean sum to divide by (mixed signs), counts come from the
       head's bias, which needs none.
     - Granted labels, and a granted order (with which all epochs share their images), are used.
-    - :meth:`DLFA.tuned` is ours: a relative matching term and weights that suit it, a first guess
-      that was tuned on no image.
+    - :meth:`DLFA.tuned` is ours: a relative matching term and weights that suit it. Step size
+      (0.1, 0.3), total variation (1e-4 to 1e-2) and the prior on the order (0.1 to 10) were
+      searched one after the other, on ten CIFAR-10 training images.
 
 Released code: ``eth-sri/fedavg_leakage``, ``fedavg/utils/flax_losses.py``,
 ``fedavg/attacks/grad_attack.py``.
@@ -45,7 +46,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +93,8 @@ class DLFA(Attack):
         count_at: Local steps at which counts are taken: the first, the last, or all.
     """
 
+    version: ClassVar[int] = 2
+
     steps: PositiveInt = 400
     lr: Positive = 0.4
     decay: OpenFraction = 0.995
@@ -123,7 +126,7 @@ class DLFA(Attack):
     def tuned(cls) -> Self:
         """Our setting for small images and networks of any scale."""
         return cls(
-            lr=0.1, relative=True, factor_start=1.0, factor_end=1.0, tv_weight=1e-4,
+            lr=0.3, relative=True, factor_start=1.0, factor_end=1.0, tv_weight=1e-4,
             clip_weight=0.01, order_weight=1.0, layer_decay=False, dummies=500,
         )  # fmt: skip
 

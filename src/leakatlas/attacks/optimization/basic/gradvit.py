@@ -22,8 +22,9 @@ Departures:
       surrogate images, in place of a ResNet-50; it sees the images in its own normalisation.
     - The weights, the length and the step size are from memory of the paper.
     - The iterate of least objective with every term on is kept, not the last one.
-    - :meth:`GradViT.tuned` is ours: a relative matching term and weights that suit it, a first
-      guess that was tuned on no image.
+    - :meth:`GradViT.tuned` is ours: a relative matching term and weights that suit it. The weight
+      of the auxiliary terms (3e-4 to 0.3) and the step size (0.05 to 0.2) were searched one after
+      the other, on three batches of four CIFAR-10 training images and fresh networks.
 
 There is no official code; a repository of the same name is an unrelated quantised transformer.
 """
@@ -32,7 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,8 @@ class GradViT(Attack):
             rule above if empty.
     """
 
+    version: ClassVar[int] = 2
+
     steps: PositiveInt = 120_000
     lr: Positive = 0.1
     match_weight: NonNegative = 4e-3
@@ -96,7 +99,7 @@ class GradViT(Attack):
     @classmethod
     def tuned(cls) -> Self:
         """Our setting for some hundred iterations on small images, without the network."""
-        return cls(steps=600, match_weight=1.0, relative=True, bn_weight=0.0, aux_weight=3e-4)
+        return cls(steps=600, match_weight=1.0, relative=True, bn_weight=0.0, aux_weight=0.03)
 
     @classmethod
     def variants(cls) -> Mapping[str, Self]:
