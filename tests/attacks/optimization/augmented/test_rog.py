@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from leakatlas.attacks.optimization.augmented import rog
-from leakatlas.attacks.optimization.augmented.rog import ROG, Enhancer
+from leakatlas.attacks.optimization.augmented.rog import ROG
 from leakatlas.bench import harness
-from leakatlas.blocks import matching
+from leakatlas.blocks import denoiser, matching
+from leakatlas.blocks.denoiser import Denoiser
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import bundled
 from leakatlas.defenses.heuristic.perturbation.gradient_pruning import GradientPruning
@@ -128,13 +129,13 @@ def test_fewer_unknowns_resist_pruning_better_than_pixels() -> None:
 def test_the_network_begins_as_the_identity_and_learns_to_undo_damage() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = Enhancer(3, 8)
+        network = Denoiser(3, 8)
     originals = bundled.patches(16, 48).images
     small = torch.nn.functional.avg_pool2d(originals, 2)
     damaged = rog.enlarged(small, (3, 16, 16))
     with torch.no_grad():
         assert torch.equal(network(damaged), damaged)
-    rog.fit(network, damaged[:40], originals[:40], epochs=40,
+    denoiser.fit(network, damaged[:40], originals[:40], epochs=40,
             generator=torch.Generator().manual_seed(0), watch=Watch())  # fmt: skip
     with torch.no_grad():
         after = (network(damaged[40:]) - originals[40:]).square().mean()

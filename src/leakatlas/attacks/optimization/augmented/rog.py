@@ -30,6 +30,9 @@ Departures:
       the shared network in place, and its attacker unrolls from the trained weights.
     - Labels: granted, else by the rules for mean gradients; the release passes the true ones.
     - The iterate of least distance is enlarged, not the last one.
+    - :meth:`ROG.tuned`: scale (1 to 4), step size (0.01 to 0.1) and distance were searched one
+      after the other, on three batches of four CIFAR-10 training images of which nine tenths of
+      the update were withheld.
 
 Released code: ``KAI-YUE/rog``, ``src/attack/attacker.py``, ``src/compress/compressor.py``.
 """
@@ -39,14 +42,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
-from leakatlas.blocks import descent, init, matching, observed
+from leakatlas.blocks import denoiser, descent, init, matching, observed
+from leakatlas.blocks.denoiser import Denoiser
 from leakatlas.blocks.watch import Watch
 from leakatlas.fl import View
 from leakatlas.params import NonNegativeInt, Positive, PositiveInt
@@ -75,6 +79,8 @@ class ROG(Attack):
             attack's own rule if empty.
     """
 
+    version: ClassVar[int] = 2
+
     steps: PositiveInt = 100
     lr: Positive = 0.05
     scale: PositiveInt = 4
@@ -88,8 +94,8 @@ class ROG(Attack):
 
     @classmethod
     def tuned(cls) -> Self:
-        """Our setting for small images: half the side, more steps, known defenses mirrored."""
-        return cls(steps=200, scale=2, adaptive=True, pairs=96)
+        """Our setting for small images: a third of the side, known defenses mirrored."""
+        return cls(steps=200, lr=0.02, scale=3, adaptive=True, pairs=96)
 
     @classmethod
     def variants(cls) -> Mapping[str, Self]:
@@ -127,7 +133,7 @@ class ROG(Attack):
                 lambda draws, budget: self.lesson(view, generator=draws, watch=budget),
                 watch=next(parts),
             )
-            enhancer, left = Enhancer.of(learned), next(parts, watch)
+            enhancer, left = Denoiser.of(learned), next(parts, watch)
         y = observed.known_labels(view, self.labels)
         found = self.search(view, y, generator=generator, watch=left)
         if found.trouble:
@@ -189,8 +195,8 @@ class ROG(Attack):
             end = self.search(own, y, generator=generator, watch=budget)
             damaged.append(enlarged(end.best["z"], view.input_shape))
             originals.append(public.images[places].to(like))
-        network = Enhancer(view.input_shape[0], self.width).to(like)
-        fit(network, torch.cat(damaged), torch.cat(originals), epochs=self.epochs,
+        network = Denoiser(view.input_shape[0], self.width).to(like)
+        denoiser.fit(network, torch.cat(damaged), torch.cat(originals), epochs=self.epochs,
             generator=generator, watch=next(parts, watch))  # fmt: skip
         return {name: tensor.detach() for name, tensor in network.state_dict().items()}
 
@@ -198,61 +204,3 @@ class ROG(Attack):
 def enlarged(z: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Bicubic enlargement of ``(N, C, h, w)`` to ``shape`` = ``(C, H, W)``; linear in z."""
     return F.interpolate(z, size=tuple(shape[1:]), mode="bicubic")
-
-
-class Enhancer(nn.Module):
-    """What is added to an inverted image ``(N, C, H, W)``: five convolutions, nothing at first.
-
-    Args:
-        channels: C.
-        width: Channels within.
-    """
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-        for dilation in (1, 2, 1):
-            layers += [
-                nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation), nn.ReLU(),
-            ]  # fmt: skip
-        last = nn.Conv2d(width, channels, 3, padding=1)
-        nn.init.zeros_(last.weight)
-        assert last.bias is not None
-        nn.init.zeros_(last.bias)
-        self.body = nn.Sequential(*layers, last)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The image, enhanced."""
-        added: Tensor = self.body(x)
-        return x + added
-
-    @classmethod
-    def of(cls, learned: Mapping[str, Tensor]) -> Enhancer:
-        """The network that a lesson left."""
-        first = learned["body.0.weight"]
-        network = cls(first.shape[1], first.shape[0]).to(first)
-        network.load_state_dict(dict(learned))
-        return network.eval()
-
-
-def fit(
-    network: nn.Module,
-    damaged: Tensor,
-    originals: Tensor,
-    *,
-    epochs: int,
-    generator: torch.Generator,
-    watch: Watch,
-    batch: int = 16,
-    lr: float = 1e-3,
-) -> None:
-    """Squared error from ``damaged`` to ``originals`` ``(M, C, H, W)`` by Adam, in place."""
-    engine = torch.optim.Adam(network.parameters(), lr=lr)
-    for step in watch.steps(epochs):
-        for group in engine.param_groups:
-            group["lr"] = lr * (1.0 if step.progress < 0.75 else 0.1)
-        for places in torch.randperm(len(damaged), generator=generator).split(batch):
-            loss = F.mse_loss(network(damaged[places]), originals[places])
-            engine.zero_grad()
-            loss.backward()
-            engine.step()
