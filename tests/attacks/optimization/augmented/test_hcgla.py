@@ -114,8 +114,8 @@ def test_unmasked_matching_is_worse_where_most_is_withheld() -> None:
             model="lenet", settings={"width": 8},
         )  # fmt: skip
         for masked in errors:
-            attack = HCGLA(
-                steps=2, inner=12, line_search=True, lr=1.0, masked=masked, start="grey", filter_every=0
+            attack = replace(
+                PLAIN, steps=2, inner=12, line_search=True, lr=1.0, masked=masked, start="grey"
             )
             trial = harness.run_trial(stage, attack)
             errors[masked] += float((trial.images.clamp(0, 1) - trial.truth.images).square().mean())
