@@ -258,7 +258,8 @@ def learn(
 
 def errors(network: nn.Module, u: Tensor) -> Tensor:
     """Mean squared error ``(N,)`` of the autoencoder on each image."""
-    return (u - network(u)).square().flatten(1).mean(1)
+    difference: Tensor = u - network(u)
+    return difference.square().flatten(1).mean(1)
 
 
 def anomaly(network: nn.Module, u: Tensor, tau: float, *, per_image: bool) -> Tensor:

@@ -205,7 +205,7 @@ class HCGLA(Attack):
         if self.tensors == "head":
             name = find_head(view).weight_name
             held = {name: held[name]}
-        distance = matching.relative_l2
+        distance: matching.Distance = matching.relative_l2
         if self.masked:
             distance = matching.masked(distance, {n: t != 0 for n, t in held.items()})
         replay = view.replayer(adaptive=False)
