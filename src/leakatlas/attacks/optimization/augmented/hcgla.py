@@ -23,7 +23,7 @@ Departures:
       observed rows, as here.
     - Labels, where none are granted: the least row sum of the head's gradient (one image), or
       counts by E2EGI's rule, since row sums survive sparsification; the batch script is given them.
-    - Rows are divided by the size that they have on public images. The generator's inner width and
+    - Rows are standardised, entry by entry, over public images. The generator's inner width and
       its lesson are smaller than published, and it ends by pooling to the model's side.
     - The denoiser has five layers in place of 17 or 48, and is ROG's of this project.
     - The distance is relative to the update's; see DLG for its unit and L-BFGS' tolerances.
@@ -86,6 +86,7 @@ class HCGLA(Attack):
         filter_every: Outer iterations between two filterings; 0 for none, as for batches.
         lessons: Uploads that the adversary makes for the generator.
         generator_epochs: Passes over them.
+        generator_lr: Adam's step size on it.
         generator_width: Channels of the generator's last inner layer; 64 in the release.
         pairs: Inversions that the denoiser learns from.
         epochs: Passes over them.
@@ -107,6 +108,7 @@ class HCGLA(Attack):
     filter_every: NonNegativeInt = 5
     lessons: PositiveInt = 2_000
     generator_epochs: PositiveInt = 100
+    generator_lr: Positive = 1e-3
     generator_width: PositiveInt = 64
     pairs: PositiveInt = 256
     epochs: PositiveInt = 40
@@ -117,8 +119,8 @@ class HCGLA(Attack):
     def tuned(cls) -> Self:
         """Our setting for small images and minutes on a CPU."""
         return cls(
-            steps=15, line_search=True, lr=1.0, lessons=256, generator_epochs=30,
-            generator_width=16, pairs=32, epochs=30, width=16,
+            steps=15, line_search=True, lr=1.0, lessons=512, generator_epochs=30,
+            generator_lr=3e-3, generator_width=16, pairs=32, epochs=30, width=16,
         )  # fmt: skip
 
     @classmethod
@@ -247,7 +249,8 @@ class HCGLA(Attack):
             return init.grey(view.batch_shape, like=like, box=view.box)
         network = RowGenerator.of(part(learned, "generator"), view.input_shape).to(like)
         with torch.no_grad():
-            return view.box.normalize(network(rows(view, y) / learned["size"].to(like)))
+            r = (rows(view, y) - learned["mean"].to(like)) / learned["size"].to(like)
+            return view.box.normalize(network(r))
 
     # -- the lessons -----------------------------------------------------------------------------
 
@@ -264,7 +267,7 @@ class HCGLA(Attack):
         return found, next(parts, watch)
 
     def lesson(self, view: View, *, generator: torch.Generator, watch: Watch) -> dict[str, Tensor]:
-        """``generator/...``, ``denoiser/...``, and ``size``, that of a row on public images."""
+        """``generator/...`` with ``mean`` and ``size`` of a row's entries, and ``denoiser/...``."""
         found: dict[str, Tensor] = {}
         parts = watch.share((0.5, 0.5))
         if self.start == "generator":
@@ -282,19 +285,21 @@ class HCGLA(Attack):
             made.append(rows(own, y))
             originals.append(view.box.denormalize(x))
         r, u = torch.cat(made), torch.cat(originals)
-        size = r.square().mean().sqrt().clamp(min=torch.finfo(r.dtype).tiny)
+        mean, size = r.mean(0), r.std(0, correction=0)
+        size = torch.where(size > 0, size, torch.ones_like(size))  # never sent: says nothing
+        r = (r - mean) / size
         network = RowGenerator(r.shape[1], self.generator_width, view.input_shape).to(r)
-        engine = torch.optim.Adam(network.parameters(), lr=1e-3)
+        engine = torch.optim.Adam(network.parameters(), lr=self.generator_lr)
         for _ in watch.steps(self.generator_epochs):
             for places in torch.randperm(len(r), generator=generator).split(32):
                 if len(places) < 2:  # batch normalisation needs two
                     continue
-                loss = F.binary_cross_entropy(network(r[places] / size), u[places].clamp(0, 1))
+                loss = F.binary_cross_entropy(network(r[places]), u[places].clamp(0, 1))
                 engine.zero_grad()
                 loss.backward()
                 engine.step()
         state = {f"generator/{n}": t.detach() for n, t in network.state_dict().items()}
-        return {**state, "size": size}
+        return {**state, "mean": mean, "size": size}
 
     def teach_denoiser(
         self,
