@@ -9,6 +9,7 @@ import yaml
 from leakatlas.bench import study as studies
 from leakatlas.bench.cells import Cell, cells_of
 from leakatlas.bench.study import Study
+from leakatlas.catalogue import registry
 from leakatlas.errors import InvalidInput, UnknownName
 
 SMALL: dict[str, Any] = {
@@ -72,6 +73,42 @@ def test_the_cases_are_all_combinations_but_the_excluded_ones(tmp_path: Path) ->
     assert case.attack is not None and case.attack.key == "april"
 
 
+def test_every_defense_stands_for_what_is_implemented_at_its_strengths(tmp_path: Path) -> None:
+    study = load(tmp_path, axes={"defense": "every defense"})
+    expected = [
+        (key, registry.load_defense(key).knob, value)
+        for key in registry.defense_keys()
+        for value in registry.load_defense(key).strengths
+    ]
+    assert next(iter(study.cases)) == "none" and not study.cases["none"].defenses
+    found = [case.defenses[0] for label, case in study.cases.items() if label != "none"]
+    assert [(d["key"], *list(d.items())[1]) for d in found] == expected
+    pruned = study.cases["gradient_pruning, rate=0.95"]
+    assert pruned.beside is not None and pruned.beside.defense == "gradient_pruning"
+
+
+def test_some_combinations_need_more_than_their_axes_say(tmp_path: Path) -> None:
+    study = load(
+        tmp_path,
+        axes={"letter": ["A", "B"], "model.kwargs.widths": [[4], [5]]},
+        where=[
+            {"match": {"letter": "A", "model.kwargs.widths": "[4]"}, "lay": {"clients": 2}},
+            {"match": {"letter": "*"}, "lay": {"model": {"kwargs": {"classes": 3}}}},
+        ],
+    )
+    assert [case.clients for case in study.cases.values()] == [2, 1, 1, 1]
+    assert {case.model.kwargs["classes"] for case in study.cases.values()} == {3}
+
+
+def test_patterns_leave_many_combinations_out_at_once(tmp_path: Path) -> None:
+    study = load(
+        tmp_path,
+        axes={"letter": ["A", "B"], "seeds": [[0], [1]]},
+        exclude=[{"letter": "A", "seeds": "*"}],
+    )
+    assert list(study.cases) == ["B/[0]", "B/[1]"]
+
+
 def test_another_attack_does_not_inherit_the_parameters_of_the_first(tmp_path: Path) -> None:
     first = {"key": "dlg", "parameters": {"steps": 5}}
     study = load(tmp_path, **setup(attack=first), axes={"a": {"x": {}, "y": {"attack": "idlg"}}})
@@ -118,6 +155,11 @@ def test_only_takes_patterns(tmp_path: Path) -> None:
         (setup(budget="soon"), "budget", "paper"),
         ({"axes": {"letter": ["A", "B"]}, "exclude": [{"leter": "A"}]}, "exclude[1]", "letter"),
         ({"axes": {"letter": ["A", "B"]}, "exclude": [{"letter": "C"}]}, "exclude[1]", "A, B"),
+        (
+            {"axes": {"letter": ["A"]}, "where": [{"match": {"letter": "Z"}, "lay": {"batch": 2}}]},
+            "where[1].match",
+            "A",
+        ),
         ({"compare": [{"measure": "psnr", "of": "main", "minus": "mian"}]}, "compare[1].minus",
          "did you mean 'main'"),
     ],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from leakatlas import models
-from leakatlas.catalogue import loader, registry
+from leakatlas.catalogue import loader, registry, source
 from leakatlas.errors import IncompatibleDefenses, InvalidParameter
 from leakatlas.fl import (
     ActsOn,
@@ -151,6 +151,8 @@ def test_its_strengths_are_worth_trying(key: str) -> None:
     assert cls.strengths, f"{key} names no value of its knob that is worth trying"
     assert cls.neutral not in cls.strengths
     assert getattr(cls(), cls.knob) in cls.strengths
+    read = source.of("defense", key)
+    assert read is not None and read.strengths == cls.strengths, "write them as plain numbers"
     for value in cls.strengths:
         assert getattr(dataclasses.replace(cls(), **{cls.knob: value}), cls.knob) == value
 

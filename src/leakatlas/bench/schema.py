@@ -322,6 +322,27 @@ class Comparison(Strict):
     minus: Annotated[Text, Field(description="The other case.")]
 
 
+class Where(Strict):
+    """What is laid over some combinations, on top of the values of their axes."""
+
+    match: Annotated[
+        dict[str, Text],
+        Field(
+            min_length=1,
+            description="By axis a pattern of its values, with `*` for anything.",
+            examples=[{"defense": "central_dp*"}],
+        ),
+    ]
+    lay: Annotated[
+        dict[str, Any],
+        Field(min_length=1, description="Keys of the set-up.", examples=[{"clients": 4}]),
+    ]
+
+
+EVERY_DEFENSE = "every defense"
+"""As the values of an axis: ``none``, and every implemented defense at each of its strengths."""
+
+
 class StudyFile(Strict):
     """One ``study.yaml``."""
 
@@ -349,18 +370,26 @@ class StudyFile(Strict):
         Field(min_length=1, description="What all cases share.", examples=[{"model": "lenet"}]),
     ]
     axes: Annotated[
-        dict[str, dict[str, dict[str, Any]] | list[Any]],
+        dict[str, dict[str, dict[str, Any]] | list[Any] | Literal["every defense"]],
         Field(
             description="What is varied. Either named values, each laid over the set-up, or, under "
-            "the dotted name of one key, the list of its values.",
+            "the dotted name of one key, the list of its values; `every defense` stands for none "
+            "and all that are implemented, each at its strengths.",
             examples=[{"batch": [1, 8]}],
         ),
     ] = Field(default_factory=dict)
     exclude: Annotated[
         tuple[dict[str, Text], ...],
         Field(
-            description="Combinations that make no case, as axis to value.",
-            examples=[[{"attack": "full", "batch": "8"}]],
+            description="Combinations that make no case, by axis a pattern of its values.",
+            examples=[[{"attack": "full", "batch": "*"}]],
+        ),
+    ] = ()
+    where: Annotated[
+        tuple[Where, ...],
+        Field(
+            description="What some combinations need beside the values of their axes.",
+            examples=[[{"match": {"defense": "central_dp*"}, "lay": {"clients": 4}}]],
         ),
     ] = ()
     compare: Annotated[

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from pydantic import ValidationError
 from leakatlas import limits, reading, yamlfiles
 from leakatlas.bench import names
 from leakatlas.bench.schema import Case, StudyFile
-from leakatlas.catalogue import results
+from leakatlas.catalogue import loader, results, source
 from leakatlas.catalogue.problems import Problem, closest, from_validation
 from leakatlas.errors import InvalidInput, UnknownName
 
@@ -141,16 +143,8 @@ def _combinations(
     file: StudyFile, shown: str, problems: list[Problem]
 ) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Name, merged values and origin of every case."""
-    axes: list[list[tuple[str, dict[str, Any]]]] = []
-    for axis, varied in file.axes.items():
-        if isinstance(varied, dict):
-            axes.append(list(varied.items()))
-        else:
-            axes.append([(_label(value), _nested(axis, value)) for value in varied])
-    total = 1
-    for entries in axes:
-        total *= len(entries)
-    if total > MOST_CASES:
+    axes = {axis: _values(axis, varied) for axis, varied in file.axes.items()}
+    if (total := math.prod(map(len, axes.values()))) > MOST_CASES:
         problems.append(
             Problem(
                 file=shown,
@@ -160,30 +154,66 @@ def _combinations(
             )
         )
         return
-    named = list(file.axes)
-    for number, unwanted in enumerate(file.exclude, 1):
-        for axis, label in unwanted.items():
-            known = [entry[0] for entry in axes[named.index(axis)]] if axis in named else named
-            if axis not in named or label not in known:
-                wrong = label if axis in named else axis
-                problems.append(
-                    Problem(
-                        file=shown,
-                        field=f"exclude[{number}]",
-                        message=f"names {wrong!r}, which is no "
-                        f"{f'value of {axis}' if axis in named else 'axis'}.",
-                        fix=closest(wrong, known),
-                    )
-                )
-    for combination in itertools.product(*axes):
-        labels = {axis: label for axis, (label, _) in zip(named, combination, strict=True)}
-        if any(unwanted.items() <= labels.items() for unwanted in file.exclude):
+    problems += _idle_patterns(file, shown, {a: list(values) for a, values in axes.items()})
+    for combination in itertools.product(*(values.items() for values in axes.values())):
+        labels = {axis: label for axis, (label, _) in zip(axes, combination, strict=True)}
+        if any(_matches(unwanted, labels) for unwanted in file.exclude):
             continue
+        patches = [patch for _, patch in combination]
+        patches += [more.lay for more in file.where if _matches(more.match, labels)]
         values: dict[str, Any] = dict(file.setup)
-        for _, patch in combination:
+        for patch in patches:
             values = merged(values, patch)
         name = "/".join(labels.values()) or "main"
         yield name, values, f"case {name}" if labels else "setup"
+
+
+def _values(axis: str, varied: dict[str, dict[str, Any]] | list[Any] | str) -> dict[str, Any]:
+    """Every value of an axis: its label, and what it lays over the set-up."""
+    if isinstance(varied, dict):
+        return dict(varied)
+    if isinstance(varied, list):
+        return {_label(value): _nested(axis, value) for value in varied}
+    found: dict[str, Any] = {"none": {}}
+    for row in loader.defenses():
+        about = source.of("defense", row.key)
+        if about is not None:
+            for value in about.strengths:
+                chosen = {"key": row.key, about.knob: value}
+                label = f"{row.key}, {about.knob}={_short(value)}"
+                found[label] = {"defenses": [chosen], "beside": {"defense": row.key}}
+    return found
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _matches(patterns: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+    return all(_like(labels.get(axis, ""), pattern) for axis, pattern in patterns.items())
+
+
+def _like(label: str, pattern: str) -> bool:
+    """Whether a label fits a pattern, in which only ``*`` means something."""
+    return fnmatch.fnmatchcase(label, pattern.replace("[", "[[]").replace("?", "[?]"))
+
+
+def _idle_patterns(
+    file: StudyFile, shown: str, axes: Mapping[str, Sequence[str]]
+) -> Iterator[Problem]:
+    """Patterns that no value of their axis matches."""
+    places = [(f"exclude[{n}]", patterns) for n, patterns in enumerate(file.exclude, 1)]
+    places += [(f"where[{n}].match", more.match) for n, more in enumerate(file.where, 1)]
+    for field, patterns in places:
+        for axis, pattern in patterns.items():
+            known = axes.get(axis)
+            if known is None:
+                message, fix = f"names {axis!r}, which is no axis.", closest(axis, list(axes))
+                yield Problem(file=shown, field=field, message=message, fix=fix)
+            elif not any(_like(label, pattern) for label in known):
+                message = f"names {pattern!r}, which is no value of {axis}."
+                fix = closest(pattern, known)
+                yield Problem(file=shown, field=field, message=message, fix=fix)
 
 
 def _label(value: Any) -> str:

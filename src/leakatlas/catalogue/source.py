@@ -12,7 +12,7 @@ import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from leakatlas.catalogue import registry
 
@@ -54,6 +54,7 @@ class Source:
         version: ``version`` of the class (1 where it inherits the base's).
         departs_from_letter: Why the needs differ from the row's letter; empty if they do not.
         knob: The parameter that trades privacy for utility (defenses).
+        strengths: Its values that are worth trying, weakest first (defenses).
     """
 
     class_name: str
@@ -66,6 +67,7 @@ class Source:
     version: int
     departs_from_letter: str
     knob: str
+    strengths: tuple[Any, ...]
 
 
 def of(kind: Kind, key: str) -> Source | None:
@@ -114,6 +116,7 @@ def read(path: Path, key: str) -> Source | None:
         version=_version(unit),
         departs_from_letter=_constant(unit, "departs_from_letter"),
         knob=_constant(unit, "knob"),
+        strengths=_strengths(unit),
     )
 
 
@@ -202,3 +205,8 @@ def _constant(unit: ast.ClassDef, name: str) -> str:
         return ""
     found = ast.literal_eval(value)  # implicit string concatenation is one constant
     return str(found)
+
+
+def _strengths(unit: ast.ClassDef) -> tuple[Any, ...]:
+    value = _assigned(unit, "strengths")
+    return () if value is None else tuple(ast.literal_eval(value))

@@ -131,7 +131,7 @@ class SecureAggregation(Defense):
     version: ClassVar[int] = 2
     knob: ClassVar[str] = "threshold"
     neutral: ClassVar[float] = 0.0
-    strengths: ClassVar[tuple[float, ...]] = (2 / 3,)
+    strengths: ClassVar[tuple[float, ...]] = (0.6666666666666666,)
     stage: ClassVar[int] = 90
     traits: ClassVar[frozenset[Trait]] = frozenset({Trait.HIDES_UPDATES})
 
