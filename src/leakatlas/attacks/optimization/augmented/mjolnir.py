@@ -202,7 +202,8 @@ class Mjolnir(Attack):
 
         def predicted(x: Tensor, t: int) -> Tensor:
             times = torch.full((1,), t, device=x.device)
-            return network(x.float(), times).to(x)
+            noise: Tensor = network(x.float(), times)
+            return noise.to(x)
 
         image = math.sqrt(share) * padded(x, side)[None, None]
         with torch.no_grad():

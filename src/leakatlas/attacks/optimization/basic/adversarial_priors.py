@@ -200,7 +200,8 @@ class AdversarialPriors(Attack):
             looks = [(gram(mine[n]) - t).square().sum((1, 2)) for n, t in wanted_style.items()]
             content = (self.features(mine[last]) - wanted_features).square().flatten(1).mean(1)
             total = self.style_weight * torch.stack(looks).sum(0) + self.feature_weight * content
-            return total.mean()
+            mean: Tensor = total.mean()
+            return mean
 
         return of
 
@@ -228,7 +229,9 @@ def read_layers(model: nn.Module, shape: tuple[int, ...]) -> tuple[tuple[str, ..
         model: A copy that the caller owns.
         shape: ``(C, H, W)``.
     """
-    names = {m: n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    names: dict[nn.Module, str] = {
+        m: n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)
+    }
     called: list[tuple[str, nn.Module, tuple[int, ...]]] = []
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
