@@ -13,14 +13,7 @@ from leakatlas.fl import Stage, replay
 
 
 def examine(trial: Trial, stage: Stage) -> dict[str, Any]:
-    """Whether one is left, and how far its gradient is from the nearest example's own."""
-    return {
-        "one_left": float(trial.found.status == "complete"),
-        "isolation_error": _isolation(trial, stage),
-    }
-
-
-def _isolation(trial: Trial, stage: Stage) -> float:
+    """How far the gradient of what is left is from the nearest example's own."""
     view, last = trial.view, trial.view.rounds[-1]
     model = view.model
     head = find_head(model, view)
@@ -36,7 +29,7 @@ def _isolation(trial: Trial, stage: Stage) -> float:
         left = sum(float((got.gradient[name] - own[name]).square().sum()) for name in names)
         size = sum(float(own[name].square().sum()) for name in names)
         best = min(best, (left / size) ** 0.5)
-    return best
+    return {"isolation_error": best}
 
 
 def _logit(logits: Tensor, y: Tensor) -> Tensor:

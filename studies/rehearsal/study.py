@@ -6,29 +6,20 @@ victim, the time of our run plus the victim's part of the rehearsal.
 
 from __future__ import annotations
 
-import tempfile
-import time
 from collections.abc import Mapping
-from pathlib import Path
-
-from torch import Tensor
 
 from leakatlas.attacks.api import Attack
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
-from leakatlas.audit.rehearsal import CROPS, Rehearsal, rehearse
+from leakatlas.audit.rehearsal import CROPS
+from leakatlas.audit.rehearsed import Contest, Runs
 from leakatlas.bench import rival, scene
 from leakatlas.bench.cells import Cell
 from leakatlas.bench.schema import Images, OwnMeasure
-from leakatlas.blocks.watch import Conduct, Watch
-from leakatlas.data import CIFAR10, ImageSet, strangers
-from leakatlas.metrics.images import psnr
+from leakatlas.data import strangers
 
 # Training images from here on have trained no network.
 POPULATION = Images(set="parquet:cifar10/train.parquet", first=45_000, count=200)
 ITERATIONS = 150
-IMAGES = 1
-"""Batches of each trial of a rehearsal."""
-
 JUDGED = 3
 """Victims on which every variant is tried, for the choice by the truth."""
 
@@ -40,23 +31,22 @@ def measure(cell: Cell) -> Figures:
     wanted = {m.name for m in cell.case.measures if isinstance(m, OwnMeasure)}
     variants = InvertingGradients.variants()
     names, game = list(variants), Game(cell, variants)
-    photos = strangers(game.victims, CROPS)
-    chosen, cost = game.rehearsed(photos)
-    ours, spent = game.runs(chosen.variant)
-    allowed = (sum(spent) + cost) / len(ours)
+    photos = strangers(scene.victims(cell), CROPS)
+    chosen = game.rehearsed(variants, photos, iterations=ITERATIONS)
+    ours, spent = game.of(chosen.name).psnr, game.of(chosen.name).cpu_seconds
+    allowed = (sum(spent) + chosen.cpu_seconds) / len(ours)
     longer = round(allowed / (sum(spent) / len(spent) / ITERATIONS))
-    mean = photos.images.mean((0, 2, 3), keepdim=True).expand(1, -1, 32, 32)
     found: Figures = {
         "psnr_rehearsed": ours,
-        "psnr_mean_image": [float(psnr(mean, x[None])) for x in game.victims.images],
-        "rehearsal_cpu_seconds": [cost],
+        "psnr_mean_image": game.constant(photos.images.mean((0, 2, 3))[:, None, None]),
+        "rehearsal_cpu_seconds": [chosen.cpu_seconds],
         "run_cpu_seconds": spent,
         "iterations_at_equal_time": [float(longer)],
-        "chosen": [float(names.index(chosen.variant))],
-        "psnr_published": game.runs("published", length=longer)[0],
+        "chosen": [float(chosen.number)],
+        "psnr_published": game.of("published", length=longer).psnr,
     }
     if "psnr_tuned" in wanted:
-        found["psnr_tuned"] = game.runs("tuned")[0]
+        found["psnr_tuned"] = game.of("tuned").psnr
     if "psnr_breaching" in wanted:
         problems = [
             rival.Problem(stage=game.stage, view=view, target=i)
@@ -64,11 +54,12 @@ def measure(cell: Cell) -> Figures:
         ]
         found["psnr_breaching"] = [a.psnr for a in rival.ask(problems, cpu_seconds=allowed)]
     if "psnr_population" in wanted:
-        own, _ = game.rehearsed(scene.images(POPULATION, cell.data))
-        found["psnr_population"] = game.runs(own.variant)[0]
-        found["chosen_on_population"] = [float(names.index(own.variant))]
+        public = scene.images(POPULATION, cell.data)
+        own = game.rehearsed(variants, public, iterations=ITERATIONS)
+        found["psnr_population"] = game.of(own.name).psnr
+        found["chosen_on_population"] = [float(own.number)]
     if "psnr_by_truth" in wanted:
-        every = {name: game.runs(name, count=JUDGED)[0] for name in variants}
+        every = {name: game.of(name, count=JUDGED).psnr for name in variants}
         best = max(every, key=lambda name: sum(every[name]))
         found["psnr_by_truth"] = every[best]
         found["chosen_by_truth"] = [float(names.index(best))]
@@ -76,47 +67,17 @@ def measure(cell: Cell) -> Figures:
     return {name: values for name, values in found.items() if name in wanted}
 
 
-class Game:
-    """One network and its victims, one a client."""
+class Game(Contest):
+    """One network and its victims; a variant runs once for a length."""
 
     def __init__(self, cell: Cell, variants: Mapping[str, Attack]) -> None:
-        self.stage, self.variants, self.seed = scene.staged(cell), variants, cell.seed
-        self.victims = scene.victims(cell)
-        record = self.stage.federation.play_round()
-        clients = range(cell.case.clients)
-        self.views = [self.stage.view([record], target=client) for client in clients]
-        self._done: dict[tuple[str, int, int], tuple[float, float]] = {}
+        super().__init__(cell)
+        self.variants = variants
+        self._done: dict[tuple[str, int | None, int], Runs] = {}
 
-    def rehearsed(self, public: ImageSet) -> tuple[Rehearsal, float]:
-        """The choice, and its CPU seconds; nothing is taken from earlier rehearsals."""
-        begun = time.process_time()
-        with tempfile.TemporaryDirectory() as empty:
-            found = rehearse(
-                self.views[0], self.variants, public, planned=ITERATIONS, images=IMAGES,
-                watch=_quiet(), seed=self.seed, cache=Path(empty),
-            )  # fmt: skip
-        return found, time.process_time() - begun
-
-    def runs(
-        self, name: str, *, count: int | None = None, length: int = ITERATIONS
-    ) -> tuple[list[float], list[float]]:
-        """DB and CPU seconds for each victim."""
-        done = [self._run(name, i, length) for i in range(count or len(self.views))]
-        return [quality for quality, _ in done], [seconds for _, seconds in done]
-
-    def _run(self, name: str, victim: int, length: int) -> tuple[float, float]:
-        key = (name, victim, length)
+    def of(self, name: str, *, count: int | None = None, length: int = ITERATIONS) -> Runs:
+        """What a variant reaches."""
+        key = (name, count, length)
         if key not in self._done:
-            begun, attack = time.process_time(), self.variants[name].lasting(length)
-            found = attack(self.views[victim], seed=self.seed, watch=_quiet())
-            spent = time.process_time() - begun
-            self._done[key] = (self._psnr(found.images, victim), spent)
+            self._done[key] = self.runs(self.variants[name].lasting(length), count=count)
         return self._done[key]
-
-    def _psnr(self, images: Tensor, victim: int) -> float:
-        truth = self.victims.images[victim : victim + 1]
-        return float(psnr(CIFAR10.denormalize(images[:1]).clamp(0, 1), truth))
-
-
-def _quiet() -> Watch:
-    return Watch(conduct=Conduct(execution="eager"))

@@ -33,6 +33,18 @@ class Dummy(Attack):
         return Reconstruction(images=torch.zeros(view.batch_shape))
 
 
+MOST_LINES = 1_500
+"""Of Python beside all study files together."""
+
+
+def test_studies_are_data() -> None:
+    """What two studies need belongs in the bench; what the schema can say, into study.yaml."""
+    files = sorted(studies.default_folder().rglob("*.py"))
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    total = sum(lines.values())
+    assert 0 < total <= MOST_LINES, f"{total} lines; see leakatlas.bench.looks, labelling, utility"
+
+
 @pytest.mark.parametrize("path", FOUND.values(), ids=FOUND.keys())
 def test_it_is_sound(path: Path) -> None:
     study, problems = studies.check(path)

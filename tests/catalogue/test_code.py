@@ -67,14 +67,14 @@ def hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hash]:
         changed: Mapping[str, str] | None = None,
         *,
         root: str = "leakatlas.attacks.mine",
-        networks: tuple[str, ...] | None = None,
+        chosen: Mapping[str, tuple[str, ...]] | None = None,
     ) -> str:
         for name, text in {**FILES, **(changed or {})}.items():
             path = tmp_path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
         clear()
-        return code.code_hash([root], networks=networks)
+        return code.code_hash([root], chosen=chosen)
 
     monkeypatch.setattr(code, "PACKAGE", tmp_path)
     yield hash_of
@@ -127,9 +127,11 @@ def test_of_a_table_of_networks_one_entry_counts(hashed: Hash) -> None:
     other = FILES["models/nets.py"].replace("class B:\n    x = 1", "class B:\n    x = 2")
     own = FILES["models/nets.py"].replace("class A:\n    x = 1", "class A:\n    x = 2")
     more = FILES["models/registry.py"].replace('"b": B', '"b": B, "c": B')
-    only = functools.partial(hashed, root=root, networks=("a",))
+    only = functools.partial(hashed, root=root, chosen={code.NETWORKS: ("a",)})
     assert only() == only({"models/nets.py": other}) == only({"models/registry.py": more})
     assert only() != only({"models/nets.py": own})
+    other_way = FILES["models/registry.py"].replace('"a": A', '"a": lambda: A()')
+    assert only() != only({"models/registry.py": other_way})
     assert hashed(root=root) != hashed({"models/nets.py": other}, root=root)
 
 
@@ -149,7 +151,7 @@ def test_every_root_exists() -> None:
 def test_an_attack_counts_with_the_blocks_that_it_uses() -> None:
     """The rounds, the scores and the matching of DLG; neither reports nor audits."""
     used = code._used(frozenset([*code.ALWAYS, "leakatlas.attacks.optimization.basic.dlg"]), (),
-                      frozenset(["lenet"]))  # fmt: skip
+                      frozenset([(code.NETWORKS, frozenset(["lenet"]))]))  # fmt: skip
     names = "\n".join(used)
     for wanted in ("bench.harness ['observe']", "metrics.score ['score']", "fl.rounds ['Fed",
                    "blocks.matching ['squared_l2']", "models.lenet ['LeNet']"):  # fmt: skip

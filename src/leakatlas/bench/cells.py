@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from leakatlas.bench.schema import Case
+from leakatlas.bench.schema import Case, OwnMeasure
 from leakatlas.bench.study import Study
 from leakatlas.catalogue import code
 
@@ -20,6 +20,16 @@ SAID_ABOUT = {"measures", "beside", "note", "seeds", "batches", "memory", "time"
 
 ``batches`` counts the cells of a case; which images a cell attacks is in its own batch number.
 """
+
+LATER = ("utility", "labelling")
+"""Keys that studies have had since some records were made: not used, they change no name."""
+
+
+def setup(case: Case) -> dict[str, Any]:
+    """A case as JSON without what is said of it, and who gives the measures that it describes."""
+    plain = case.model_dump(mode="json", exclude={"measures", "beside"})
+    described = {m.computes for m in case.measures if isinstance(m, OwnMeasure)}
+    return plain | ({"described": sorted(described)} if described else {})
 
 
 @dataclass(frozen=True)
@@ -80,15 +90,22 @@ class Cell:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """All that decides what comes out, code and machine left out."""
+        unused = {key for key in LATER if getattr(self.case, key) is None}
         return {
-            "case": self.case.model_dump(mode="json", exclude=SAID_ABOUT),
+            "case": self.case.model_dump(mode="json", exclude=SAID_ABOUT | unused),
             "seed": self.seed,
             "batch": self.batch,
             "device": self.device.partition(":")[0],
             "threads": self.threads,
             "own": self.hook is not None,
-            # A measurement of the study's own may depend on which study it is.
+            # A measurement of the study's own may depend on which study it is; the rules of
+            # `labelling` are its measures.
             **({"study": self.study, "label": self.label} if self.case.attack is None else {}),
+            **(
+                {}
+                if self.case.labelling is None
+                else {"rules": [m.computes for m in self.case.measures if not isinstance(m, str)]}
+            ),
         }
 
     @cached_property
@@ -100,7 +117,7 @@ class Cell:
     @cached_property
     def code_hash(self) -> str:
         """Hash of the code that it runs."""
-        return code.of_case(self.case.model_dump(mode="json"), self.hook)
+        return code.of_case(setup(self.case), self.hook)
 
 
 def cells_of(

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 import leakatlas
 from leakatlas.bench import machine, own
-from leakatlas.bench.cells import Cell
+from leakatlas.bench.cells import Cell, setup
 from leakatlas.bench.measures import BINS, COSTS, MEASURES, NOTES
 from leakatlas.bench.record import Record
 from leakatlas.bench.schema import Case, Comparison, OwnMeasure
@@ -116,7 +116,7 @@ def _case(
         "beside": None if case.beside is None else case.beside.model_dump(exclude_none=True),
         "letter": case.letter,
         "vantage": case.vantage,
-        "setup": case.model_dump(mode="json", exclude={"measures", "beside"}),
+        "setup": setup(case),
         "note": case.note,
         "cells": len(cells),
         "missing": len(cells) - len(mine),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from leakatlas.bench.measures import MEASURES, known
+from leakatlas.bench.measures import COSTS, MEASURES, known
 from leakatlas.bench.schema import REHEARSED, Beside, Case, OwnMeasure
 from leakatlas.catalogue import loader, registry
 from leakatlas.catalogue.problems import Problem, closest
@@ -85,20 +85,42 @@ def _beside(beside: Beside | None) -> list[Found]:
     return []
 
 
+def _looks() -> Collection[str]:
+    from leakatlas.bench.looks import LOOKS  # brings torch
+
+    return LOOKS
+
+
+def _told(case: Case) -> Collection[str] | None:
+    """The measures that what stands in place of an attack gives."""
+    if case.utility is not None:
+        return ("accuracy", "lr")
+    if case.labelling is not None:
+        from leakatlas.bench.labelling import EVEN, REFUSALS  # brings torch
+        from leakatlas.blocks.labels import METHODS
+
+        return (EVEN, REFUSALS, *METHODS)
+    return None
+
+
 def _measures(study: Study, case: Case) -> list[Found]:
     found = []
-    if case.attack is None and study.hook is None:
-        fix = "add one, or a study.py that measures by itself."
+    told = _told(case)
+    if case.attack is None and study.hook is None and told is None:
+        fix = "add one, `utility`, `labelling`, or a study.py that measures by itself."
         found.append(("attack", "is missing.", fix))
     for number, measure in enumerate(case.measures, 1):
         field = f"measures[{number}]"
-        if isinstance(measure, OwnMeasure):
-            if study.hook is None:
+        if isinstance(measure, OwnMeasure) and told is not None:
+            if measure.computes not in told:
+                found.append(_unknown(field, measure.computes, told))
+        elif isinstance(measure, OwnMeasure):
+            if study.hook is None and (case.attack is None or measure.computes not in _looks()):
                 fix = f"add a study.py, or take one of: {', '.join(MEASURES)}."
                 found.append((field, f"{measure.name!r} is computed by nobody.", fix))
         elif not known(measure):
             found.append(_unknown(field, measure, MEASURES))
-        elif case.attack is None:
+        elif case.attack is None and measure not in COSTS:
             fix = "add an `attack`, or describe a measure of your own with `name:`."
             found.append((field, f"{measure!r} is measured on an attack.", fix))
     return found

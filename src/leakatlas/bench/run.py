@@ -5,12 +5,14 @@ from __future__ import annotations
 import datetime
 import hashlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leakatlas.bench import examine, harness, machine, picture, scene
+from leakatlas.attacks.api import Attack
+from leakatlas.bench import examine, harness, labelling, looks, machine, picture, scene, utility
 from leakatlas.bench import own as own_code
 from leakatlas.bench.adversary import Adversary, Dead
 from leakatlas.bench.cells import Cell
@@ -40,8 +42,12 @@ def run_cell(cell: Cell, adversary: Adversary, *, watch: Watch | None = None) ->
     begun = time.perf_counter()
     try:
         if cell.case.attack is None:
-            own = _checked(cell, _own(cell, "measure")(cell))
-            costs = {"seconds": time.perf_counter() - begun}
+            cpu = time.process_time()
+            own = _checked(cell, _without_attack(cell)(cell))
+            costs = {
+                "seconds": time.perf_counter() - begun,
+                "cpu_seconds": time.process_time() - cpu,
+            }
             return Record(**facts, status="complete", own=own, costs=costs)
         stage = scene.staged(cell)
     except own_code.StudyFault as fault:
@@ -97,8 +103,7 @@ def _attacked(
         try:
             if any(m in BINS for m in case.measures if isinstance(m, str)):
                 own |= examine.bins(trial, case.batch)
-            if any(isinstance(m, OwnMeasure) for m in case.measures):
-                own |= _checked(cell, _own(cell, "examine")(trial, stage))
+            own |= _looked(cell, trial, stage, attack)
         except LeakAtlasError as fault:
             status, reason = "error", str(fault)
     public = scene.public_images(stage)
@@ -145,7 +150,17 @@ def _digest(*tensors: Tensor | None) -> str:
     return digest.hexdigest()
 
 
-# -- the study's own Python file -----------------------------------------------------------------
+# -- what is measured by name --------------------------------------------------------------------
+
+
+def _without_attack(cell: Cell) -> Callable[[Cell], Any]:
+    """Who measures the cell."""
+    if cell.case.utility is not None:
+        return utility.measure
+    if cell.case.labelling is not None:
+        return labelling.measure
+    measure: Callable[[Cell], Any] = _own(cell, "measure")
+    return measure
 
 
 def _own(cell: Cell, name: str) -> Any:
@@ -159,8 +174,20 @@ def _own(cell: Cell, name: str) -> Any:
     return own_code.function(cell.hook, cell.study, name, signature, purpose)
 
 
+def _looked(cell: Cell, trial: harness.Trial, stage: Stage, attack: Attack) -> dict[str, Any]:
+    """The measures that describe themselves: looks of the bench, and of the study's own file."""
+    wanted = [m for m in cell.case.measures if isinstance(m, OwnMeasure)]
+    if not wanted:
+        return {}
+    known = {m.computes for m in wanted} & looks.LOOKS.keys()
+    values = looks.of(trial, stage, attack, known, target=cell.case.target)
+    if any(m.computes not in known for m in wanted):
+        values = {**_own(cell, "examine")(trial, stage), **values}
+    return _checked(cell, {m.name: values[m.computes] for m in wanted if m.computes in values})
+
+
 def _checked(cell: Cell, values: Any) -> dict[str, Any]:
-    """What the study's file measured: every measure that the case names, as finite numbers.
+    """What was measured: every measure that the case names, as finite numbers.
 
     What it measured beside, for other cases, is not kept.
     """
@@ -168,8 +195,8 @@ def _checked(cell: Cell, values: Any) -> dict[str, Any]:
     if not isinstance(values, dict) or not values.keys() >= set(wanted):
         got = sorted(values) if isinstance(values, dict) else type(values).__name__
         raise own_code.StudyFault(
-            f"{cell.hook} must return the measures {sorted(wanted)} of case {cell.label!r}; "
-            f"it returned {got}."
+            f"{cell.hook or cell.study} must return the measures {sorted(wanted)} of case "
+            f"{cell.label!r}; it returned {got}."
         )
     plain: dict[str, Any] = {}
     for name in wanted:
@@ -177,8 +204,8 @@ def _checked(cell: Cell, values: Any) -> dict[str, Any]:
         numbers = torch.as_tensor(value, dtype=torch.float64)
         if numbers.ndim > 1 or not bool(torch.isfinite(numbers).all()):
             raise own_code.StudyFault(
-                f"{cell.hook}: {name!r} of case {cell.label!r} must be a finite number or a list "
-                f"of them, got {value!r}."
+                f"{cell.hook or cell.study}: {name!r} of case {cell.label!r} must be a finite "
+                f"number or a list of them, got {value!r}."
             )
         plain[name] = numbers.tolist()
     return plain

@@ -18,7 +18,7 @@ from leakatlas.bench.schema import REHEARSED, Case, Images, Pixels, Training
 from leakatlas.catalogue import registry
 from leakatlas.data import CIFAR10, Box, ImageSet, patches
 from leakatlas.errors import InvalidInput, Unavailable, UnknownName
-from leakatlas.fl import ModelRef, Scenario, Stage, stage, state_hash, stream, task_loss
+from leakatlas.fl import ModelRef, Protocol, Scenario, Stage, stage, state_hash, stream, task_loss
 from leakatlas.fl.state import load_into, model_state
 from leakatlas.fl.view import defense_from_json, protocol_from_json
 from leakatlas.threat import Grant, Vantage
@@ -50,7 +50,7 @@ def staged(cell: Cell, *, decoy: bool = False) -> Stage:
         else f"{case.surrogate.set}#{public.fingerprint()[:12]}",
         examples=case.batch,
         clients=case.clients,
-        protocol=protocol_from_json(case.protocol),
+        protocol=protocol(case),
         defenses=tuple(defense_from_json(defense) for defense in case.defenses),
         letter=case.letter,
         vantage=Vantage(case.vantage),
@@ -59,6 +59,11 @@ def staged(cell: Cell, *, decoy: bool = False) -> Stage:
         seed=cell.seed,
     )
     return stage(scenario, model=model, victims=chosen, surrogate=public, box=box)
+
+
+def protocol(case: Case, **changes: Any) -> Protocol:
+    """How the clients of a case train, with some settings changed."""
+    return protocol_from_json({**case.protocol, **changes})
 
 
 def attack_of(case: Case) -> Attack:

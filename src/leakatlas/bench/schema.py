@@ -162,10 +162,86 @@ class Beside(Strict):
         return self
 
 
-class OwnMeasure(Strict):
-    """A measure that the study's own Python file computes."""
+class Utility(Strict):
+    """A federation that trains under the defenses of the case: what they cost.
 
-    name: Annotated[Text, Field(description="Its key in what `study.py` returns.")]
+    Its measures are ``accuracy``, on the test images, and ``lr``, the step size that was best.
+    """
+
+    train: Annotated[
+        Images,
+        Field(
+            description="Training images, shared out among the clients in order.",
+            examples=[{"set": "digits", "count": 320}],
+        ),
+    ]
+    test: Annotated[
+        Images,
+        Field(
+            description="Images whose accuracy is reported.",
+            examples=[{"set": "digits", "first": 620, "count": 300}],
+        ),
+    ]
+    validation: Annotated[
+        Images | None, Field(description="Images on which the step size is chosen.")
+    ] = None
+    clients: Annotated[Counted, Field(description="Number of clients.", examples=[8])] = 8
+    rounds: Annotated[Counted, Field(description="Rounds, all clients in each.", examples=[25])]
+    rates: Annotated[
+        tuple[PositiveNumber, ...],
+        Field(min_length=1, description="Step sizes tried (`lr`).", examples=[[0.5, 0.15]]),
+    ]
+
+    @model_validator(mode="after")
+    def _chosen_on_something(self) -> Utility:
+        if (len(self.rates) > 1) != (self.validation is not None):
+            raise ValueError("several `rates` are chosen among on `validation` images, one is not")
+        return self
+
+
+class SyntheticHead(Strict):
+    """A head over rectified Gaussian features, in place of a network."""
+
+    classes: Annotated[Counted, Field(description="Number of classes.", examples=[100])]
+    aligned: Annotated[
+        bool, Field(description="Whether its rows point at their classes, as after training.")
+    ] = False
+
+
+class LabelBatches(Strict):
+    """Batches whose labels rules recover: the measures of the case are rules by name.
+
+    Every measure is IRec, the multiset overlap with the true labels; ``even-spread`` reads no
+    update, and ``refusals`` counts the rules that refused a batch.
+    """
+
+    batches: Annotated[Counted, Field(description="Batches a seed.", examples=[10])] = 10
+    draw: Annotated[
+        Literal["any", "distinct classes", "one class", "in order"],
+        Field(description="How a batch is taken from the victims.", examples=["any"]),
+    ] = "any"
+    dummies: Annotated[
+        Whole, Field(description="Inputs from N(0, 1) that the adversary runs.", examples=[400])
+    ] = 400
+    anew: Annotated[
+        bool, Field(description="Whether every batch meets a network with a seed of its own.")
+    ] = False
+    synthetic: Annotated[SyntheticHead | None, Field(description="In place of a network.")] = None
+
+
+class OwnMeasure(Strict):
+    """A measure that is described here: a look of the bench, or what ``study.py`` computes.
+
+    Under `utility` and `labelling` it is what these give.
+    """
+
+    name: Annotated[Text, Field(description="What it is called, and what `study.py` returns.")]
+    by: Annotated[
+        Text | None,
+        Field(
+            description="The look or label rule that gives it, if not called so.", examples=["gdbr"]
+        ),
+    ] = None
     kind: Annotated[
         Literal["mean", "share"],
         Field(
@@ -175,6 +251,11 @@ class OwnMeasure(Strict):
     ] = "mean"
     unit: Annotated[str, Field(description="Unit, empty for a ratio.", examples=["dB"])] = ""
     note: Annotated[str, Field(description="What a reader must know.")] = ""
+
+    @property
+    def computes(self) -> str:
+        """What gives it."""
+        return self.by or self.name
 
 
 class Case(Strict):
@@ -236,6 +317,14 @@ class Case(Strict):
     attack: Annotated[
         AttackSpec | None,
         Field(description="The attack; none if `study.py` measures by itself.", examples=["dlg"]),
+    ] = None
+    utility: Annotated[
+        Utility | None,
+        Field(description="A training under the defenses, in place of an attack."),
+    ] = None
+    labelling: Annotated[
+        LabelBatches | None,
+        Field(description="Batches for label rules, in place of an attack."),
     ] = None
     letter: Annotated[Letter, Field(description="Threat model.", examples=["B"])] = "B"
     vantage: Annotated[
@@ -309,6 +398,8 @@ class Case(Strict):
             raise ValueError(f"client {self.target} is not one of the {self.clients} clients")
         if self.lean and (self.vantage != "aggregate" or self.rounds > 1):
             raise ValueError("a `lean` round is one round seen from the vantage `aggregate`")
+        if sum(what is not None for what in (self.attack, self.utility, self.labelling)) > 1:
+            raise ValueError("one of `attack`, `utility` and `labelling`")
         if self.control and self.attack is None:
             raise ValueError("`control` runs the attack once more, and there is no `attack`")
         return self

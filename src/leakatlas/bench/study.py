@@ -84,11 +84,11 @@ def _locate(where: str | Path) -> Path:
     path = Path(where)
     if reading.is_file(path / FILE):
         return path / FILE
+    known = find()
+    if str(where) in known:  # a file that happens to be called like a study is none
+        return known[str(where)]
     if reading.is_file(path):
         return path
-    known = find()
-    if str(where) in known:
-        return known[str(where)]
     raise UnknownName("study", str(where), known)
 
 

@@ -29,20 +29,24 @@ ALWAYS = (
     "leakatlas.bench.scene:attack_of",
     "leakatlas.bench.scene:public_images",
 )
-"""What every cell runs, whatever its attack: the rounds and the scores."""
+"""What every cell with an attack runs: the rounds and the scores."""
+
+WITHOUT_ATTACK = {"utility": "leakatlas.bench.utility", "labelling": "leakatlas.bench.labelling"}
+"""What runs in place of an attack, by the key of the case."""
 
 UNSEEN = ("leakatlas.errors", "leakatlas.limits", "leakatlas.reading", "leakatlas.catalogue")
 """Rooms that no figure depends on: texts, what is refused, facts of the literature."""
 
-TABLES = {"leakatlas.models.registry": ("_CLASSIFIERS", "_GENERATORS")}
-"""Dictionaries of which one entry is used: a new network leaves the figures of others alone."""
+NETWORKS, LOOKS = "leakatlas.models.registry", "leakatlas.bench.looks"
+TABLES = {NETWORKS: ("_CLASSIFIERS", "_GENERATORS"), LOOKS: ("LOOKS",)}
+"""Dictionaries of which some entries are used: a new network leaves the figures of others alone."""
 
 
 def of_case(case: Mapping[str, Any], hook: Path | None = None) -> str:
     """Hash of the code that the cells of a study's case run.
 
     Args:
-        case: The case as JSON; its attack, defenses and network count.
+        case: The case as JSON; its attack, defenses, network and measures count.
         hook: The study's own Python file.
 
     Raises:
@@ -52,29 +56,38 @@ def of_case(case: Mapping[str, Any], hook: Path | None = None) -> str:
     rows: list[tuple[registry.Kind, str]] = [("defense", d["key"]) for d in case["defenses"]]
     if case["attack"] is not None:
         rows.append(("attack", case["attack"]["key"]))
-    modules = list(ALWAYS)
+    instead = [module for key, module in WITHOUT_ATTACK.items() if case.get(key) is not None]
+    modules = instead or list(ALWAYS)
     for kind, key in rows:
         if "/" in key:  # an outsider's: its file counts, the rest of its package does not
             cls = registry.load_attack(key) if kind == "attack" else registry.load_defense(key)
             files.append(Path(inspect.getfile(cls)))
         else:
             modules.append(registry.module_path(kind, key))
-    return code_hash(modules, files, networks=None if files else [case["model"]["builtin"]])
+    chosen = {} if files else {NETWORKS: [case["model"]["builtin"]]}
+    looked = _entries(LOOKS, "LOOKS") & set(case.get("described") or ())
+    if looked and not instead:
+        modules.append(f"{LOOKS}:of")
+        chosen[LOOKS] = sorted(looked)
+    return code_hash(modules, files, chosen=chosen)
 
 
 def code_hash(
-    modules: Iterable[str], files: Iterable[Path] = (), *, networks: Collection[str] | None = None
+    modules: Iterable[str],
+    files: Iterable[Path] = (),
+    *,
+    chosen: Mapping[str, Collection[str]] | None = None,
 ) -> str:
     """SHA-256 over modules, files, and all that these use of the project.
 
     Args:
         modules: Dotted names inside the package; ``module:name`` is one definition of it.
         files: Sources outside it, such as a study's own Python file.
-        networks: The only builtin networks that are used, if that is known.
+        chosen: By module, the only entries of its :data:`TABLES` that are used, where known.
     """
     digest = hashlib.sha256()
     outside = sorted(set(files))
-    kept = None if networks is None else frozenset(networks)
+    kept = frozenset((module, frozenset(names)) for module, names in (chosen or {}).items())
     for line in _used(frozenset(modules), tuple(outside), kept):
         digest.update(line.encode())
     return digest.hexdigest()
@@ -82,6 +95,14 @@ def code_hash(
 
 Chain = tuple[str, ...]
 """A name and the attributes taken of it: ``scene.images`` is ``("scene", "images")``."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One value of a dictionary: hash of its code, and the names that it looks up."""
+
+    digest: str
+    uses: frozenset[Chain]
 
 
 @dataclass(frozen=True)
@@ -93,14 +114,14 @@ class _Statement:
         uses: The names that running it may look up.
         imports: What its own import statements bind.
         binds: The names that it defines; none if it only does something.
-        entries: If it is a dictionary with texts for keys: what each entry uses.
+        entries: If it is a dictionary with texts for keys: its values.
     """
 
     digest: str
     uses: frozenset[Chain]
     imports: Mapping[str, Chain]
     binds: frozenset[str]
-    entries: Mapping[str, frozenset[Chain]]
+    entries: Mapping[str, _Entry]
 
 
 @dataclass(frozen=True)
@@ -114,10 +135,11 @@ class _File:
 
 @functools.lru_cache(maxsize=1024)
 def _used(
-    modules: frozenset[str], files: tuple[Path, ...], networks: frozenset[str] | None
+    modules: frozenset[str], files: tuple[Path, ...], chosen: frozenset[tuple[str, frozenset[str]]]
 ) -> tuple[str, ...]:
     """A line for every statement that counts, sorted."""
     lines: set[str] = set()
+    entries = dict(chosen)
     entered: set[str] = set()
     done: set[tuple[str, str]] = set()
     left: list[tuple[str, _File, _Statement]] = []
@@ -160,12 +182,12 @@ def _used(
         if (module, statement.digest) in done:
             continue
         done.add((module, statement.digest))
-        uses = statement.uses
-        chosen = networks is not None and statement.binds & set(TABLES.get(module, ()))
-        if chosen and statement.entries:
-            kept = sorted(networks & statement.entries.keys()) if networks is not None else []
-            uses = frozenset().union(*(statement.entries[key] for key in kept))
-            lines.add(f"{module} {sorted(statement.binds)}={kept}\n")
+        uses, only = statement.uses, entries.get(module)
+        if only is not None and statement.binds & set(TABLES[module]):
+            taken = {key: statement.entries[key] for key in sorted(only & statement.entries.keys())}
+            uses = frozenset().union(*(entry.uses for entry in taken.values()))
+            digests = {key: entry.digest for key, entry in taken.items()}
+            lines.add(f"{module} {sorted(statement.binds)}={digests}\n")
         else:
             lines.add(f"{module} {sorted(statement.binds)}={statement.digest}\n")
         for name, *rest in uses:
@@ -174,6 +196,11 @@ def _used(
                 follow(bound, tuple(rest))
             left.extend((module, file, s) for s in file.defining(name))
     return tuple(sorted(lines))
+
+
+def _entries(module: str, table: str) -> set[str]:
+    file = _module(module)
+    return {key for s in (file.defining(table) if file else ()) for key in s.entries}
 
 
 @functools.cache
@@ -207,16 +234,16 @@ def _statement(node: ast.stmt) -> _Statement:
     for inner in ast.walk(node):
         if isinstance(inner, ast.Import | ast.ImportFrom):
             imports.update(_bindings(inner))
-    entries: dict[str, frozenset[Chain]] = {}
+    entries: dict[str, _Entry] = {}
     value = getattr(node, "value", None)
     if isinstance(value, ast.Dict):
         entries = {
-            key.value: frozenset(_chains(entry))
+            key.value: _Entry(_digest(entry), frozenset(_chains(entry)))
             for key, entry in zip(value.keys, value.values, strict=True)
             if isinstance(key, ast.Constant) and isinstance(key.value, str)
         }
     return _Statement(
-        digest=hashlib.sha256(_plain(node).encode()).hexdigest(),
+        digest=_digest(node),
         uses=frozenset(_chains(node)),
         imports=imports,
         binds=frozenset(_bound(node)),
@@ -268,6 +295,10 @@ def _chains(node: ast.AST) -> Iterator[Chain]:
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):
                 yield from _chains(child)
+
+
+def _digest(node: ast.AST) -> str:
+    return hashlib.sha256(_plain(node).encode()).hexdigest()
 
 
 def _plain(node: object) -> str:

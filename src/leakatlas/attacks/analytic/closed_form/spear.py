@@ -199,6 +199,7 @@ class SPEAR(Attack):
             score = 0.0 if best is None else best.score
             watch.note = f"{len(pool.directions)} directions, lambda {score:.3f}"
         notes["samples"] = float(drawn)
+        notes["samples_over_theory"] = drawn / expected_samples(factors.b)
         notes["directions"] = float(len(pool.directions))
         notes["lambda"] = 0.0 if best is None else best.score
         if best is None:

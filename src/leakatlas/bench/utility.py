@@ -1,0 +1,67 @@
+"""What defenses cost: the accuracy of a federation that trains under them, without any attack."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from leakatlas.bench import scene
+from leakatlas.bench.cells import Cell
+from leakatlas.bench.schema import Images, Utility
+from leakatlas.errors import InvalidInput
+from leakatlas.fl import Client, Federation
+from leakatlas.fl.view import defense_from_json
+
+EVALUATED = 2
+"""Clients whose models are evaluated: private parts differ between them."""
+
+
+def measure(cell: Cell) -> dict[str, float]:
+    """Test ``accuracy`` at the step size that validates best, and that step size, ``lr``.
+
+    Raises:
+        InvalidInput: If the training images do not divide among the clients.
+    """
+    told = cell.case.utility
+    assert told is not None
+    if len(told.rates) == 1:
+        return {"accuracy": _trained(cell, told, told.rates[0])[1], "lr": told.rates[0]}
+    _, accuracy, lr = max((*_trained(cell, told, lr), lr) for lr in told.rates)
+    return {"accuracy": accuracy, "lr": lr}
+
+
+def _trained(cell: Cell, told: Utility, lr: float) -> tuple[float, float]:
+    """Accuracy on validation and on test images, of the last round's models."""
+    x, y = _normalised(cell, told.train)
+    if len(x) % told.clients:
+        raise InvalidInput(f"{len(x)} training images do not divide among {told.clients} clients.")
+    own = [Client(*part) for part in zip(x.chunk(told.clients), y.chunk(told.clients), strict=True)]
+    protocol = scene.protocol(cell.case, lr=lr)
+    defenses = tuple(defense_from_json(defense) for defense in cell.case.defenses)
+    federation = Federation(
+        scene.network(cell)[1], dict(enumerate(own)), protocol, defenses, seed=cell.seed
+    )
+    for _ in range(told.rounds):
+        federation.play_round(apply=True)
+    # A defended model may draw when it predicts.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(cell.seed)
+        return (
+            0.0 if told.validation is None else _accuracy(cell, federation, told.validation),
+            _accuracy(cell, federation, told.test),
+        )
+
+
+@torch.no_grad()
+def _accuracy(cell: Cell, federation: Federation, images: Images) -> float:
+    x, y = _normalised(cell, images)
+    right = [
+        (federation.evaluation_model(client)(x).argmax(1) == y).double().mean()
+        for client in range(min(EVALUATED, len(federation.clients)))
+    ]
+    return float(torch.stack(right).mean())
+
+
+def _normalised(cell: Cell, images: Images) -> tuple[Tensor, Tensor]:
+    found = scene.images(images, cell.data)
+    return scene.pixel_space(cell.case, found.channels).normalize(found.images), found.labels
