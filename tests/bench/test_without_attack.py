@@ -1,0 +1,109 @@
+"""Label rules and trainings in place of an attack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from leakatlas.bench import labelling, run, utility
+from leakatlas.bench import study as studies
+from leakatlas.bench.adversary import Here
+from leakatlas.bench.cells import Cell
+from leakatlas.bench.schema import Case
+
+DIGITS = {
+    "model": {"builtin": "fc", "kwargs": {"in_channels": 1, "size": 8, "widths": [16]}},
+    "victims": {"set": "digits", "first": 1100, "count": 200},
+    "surrogate": {"set": "digits", "first": 700, "count": 60},
+}
+
+
+def cell(measures: list[dict[str, str]], **settings: Any) -> Cell:
+    case = Case.model_validate({**DIGITS, "measures": measures, **settings})
+    return Cell("here", "main", case, seed=0, batch=0)
+
+
+def test_the_sign_of_the_bias_names_every_single_label() -> None:
+    one = cell(
+        [{"name": "hits", "by": "idlg"}, {"name": "even-spread"}, {"name": "refusals"}],
+        labelling={"batches": 4, "draw": "in order", "anew": True, "dummies": 0},
+    )
+    record = run.run_cell(one, Here())
+    assert record.status == "complete", record.reason
+    assert record.own["hits"] == [1.0] * 4 and record.own["refusals"] == [0.0] * 4
+    assert sum(record.own["even-spread"]) < 4
+    assert record.costs["cpu_seconds"] > 0
+
+
+def test_another_rule_is_another_cell_and_a_note_is_not() -> None:
+    labels = {"batches": 4}
+    one = cell([{"name": "rule", "by": "idlg"}], labelling=labels)
+    assert one.name == cell([{"name": "x", "by": "idlg", "note": "n"}], labelling=labels).name
+    assert one.name != cell([{"name": "rule", "by": "llg"}], labelling=labels).name
+
+
+def test_a_rule_that_refuses_scores_nothing_and_is_counted() -> None:
+    one = cell(
+        [{"name": "idlg"}, {"name": "refusals"}], labelling={"batches": 2, "dummies": 0},
+        model={"builtin": "fc", "kwargs": {"in_channels": 1, "size": 8, "bias": False}},
+    )  # fmt: skip
+    assert labelling.measure(one) == {"idlg": [0.0, 0.0], "refusals": [1.0, 1.0]}
+
+
+@pytest.mark.parametrize(("draw", "distinct"), [("one class", 1), ("distinct classes", 6)])
+def test_batches_are_drawn_as_told(draw: str, distinct: int) -> None:
+    one = cell([{"name": "llg"}], labelling={"batches": 3, "draw": draw, "dummies": 0}, batch=6)
+    counts = [(true > 0).sum() for _, true in labelling._images(one)]
+    assert counts == [distinct] * 3
+
+
+def test_local_steps_and_aligned_heads_give_every_rule_what_it_reads() -> None:
+    rules = [{"name": "dimitrov"}, {"name": "rlu"}, {"name": "refusals"}]
+    local = cell(
+        rules, labelling={"batches": 1, "dummies": 20}, batch=8,
+        protocol={"algorithm": "fedavg", "epochs": 2, "batch_size": 4, "lr": 0.1},
+    )  # fmt: skip
+    assert labelling.measure(local)["refusals"] == [0.0]
+    synthetic = {"batches": 2, "synthetic": {"classes": 5, "aligned": True}}
+    head = cell([{"name": "fixed-point"}, {"name": "even-spread"}], labelling=synthetic, batch=8)
+    found = labelling.measure(head)
+    assert sum(found["fixed-point"]) > sum(found["even-spread"])
+
+
+def trained(**defended: Any) -> dict[str, float]:
+    told = {
+        "train": {"set": "digits", "count": 320}, "rounds": 6, "rates": [0.5, 1e-6],
+        "validation": {"set": "digits", "first": 320, "count": 100},
+        "test": {"set": "digits", "first": 420, "count": 200},
+    }  # fmt: skip
+    return utility.measure(cell([{"name": "accuracy"}], utility=told, **defended))
+
+
+def test_noise_costs_accuracy_and_the_step_is_chosen() -> None:
+    plain = trained()
+    assert plain["lr"] == 0.5 and plain["accuracy"] > 0.3
+    noisy = trained(
+        defenses=[{"key": "client_dp", "noise_multiplier": 5.0}],
+        protocol={"algorithm": "fedsgd", "mode": "train"},
+    )
+    assert noisy["accuracy"] < plain["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("by: idlg-paper", "by: idlg-papr", "there is no 'idlg-papr'"),
+        ("letter: A", "letter: A\n  attack: dlg", "one of `attack`"),
+        ("anew: true", "anew: yes please", "labelling"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told(tmp_path: Path, old: str, new: str, told: str) -> None:
+    text = (studies.find()["idlg"]).read_text(encoding="utf-8")
+    assert old in text
+    path = tmp_path / "idlg" / "study.yaml"
+    path.parent.mkdir()
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    study, problems = studies.check(path)
+    assert study is None and told in "\n".join(map(str, problems))
