@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from leakatlas.bench import own
+from leakatlas.bench import correlations
 from leakatlas.bench import study as studies
 from leakatlas.bench.record import Record
 from leakatlas.bench.schema import OwnMeasure
@@ -56,8 +56,6 @@ def _records(values: Sequence[float], psnr: Sequence[float]) -> list[Record]:
 
 def test_a_correlation_is_oriented_and_within_is_not_between() -> None:
     study = studies.load("measures")
-    assert study.hook is not None
-    summarise = own.function(study.hook, "measures", "summarise", "", "this test")
     n = 60
     # Two set-ups: the one with larger values is 100 dB worse; inside, larger is better.
     records = {
@@ -67,7 +65,7 @@ def test_a_correlation_is_oriented_and_within_is_not_between() -> None:
         for setup, shift in (("a", 0), ("b", 100))
         for attack, sign in (("l2", -1), ("cosine", 1))
     }
-    found: dict[str, dict[str, Any]] = {f["name"]: f for f in summarise(study, records)}
+    found: dict[str, dict[str, Any]] = {f["name"]: f for f in correlations.figures(study, records)}
     assert found["spearman pooled/cosine/bayes_psnr"]["value"] == pytest.approx(1)
     assert found["spearman pooled/cosine/rank_index"]["value"] == pytest.approx(-1)
     assert found["spearman pooled/l2/bayes_psnr"]["value"] < 0

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 import leakatlas
-from leakatlas.bench import machine, own
+from leakatlas.bench import correlations, machine, own
 from leakatlas.bench.cells import Cell, setup
 from leakatlas.bench.measures import BINS, COSTS, MEASURES, NOTES
 from leakatlas.bench.record import Record
@@ -82,21 +82,21 @@ def _summary(
     study: Study, cells: Mapping[str, Sequence[Cell]], records: Mapping[str, Record]
 ) -> list[dict[str, Any]]:
     """The figures over all cases that the study computes itself."""
-    if not study.file.summary:
-        return []
-    assert study.hook is not None
-    summarise = own.function(
-        study.hook, study.name, "summarise", "(study, records) -> figures",
-        f"the summary of study {study.name!r}",
-    )  # fmt: skip
     done = {
         label: [records[cell.name] for cell in mine if cell.name in records]
         for label, mine in cells.items()
     }
+    found = list(correlations.figures(study, done)) if study.file.correlate else []
+    if study.file.summary:
+        assert study.hook is not None
+        summarise = own.function(
+            study.hook, study.name, "summarise", "(study, records) -> figures",
+            f"the summary of study {study.name!r}",
+        )  # fmt: skip
+        found += summarise(study, done)
     try:
         return [
-            results.StudyFigure.model_validate(figure).model_dump(mode="json")
-            for figure in summarise(study, done)
+            results.StudyFigure.model_validate(figure).model_dump(mode="json") for figure in found
         ]
     except ValidationError as problem:
         first = problem.errors()[0]

@@ -19,6 +19,8 @@ from leakatlas.fl import ClientContext, Defense, Stage, Update, View
 from leakatlas.fl import stage as staged
 from leakatlas.metrics.assignment import pairwise_mse
 from leakatlas.metrics.images import psnr_of_mse
+from leakatlas.vulnerability import Case as VulnerabilityCase
+from leakatlas.vulnerability import assess
 
 T = TypeVar("T")
 SUCCESS, RECOGNISABLE = 19.0, 20.0
@@ -214,7 +216,27 @@ def _whole(look: Look) -> float:
     return _complete(look) * float(examine.exact(look.trial).all())
 
 
-LOOKS: dict[str, tuple[str, Callable[[Look], float | list[float]]]] = {
+# -- measures before any attack --------------------------------------------------------------------
+
+EACH = ", by example"
+
+
+def _vulnerability(look: Look) -> dict[str, list[float]]:
+    """Every measure of the attacked batch, and by example; empty where one is not defined.
+
+    To six digits: what differs less is rounding, not rank.
+    """
+    found: dict[str, list[float]] = {}
+    case = VulnerabilityCase.of_stage(look.stage, target=look.target, record=look.trial.records[-1])
+    for measure in assess(case, tier="spectral", limit=64, steps=20, probes=2):
+        each = [value for name, value in measure.values.items() if name.startswith("example ")]
+        whole = [] if measure.value is None else [measure.value]
+        found[measure.name] = [float(f"{value:.6g}") for value in whole]
+        found[measure.name + EACH] = [float(f"{value:.6g}") for value in each]
+    return found
+
+
+LOOKS: dict[str, tuple[str, Callable[[Look], Any]]] = {
     "error": ("of the upload, relative to that of the client undefended", _error),
     "cosine": ("of the upload with the undefended one", _cosine),
     "size": ("norm of the upload over that of the undefended one", _size),
@@ -236,6 +258,7 @@ LOOKS: dict[str, tuple[str, Callable[[Look], float | list[float]]]] = {
     "precision": ("units with one example, of those that fire", lambda x: _tampered(x)[1]),
     "passive_recall": ("recall before anything was tampered with", lambda x: _untouched(x)[0]),
     "passive_precision": ("precision before that", lambda x: _untouched(x)[1]),
+    "vulnerability": ("a measure taken before any attack, by its own name", _vulnerability),
     "complete": ("the attack says that it succeeded", _complete),
     "whole": ("it says so, and every image is exact", _whole),
     "falsely_complete": (
@@ -243,7 +266,7 @@ LOOKS: dict[str, tuple[str, Callable[[Look], float | list[float]]]] = {
         lambda look: _complete(look) - _whole(look),
     ),
 }
-"""What each says, and how it is computed."""
+"""What each says and how it is computed: a number, a list with one an image, a table of such."""
 
 
 def of(

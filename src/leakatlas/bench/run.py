@@ -183,7 +183,9 @@ def _looked(cell: Cell, trial: harness.Trial, stage: Stage, attack: Attack) -> d
     values = looks.of(trial, stage, attack, known, target=cell.case.target)
     if any(m.computes not in known for m in wanted):
         values = {**_own(cell, "examine")(trial, stage), **values}
-    return _checked(cell, {m.name: values[m.computes] for m in wanted if m.computes in values})
+    found = {m.name: values[m.computes] for m in wanted if m.computes in values}
+    tables = {name: value for name, value in found.items() if isinstance(value, dict)}
+    return _checked(cell, found | {n: t[n] for n, t in tables.items() if n in t})
 
 
 def _checked(cell: Cell, values: Any) -> dict[str, Any]:

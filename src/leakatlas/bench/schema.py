@@ -490,6 +490,14 @@ class StudyFile(Strict):
             examples=[[{"measure": "psnr", "of": "full", "minus": "no_bn"}]],
         ),
     ] = ()
+    correlate: Annotated[
+        bool,
+        Field(
+            description="Whether rank correlations of the described measures with PSNR are added, "
+            "attack by attack of the last axis.",
+            examples=[True],
+        ),
+    ] = False
     summary: Annotated[
         bool,
         Field(

@@ -1,4 +1,7 @@
-"""How every vulnerability measure relates to the PSNR that an attack reaches: rank correlations.
+"""How described measures relate to the PSNR that attacks reach: rank correlations over a study.
+
+The attacks are the values of the last axis; each is held against the measures of the first, which
+meets the same batches.
 
 =========  =========================================================================================
 scope      ranks
@@ -9,52 +12,41 @@ within     within each set-up, then correlated together: one batch against anoth
 image      within each batch, for measures that have a value for every example
 =========  =========================================================================================
 
-Each is oriented: positive means that the measure is right about the direction it claims. The
-measures are taken once for a batch, with the first attack; both attacks meet the same batches.
+Each is oriented: positive means that the measure is right about the direction that its note claims.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from leakatlas.bench.harness import Trial
+from leakatlas.bench.looks import EACH
 from leakatlas.bench.record import Record
 from leakatlas.bench.schema import OwnMeasure
 from leakatlas.bench.study import Study
-from leakatlas.fl import Stage, stream
+from leakatlas.fl import stream
 from leakatlas.metrics.ranks import spearman
-from leakatlas.vulnerability import Case, assess
-
-EACH = ", by example"
 
 
-def examine(trial: Trial, stage: Stage) -> dict[str, list[float]]:
-    """Every measure of the batch; an empty list where one is not defined.
-
-    To six digits: what differs less is rounding, not rank.
-    """
-    found: dict[str, list[float]] = {}
-    case = Case.of_stage(stage, record=trial.records[-1])
-    for measure in assess(case, tier="spectral", limit=64, steps=20, probes=2):
-        each = [value for name, value in measure.values.items() if name.startswith("example ")]
-        whole = [] if measure.value is None else [measure.value]
-        found[measure.name] = [float(f"{value:.6g}") for value in whole]
-        found[measure.name + EACH] = [float(f"{value:.6g}") for value in each]
-    return found
-
-
-def summarise(study: Study, records: Mapping[str, Sequence[Record]]) -> Iterator[dict[str, Any]]:
+def figures(study: Study, records: Mapping[str, Sequence[Record]]) -> Iterator[dict[str, Any]]:
     """The correlations of every measure with what every attack reaches."""
+    several = {  # set-ups in which clients take several local steps
+        label.rpartition("/")[0]
+        for label, case in study.cases.items()
+        if case.protocol.get("algorithm") == "fedavg"
+    }
     for attack in dict.fromkeys(label.rpartition("/")[2] for label in records):
         for measure in next(iter(study.cases.values())).measures:
             if isinstance(measure, OwnMeasure) and not measure.name.endswith(EACH):
-                yield from _of_measure(measure, attack, records)
+                yield from _of_measure(measure, attack, records, several)
 
 
 def _of_measure(
-    measure: OwnMeasure, attack: str, records: Mapping[str, Sequence[Record]]
+    measure: OwnMeasure,
+    attack: str,
+    records: Mapping[str, Sequence[Record]],
+    several: Collection[str],
 ) -> Iterator[dict[str, Any]]:
     sign = -1.0 if "lower" in measure.note else 1.0
     batches: dict[Any, list[tuple[float, float]]] = defaultdict(list)
@@ -66,7 +58,7 @@ def _of_measure(
         each = measured.own.get(measure.name + EACH, ())
         if len(psnr) > 1 and len(each) == len(psnr):
             images[setup, measured.seed] += zip([sign * v for v in each], psnr, strict=True)
-    local = {setup: pairs for setup, pairs in batches.items() if "FedAVG" in setup}
+    local = {setup: pairs for setup, pairs in batches.items() if setup in several}
     for scope, groups, within in (
         ("pooled", batches, False), ("fedavg", local, False), ("within", batches, True),
         ("image", images, True),
