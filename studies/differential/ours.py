@@ -19,6 +19,8 @@ from leakatlas.attacks.analytic.isolation.scale_mia import Parts, write_bins
 from leakatlas.attacks.analytic.isolation.seer import SEER, schedule
 from leakatlas.attacks.analytic.sparsification.fishing import CLASS, CUT, Move, set_head
 from leakatlas.attacks.generative.direct.lti import LTI
+from leakatlas.attacks.optimization.augmented.gi_pip import Autoencoder, anomaly
+from leakatlas.attacks.optimization.augmented.mjolnir import flat, padded, reverse, unflat
 from leakatlas.attacks.optimization.augmented.rog import enlarged
 from leakatlas.attacks.optimization.basic.cpa import CPA
 from leakatlas.attacks.optimization.basic.dia import DIA
@@ -49,9 +51,12 @@ from leakatlas.blocks import (
 )  # fmt: skip
 from leakatlas.blocks.labels.profiles import fitness
 from leakatlas.blocks.watch import Watch
-from leakatlas.data import Box
+from leakatlas.data import CIFAR10, Box
+from leakatlas.defenses.heuristic.perturbation.gradient_pruning import kept
 from leakatlas.defenses.heuristic.perturbation.quantization import quantised as quantised_to
 from leakatlas.fl import FedAVG, FedSGD, batchnorm_statistics, edits, replay, stream
+from leakatlas.priors.learning import noised
+from leakatlas.priors.prior import linear_schedule
 
 
 def april() -> Figures:
@@ -186,6 +191,41 @@ def fl_gradinv() -> Figures:
     }
 
 
+def gi_pip() -> Figures:
+    """The score of noise and of crops under one autoencoder, and its slope; cosine and prior."""
+    network = Autoencoder(3, 12).double()
+    with torch.no_grad():
+        for number, p in enumerate(network.parameters()):
+            p.copy_(draw(110 + number, *p.shape) / 8)
+    x = CIFAR10.normalize(uniform(125, 2, 3, 32, 32)).requires_grad_()
+    score = anomaly(network, CIFAR10.denormalize(x).clamp(0, 1), 0.001, per_image=False)
+    a, b = ({"w": draw(s, 5, 7), "b": draw(s + 1, 5)} for s in (126, 128))
+    return {
+        "score": score,
+        "slope of the score": slope(score, x),
+        "cosine": matching.cosine(a, b),
+        "variation": priors.tv_mean(x),
+    }
+
+
+def hcgla() -> Figures:
+    """What a tenth of all entries, jointly chosen, leaves, and the masked distance to it."""
+    model = models.build("fc", classes=10, size=8, widths=(20,), act="sigmoid").double()
+    x, y = uniform(130, 1, 3, 8, 8), torch.tensor([3])
+    g = gradient(model, x, y)
+    row = torch.cat([t.flatten() for t in g.values()])
+    sent = unflat(torch.where(kept(row, 0.9, 0.0), row, 0.0), g)
+    start = uniform(131, 1, 3, 8, 8).requires_grad_()
+    distance = matching.masked(matching.squared_l2, {n: t != 0 for n, t in sent.items()})
+    found = distance(gradient(model, start, y, tape=True), sent)
+    return {
+        "entries sent": float(sum(int((t != 0).sum()) for t in sent.values())),
+        "sent": flat(sent),
+        "masked distance": found,
+        "slope of the distance": slope(found, start),
+    }
+
+
 def hf_gradinv() -> Figures:
     """The cosine from layer 6 on, without random masks, both priors, a shaped slope, a fitness."""
     model = models.build("convnet-bn", width=4, size=16).double().eval()
@@ -254,6 +294,23 @@ def lti() -> Figures:
     return {
         "held-out error": 10 ** (-learned["held_out_psnr"] / 10),
         "weights, 4 epochs": sum(map(along, weights)),
+    }
+
+
+def mjolnir() -> Figures:
+    """The schedule, a diffused sample, a padded gradient, and two reverse steps, each fed back."""
+    kept_share, x = linear_schedule(), draw(140, 1, 1, 8, 8)
+    share = kept_share[torch.tensor([300])]
+    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).double()
+    end = reverse(
+        x, lambda x, t: 0.3 * x.tanh() + 0.01 * t, 2, kept_share, path="drawn",
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    return {
+        "schedule": kept_share,
+        "diffused": noised(x, drawn, share),
+        "two reverse steps": end,
+        "padded": padded(draw(141, 13_426), 120),
     }
 
 
