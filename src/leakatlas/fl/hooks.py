@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from leakatlas.data import Box
 from leakatlas.fl.protocol import Protocol
 from leakatlas.fl.update import Update
 from leakatlas.params import Configured
@@ -47,6 +48,7 @@ class ClientContext:
         protocol: The learning algorithm.
         generator: This client's and this defense's own random stream.
         memory: What this defense keeps on this client between rounds.
+        box: Between pixels in [0, 1] and model space; the same if None.
     """
 
     client: int
@@ -57,6 +59,7 @@ class ClientContext:
     protocol: Protocol
     generator: torch.Generator
     memory: Memory
+    box: Box | None = None
 
 
 @dataclass

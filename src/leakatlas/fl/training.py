@@ -180,7 +180,7 @@ def train_locally(
                 seeds.append(int(torch.randint(2**62, (1,), generator=generator)))
                 x_step = augmented(x_step, protocol.augment, seeds[-1], box)
             for defense, context in zip(defenses, contexts, strict=True):
-                context.model = model
+                context.model, context.box = model, box
                 x_step, y_step = defense.batch(x_step, y_step, context)
                 context.x, context.y = x_step, y_step
             observed: list[float] = []
