@@ -15,7 +15,15 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = {"flower": ["flwr[simulation]>=1.22"], "nvflare": ["nvflare>=2.9"]}
+EXTRAS = {
+    "flower": ("flower", ["flwr[simulation]>=1.22"]),
+    "nvflare": ("nvflare", []),
+    "lightning": ("lightning", []),
+    "huggingface": ("huggingface", []),
+    "mlflow": ("tracking", []),
+}
+"""For each framework the extra of this project, and what its tests need beside it."""
+
 TESTERS = ["pytest>=8", "hypothesis>=6.100"]
 
 
@@ -28,7 +36,8 @@ def main() -> int:
     folder = options.folder / options.framework
     binary = str(folder / "bin" / "python")
     uv = [sys.executable, "-m", "uv"]
-    wanted = [f"{ROOT}[{options.framework}]", *EXTRAS[options.framework], *TESTERS]
+    extra, beside = EXTRAS[options.framework]
+    wanted = [f"{ROOT}[{extra}]", *beside, *TESTERS]
     for command in (
         [*uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)],
         [*uv, "pip", "install", "--quiet", "--python", binary, *wanted],

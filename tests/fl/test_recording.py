@@ -149,6 +149,45 @@ def test_counters_and_single_numbers_survive(tmp_path: Path) -> None:
     assert any("num_batches" in name for name in capture.update.buffers_after)
 
 
+def test_several_versions_in_one_folder_are_read_and_said(tmp_path: Path) -> None:
+    recorder = Recorder(folder=tmp_path)
+    recorder.write(replace(_exchange(1), framework="a framework 0.9"))
+    recorder.write(_exchange(2))
+    recording = read_recording(tmp_path)
+    assert [e.framework for e in recording.exchanges] == ["a framework 0.9", "a framework 1.0"]
+    assert "several versions: a framework 0.9, a framework 1.0" in " ".join(recording.notes)
+
+
+def test_a_place_where_nothing_can_be_seen_is_said_and_another_is_read(tmp_path: Path) -> None:
+    recorder = Recorder(folder=tmp_path)
+    recorder.write(replace(_exchange(), received={}, sent={}), left_out="SecAgg+ masks it")
+    recorder.write(replace(_exchange(client="all"), place="aggregate", cohort=2))
+    recording = read_recording(tmp_path)
+    assert recording.last.place == "aggregate"
+    assert "nothing is to be seen at wire: SecAgg+ masks it" in recording.notes
+    with pytest.raises(InvalidInput, match="SecAgg"):
+        read_recording(tmp_path, place="wire")
+
+
+def test_arrays_that_came_without_names_are_places_in_a_list(tmp_path: Path) -> None:
+    named = _exchange(net=_net(norm="batch"))
+    order = list(_net(norm="batch").state_dict())
+    received = {str(i): named.received[n] for i, n in enumerate(order)}
+    sent = {str(i): named.sent[n] for i, n in enumerate(order)}
+    Recorder(folder=tmp_path).write(replace(named, received=received, sent=sent))
+    found = read_recording(tmp_path).capture(_net(norm="batch")).update.tensors
+    for name, tensor in found.items():
+        assert torch.equal(tensor, named.sent[name] - named.received[name]), name
+
+
+def test_tensors_that_share_memory_are_written_apart(tmp_path: Path) -> None:
+    whole = torch.arange(6.0)
+    sent = {"a": whole, "b": whole, "part": whole[2:4], "turned": torch.ones(2, 3).T}
+    Recorder(folder=tmp_path).write(replace(_exchange(), received=sent, sent=sent))
+    read = read_recording(tmp_path).last.sent
+    assert all(torch.equal(read[name], tensor) for name, tensor in sent.items())
+
+
 def test_unknown_counts_and_settings_are_asked_for_by_name(tmp_path: Path) -> None:
     Recorder(folder=tmp_path).write(replace(_exchange(), examples=None, settings={"lr": 0.1}))
     recording = read_recording(tmp_path)

@@ -7,6 +7,7 @@ Flower cannot share this project's environment (it wants an older typer and rich
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import leakatlas
+from leakatlas.audit.promises import promise_of
 from leakatlas.errors import InvalidParameter
 from leakatlas.fl import FedAVG
 from leakatlas.fl.recording import protocol_of, read_recording
@@ -45,7 +47,9 @@ def _context(folder: Path, **config: Any) -> Any:
 
     settings = {
         "local-epochs": 1, "batch-size": 4, "learning-rate": 0.05, "momentum": 0.0, "mode": "train",
-        "defense": "none", "guard": "off", "leakatlas-folder": str(folder), "secret": "token",
+        "defense": "none", "guard": "off", "fail": "none", "secret": "token",
+        "dp-clipping-norm": 1.0, "dp-sensitivity": 0.01, "dp-epsilon": 5.0, "dp-delta": 1e-5,
+        "leakatlas-folder": str(folder),
     }  # fmt: skip
     return Context(
         run_id=1, node_id=77, node_config={"partition-id": 0}, state=RecordDict(),
@@ -114,6 +118,11 @@ def test_the_two_places_differ_by_the_noise_between_them(tmp_path: Path) -> None
     promised = 0.01 * math.sqrt(2 * math.log(1.25 / 1e-5)) / 5.0
     assert float(noise.std()) == pytest.approx(promised, rel=5 / math.sqrt(2 * len(noise)))
     assert abs(float(noise.mean())) < 5 * promised / math.sqrt(len(noise))
+    # What such noise promises, it does not give; whoever reads the capture is told.
+    promise = promise_of(wire.settings)
+    assert promise is not None
+    assert promise.sigma == pytest.approx(promised)
+    assert len(promise.doubts(rounds=3)) == 4
 
 
 def test_a_guard_refuses_a_tampered_model_and_answers_with_an_error(tmp_path: Path) -> None:
@@ -122,22 +131,13 @@ def test_a_guard_refuses_a_tampered_model_and_answers_with_an_error(tmp_path: Pa
     task, client = _task(), _client()
     clean = client.app(_message(task.net().state_dict()), _context(tmp_path, guard="refuse"))
     assert not clean.has_error()
-    state = _tampered(task.net().state_dict())
+    state = task.trap(task.net().state_dict())
     reply = client.app(_message(state), _context(tmp_path, guard="refuse"))
     assert reply.has_error()
     assert reply.error.code == REFUSED
     assert "refuses this round" in reply.error.reason
     logged = client.app(_message(state), _context(tmp_path, guard="log"))
     assert not logged.has_error()
-
-
-def _tampered(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    rows, width = state["fc1.weight"].shape
-    return {
-        **state,
-        "fc1.weight": torch.full((rows, width), 1.0 / width),
-        "fc1.bias": -torch.linspace(0.0, 0.5, rows),
-    }
 
 
 def test_a_guard_defends_what_leaves(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_guard_defends_what_leaves(tmp_path: Path) -> None:
     guard = Guard(model=task.net, on_alarm="defend", defense=defense)
     app = ClientApp(mods=[guard_mod(guard)])
     app.train()(client.fit)
-    state = _tampered(task.net().state_dict())
+    state = task.trap(task.net().state_dict())
     reply = app(_message(state), _context(tmp_path))
     sent = reply.content["arrays"].to_torch_state_dict()
     moved = sum(float((sent[n] - t).double().square().sum()) for n, t in state.items()) ** 0.5
@@ -209,12 +209,121 @@ def test_only_chosen_rounds_are_recorded_and_a_small_limit_is_kept(tmp_path: Pat
     assert not list((tmp_path / "small").glob("*/*.safetensors"))
 
 
+def test_a_server_cannot_hide_a_second_model_from_the_guard(tmp_path: Path) -> None:
+    from flwr.app import ArrayRecord
+
+    task, client = _task(), _client()
+    message = _message(task.net().state_dict())
+    message.content["other"] = ArrayRecord(task.trap(task.net().state_dict()))
+    reply = client.app(message, _context(tmp_path, guard="refuse"))
+    assert reply.has_error()
+    assert "2 records of arrays" in reply.error.reason
+
+
+def test_counters_and_single_numbers_pass_unharmed(tmp_path: Path) -> None:
+    """Batch normalisation's counter is a 0-d integer; it is recorded, and never noised."""
+    from flwr.app import ArrayRecord, Message, RecordDict
+    from flwr.clientapp import ClientApp
+
+    from leakatlas.integrations.flower import Guard, capture_wire_mod, guard_mod
+
+    def make() -> torch.nn.Module:
+        torch.manual_seed(0)
+        body = (torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
+        return torch.nn.Sequential(*body, torch.nn.Linear(4 * 6 * 6, 3))
+
+    defense = leakatlas.defense("clipping", max_norm=0.01)
+    guard = Guard(model=make, on_alarm="defend", defense=defense)
+    app = ClientApp(mods=[capture_wire_mod, guard_mod(guard)])
+
+    @app.train()
+    def fit(message: Any, context: Any) -> Any:
+        model = make()
+        model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.nn.functional.cross_entropy(model(torch.rand(4, 3, 8, 8)), torch.arange(4) % 3)
+        model(torch.rand(4, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+        content = RecordDict({"arrays": ArrayRecord(model.state_dict())})
+        return Message(content=content, reply_to=message)
+
+    rows = torch.full((3, 144), 1.0 / 144)
+    tampered = make().state_dict() | {"3.weight": rows, "3.bias": -torch.linspace(0.0, 0.5, 3)}
+    reply = app(_message(tampered), _context(tmp_path))
+    sent = reply.content["arrays"].to_torch_state_dict()
+    assert sent["1.num_batches_tracked"].dtype == torch.int64
+    recorded = read_recording(tmp_path, place="wire").last
+    assert recorded.sent["1.num_batches_tracked"].shape == ()
+    assert {n: t.dtype for n, t in recorded.sent.items()} == {n: t.dtype for n, t in sent.items()}
+    capture = read_recording(tmp_path, place="wire").capture(make(), examples=4)
+    assert "1.num_batches_tracked" not in capture.update.tensors
+
+
+def test_a_server_records_whom_it_heard_and_passes_on_the_rest(tmp_path: Path) -> None:
+    """Lost replies, errors, and one that nobody asked for: none of them stops a round."""
+    from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+    from flwr.serverapp.strategy import FedAvg
+
+    from leakatlas.integrations.flower import CapturingStrategy
+
+    state = _task().net().state_dict()
+
+    class Fixed(FedAvg):  # type: ignore[misc, unused-ignore]
+        def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> Any:
+            content = {"arrays": arrays, "config": ConfigRecord({"server-round": server_round})}
+            for node in (11, 12, 13):
+                yield Message(RecordDict(content), dst_node_id=node, message_type="train")
+
+    strategy = CapturingStrategy(Fixed(), tmp_path)
+    sent = list(strategy.configure_train(1, ArrayRecord(state), ConfigRecord({}), None))
+    assert len(sent) == 3, "what a strategy yields is passed on whole"
+    heard = Message(
+        RecordDict({"arrays": ArrayRecord(state), "metrics": MetricRecord({"num-examples": 4})}),
+        reply_to=sent[0],
+    )
+    failed = Message(Error(code=3, reason="killed"), reply_to=sent[1])
+    arrays, _ = strategy.aggregate_train(1, iter([heard, failed]))  # the third never answers
+    assert arrays is not None
+    names = sorted(path.name for path in tmp_path.glob("*/*.json"))
+    assert names == ["aggregate-all.json", "server-11.json"]
+    assert read_recording(tmp_path, place="aggregate").last.cohort == 1
+
+
+def test_a_model_larger_than_the_limit_costs_no_memory_and_is_told(tmp_path: Path) -> None:
+    """What does not fit the folder is never copied; the size is read off the message."""
+    import resource
+
+    from flwr.app import Message, RecordDict
+    from flwr.clientapp import ClientApp
+
+    from leakatlas.integrations.flower import capture_raw_mod, capture_wire_mod
+
+    app = ClientApp(mods=[capture_wire_mod, capture_raw_mod])
+
+    @app.train()
+    def fit(message: Any, context: Any) -> Any:
+        content = RecordDict({"arrays": message.content["arrays"]})
+        return Message(content=content, reply_to=message)
+
+    megabytes = 200
+    big = {"weight": torch.zeros(megabytes * 2**18)}
+    message, context = _message(big), _context(tmp_path, **{"leakatlas-limit-mb": 1.0})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert not app(message, context).has_error()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown < megabytes / 2, f"{grown:.0f} MiB more for two places that record nothing"
+    facts = sorted(tmp_path.glob("*/*.json"))
+    assert len(facts) == 2
+    assert all("pass the limit" in path.read_text(encoding="utf-8") for path in facts)
+    assert not list(tmp_path.glob("*/*.safetensors"))
+
+
 # -- the engine ----------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A local superlink of this test's own, ended with it."""
+    """A local superlink of these tests' own, ended with them."""
     home = tmp_path_factory.mktemp("flwr")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -230,20 +339,25 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
         "FLWR_HOME": str(home),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": port,
         "FLWR_TELEMETRY_ENABLED": "0",
+        # The app runs in this environment; nothing is fetched for it.
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
     }
     subprocess.run(["pkill", "-f", f"flower-superlink.*--port {port}"], check=False)
 
 
-def _run(engine: dict[str, str], folder: Path, **config: str) -> str:
-    settings = {"leakatlas-folder": f'"{folder}"', **config}
-    words = " ".join(f"{name}={value}" for name, value in settings.items())
+def _run(
+    engine: dict[str, str], folder: Path, *, app: Path = APP, rounds: int = 3, **config: str
+) -> str:
+    texts = {"leakatlas-folder": str(folder), **config}
+    words = " ".join([*(f'{n}="{v}"' for n, v in texts.items()), f"num-server-rounds={rounds}"])
     done = subprocess.run(
-        ["flwr", "run", str(APP), "local", "--stream", "--run-config", words],
+        ["flwr", "run", str(app), "local", "--stream", "--run-config", words],
         env=engine, text=True, capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    print(done.stdout)  # pytest shows it where a test fails
     return done.stdout
 
 
@@ -276,9 +390,82 @@ def test_three_rounds_of_two_clients_under_the_real_engine(
         torch.testing.assert_close(tensor, sum(s[name] for s in sent) / NODES)
 
 
+def _heard(folder: Path, round: int) -> set[str]:
+    """Whose replies the server recorded in a round."""
+    return {p.stem.split("-", 1)[1] for p in folder.glob(f"round-{round:05d}/server-*.safetensors")}
+
+
 def test_a_run_goes_on_when_its_clients_refuse_a_round(
     engine: dict[str, str], tmp_path: Path
 ) -> None:
-    said = _run(engine, tmp_path, tamper="true", guard='"refuse"', **{"num-server-rounds": "1"})
+    said = _run(engine, tmp_path, tamper="all", guard="refuse", rounds=1)
     assert not list(tmp_path.glob("*/server-*.safetensors")), "no refused client was heard"
     assert "Strategy execution finished" in said
+
+
+def test_a_run_goes_on_without_the_client_that_refuses(
+    engine: dict[str, str], tmp_path: Path
+) -> None:
+    said = _run(engine, tmp_path, tamper="one", guard="refuse", rounds=2)
+    assert "Strategy execution finished" in said
+    heard = [_heard(tmp_path, number) for number in (1, 2)]
+    assert [len(names) for names in heard] == [1, 1]
+    assert heard[0] == heard[1], "the one that was sent the agreed model"
+    honest = read_recording(tmp_path, place="server", client=heard[0].pop()).last
+    mean = read_recording(tmp_path, place="aggregate").last
+    assert mean.cohort == 1
+    assert all(torch.equal(mean.sent[n], t) for n, t in honest.sent.items())
+
+
+def test_a_tampered_round_is_trained_with_a_named_defense_instead(
+    engine: dict[str, str], tmp_path: Path
+) -> None:
+    _run(engine, tmp_path, tamper="all", guard="defend", rounds=1)
+    for client in _heard(tmp_path, 1):
+        norms = {}
+        for place in ("raw", "wire"):
+            one = read_recording(tmp_path, place=place, client=client).last
+            moved = sum((one.sent[n] - t).double().square().sum() for n, t in one.received.items())
+            norms[place] = float(moved) ** 0.5
+        assert norms["wire"] == pytest.approx(0.01, rel=1e-3)
+        assert norms["raw"] > 0.015
+    assert len(_heard(tmp_path, 1)) == NODES
+
+
+@pytest.mark.parametrize("how", ["raise", "kill"])
+def test_a_run_goes_on_without_a_client_that_breaks_down(
+    engine: dict[str, str], tmp_path: Path, how: str
+) -> None:
+    _run(engine, tmp_path, fail=how)
+    heard = [_heard(tmp_path, number) for number in (1, 2, 3)]
+    assert [len(names) for names in heard] == [2, 1, 2]
+    assert not list(tmp_path.rglob("*.part")), "no half exchange is left"
+
+
+def test_under_secure_aggregation_there_is_the_mean_alone(
+    engine: dict[str, str], tmp_path: Path
+) -> None:
+    app = tmp_path / "app"
+    shutil.copytree(APP, app)
+    described = (app / "pyproject.toml").read_text(encoding="utf-8")
+    described = described.replace("quickstart.server_app:app", "quickstart.secagg:server_app")
+    described = described.replace("quickstart.client_app:app", "quickstart.secagg:client_app")
+    (app / "pyproject.toml").write_text(described, encoding="utf-8")
+    folder = tmp_path / "captures"
+    _run(engine, folder, app=app, rounds=1)
+    assert not list(folder.glob("*/wire-*.safetensors"))
+    for facts in folder.glob("*/wire-*.json"):
+        assert "SecAgg+ masks it" in facts.read_text(encoding="utf-8")
+    recording = read_recording(folder)  # nobody says where: the first place with something to see
+    assert (recording.last.place, recording.last.cohort) == ("aggregate", NODES)
+    assert any("SecAgg+ masks it" in note for note in recording.notes)
+    task = _task()
+    images, labels = zip(*(task.load_data(part) for part in range(NODES)), strict=True)
+    protocol = FedAVG(epochs=1, batch_size=4, lr=0.05)
+    found = leakatlas.doctor(
+        task.net(), (torch.cat(images), torch.cat(labels)), protocol=protocol, clients=NODES,
+        captured=recording.capture(task.net()), threat="B",
+    ).replay  # fmt: skip
+    # What separates them is SecAgg+'s own quantisation, one part in 2^22 of its range of 16.
+    assert found.residual is not None
+    assert found.residual <= 1e-3

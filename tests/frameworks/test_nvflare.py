@@ -23,11 +23,15 @@ from leakatlas.fl.recording import read_recording
 pytest.importorskip("nvflare", reason="make test-nvflare builds an environment with NVFlare")
 
 APP = Path(__file__).parents[2] / "examples" / "nvflare"
+TASK = APP.parent / "flower"
+"""Where the task of the examples is, which both frameworks train."""
+
 PROTOCOL = FedAVG(epochs=1, batch_size=4, lr=0.05)
 
 
 @pytest.fixture(autouse=True)
 def app_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TASK))
     monkeypatch.syspath_prepend(str(APP))
 
 
@@ -67,7 +71,7 @@ def test_a_task_and_its_result_are_recorded_and_left_alone(tmp_path: Path) -> No
     model = net.Net()
     before = _state(model)
     arriving = _passed(CaptureFilter(str(tmp_path)), "data", before, context, 3)
-    net.train(model, *net.load_data("site-1"))
+    net.train_site(model, *net.site_data("site-1"))
     after = _state(model)
     leaving = _passed(CaptureFilter(str(tmp_path)), "result", after, context, 3)
     assert not arriving.get_filter_history()
@@ -78,7 +82,7 @@ def test_a_task_and_its_result_are_recorded_and_left_alone(tmp_path: Path) -> No
     assert (recording.last.round, recording.last.client) == (3, "site-1")
     torch.manual_seed(0)
     found = leakatlas.doctor(
-        net.Net(), net.load_data("site-1"), protocol=PROTOCOL, threat="B",
+        net.Net(), net.site_data("site-1"), protocol=PROTOCOL, threat="B",
         captured=recording.capture(net.Net(), examples=net.EXAMPLES),
     )  # fmt: skip
     assert found.replay.residual is not None
@@ -110,6 +114,55 @@ def test_a_model_that_is_not_the_agreed_one_is_blocked() -> None:
         _passed(LintFilter(model="net:Net"), "data", state, _context())
 
 
+@pytest.mark.parametrize(
+    ("dressed", "words"),
+    [
+        ("failed", "looks tampered with"),
+        ("change", "only whole weights can be judged"),
+        ("bare", "no data exchange object"),
+        ("beside", "arrays stand beside the model"),
+        ("meta", "arrays stand beside the model"),
+        ("nested", "more than arrays"),
+    ],
+)
+def test_a_server_cannot_dress_a_model_so_that_it_passes(dressed: str, words: str) -> None:
+    """NVFlare's own base class lets all of these through unseen."""
+    from nvflare.apis.dxo import DXO, DataKind
+    from nvflare.apis.filter import ContentBlockedException
+    from nvflare.apis.shareable import Shareable
+
+    from leakatlas.integrations.nvflare import LintFilter
+
+    net = _net()
+    torch.manual_seed(0)
+    honest, tampered = _state(net.Net()), _state(net.TamperedNet())
+    content: dict[str, Any] = {"collection": tampered} if dressed == "nested" else tampered
+    kind = DataKind.WEIGHT_DIFF if dressed == "change" else DataKind.WEIGHTS
+    shareable = DXO(kind, data=content).to_shareable()
+    if dressed == "failed":
+        shareable.set_return_code("EXECUTION_EXCEPTION")
+    elif dressed == "bare":
+        shareable = Shareable({"model": tampered})
+    elif dressed == "beside":
+        shareable = DXO(DataKind.WEIGHTS, data=honest).to_shareable()
+        shareable["model"] = tampered
+    elif dressed == "meta":
+        meta = {"model": tampered}
+        shareable = DXO(DataKind.WEIGHTS, data=honest, meta=meta).to_shareable()
+    with pytest.raises(ContentBlockedException, match=words):
+        LintFilter().process(shareable, _context())
+
+
+def test_a_task_without_arrays_passes() -> None:
+    from nvflare.apis.shareable import Shareable
+
+    from leakatlas.integrations.nvflare import LintFilter
+
+    task = Shareable({"ask": ["loss", 3]})
+    task.set_header("current_round", 1)
+    assert LintFilter().process(task, _context()) is task
+
+
 def test_arguments_that_make_no_sense_are_told(tmp_path: Path) -> None:
     from leakatlas.integrations.nvflare import CaptureFilter, LintFilter
 
@@ -119,6 +172,14 @@ def test_arguments_that_make_no_sense_are_told(tmp_path: Path) -> None:
         LintFilter(on_alarm="shout")
 
 
+def _environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{APP.parents[1] / 'src'}:{APP}:{TASK}",
+    }
+
+
 def _job(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
@@ -126,7 +187,7 @@ def _job(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
             "--workspace", str(tmp_path / "workspace"), *options,
         ],
         cwd=APP, text=True, capture_output=True, check=False,
-        env={**os.environ, "PYTHONPATH": f"{APP.parents[1] / 'src'}:{APP}"},
+        env=_environment(),
     )  # fmt: skip
 
 
@@ -139,7 +200,7 @@ def test_two_rounds_of_two_sites_in_the_simulator(tmp_path: Path) -> None:
         assert [e.round for e in recording.exchanges] == [0, 1]
         assert recording.last.settings == {"steps": 2}
         found = leakatlas.doctor(
-            net.Net(), net.load_data(site), protocol=PROTOCOL, threat="B",
+            net.Net(), net.site_data(site), protocol=PROTOCOL, threat="B",
             captured=recording.capture(net.Net(), examples=net.EXAMPLES),
         )  # fmt: skip
         assert found.replay.residual is not None
@@ -151,3 +212,27 @@ def test_a_tampered_job_is_refused_by_its_sites(tmp_path: Path) -> None:
     said = done.stdout + done.stderr
     assert "refuses round 0" in said, said[-3000:]
     assert not list((tmp_path / "captures").glob("*/*.json")), "nobody trained on it"
+
+
+def test_the_policy_of_a_site_holds_where_a_job_opts_out(tmp_path: Path) -> None:
+    """A real server and two sites; one has the policy, and the run goes on without it."""
+    done = subprocess.run(
+        [
+            sys.executable, "federation.py", str(tmp_path), "--tamper", "--opt-out",
+            "--guarded", "site-1", "--scope", "", "--scope", "elsewhere",
+        ],
+        cwd=APP, text=True, capture_output=True, check=False, env=_environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    sites = tmp_path / "poc" / "example_project" / "prod_00"
+    logs = {
+        site: "".join(p.read_text(encoding="utf-8") for p in (sites / site).rglob("log.txt"))
+        for site in ("site-1", "site-2")
+    }
+    assert "Client site-1 refuses round 0" in logs["site-1"]
+    assert "refuses" not in logs["site-2"]
+    guarded, elsewhere = [line for line in done.stdout.splitlines() if "Job in scope" in line]
+    assert "FINISHED:COMPLETED" in guarded, "the run goes on without the one that refuses"
+    # A scope that the policy does not have is no way around it: nothing is deployed there.
+    assert "privacy scope 'elsewhere' is not allowed" in elsewhere
+    assert "'site-2: OK'" in elsewhere

@@ -1,9 +1,13 @@
 """The client: trains on its own images; what goes by is captured, and may be guarded."""
 
+import os
+import signal
+
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import LocalDpMod
 
+import leakatlas
 from leakatlas.integrations.flower import (
     Guard,
     capture_raw_mod,
@@ -14,18 +18,30 @@ from quickstart.task import load_data, net, train
 
 
 def guard(message, context, call_next):
-    """Refuse a round with a tampered model, where the run configuration says so."""
-    if context.run_config["guard"] == "off":
+    """Answer a tampered model as the run configuration says: refuse, or train under a defense."""
+    choice = context.run_config["guard"]
+    if choice == "off":
         return call_next(message, context)
-    watcher = Guard(model=net, on_alarm=context.run_config["guard"])
+    defense = leakatlas.defense("clipping", max_norm=0.01) if choice == "defend" else None
+    watcher = Guard(model=net, on_alarm=choice, defense=defense)
     return guard_mod(watcher)(message, context, call_next)
 
 
 def local_dp(message, context, call_next):
-    """Flower's own local differential privacy, where the run configuration says so."""
-    if context.run_config["defense"] != "local_dp":
+    """Flower's own local differential privacy, where the run configuration says so.
+
+    Its arguments stand in the run configuration, so that captures record them and the doctor can
+    say what they are worth.
+    """
+    config = context.run_config
+    if config["defense"] != "local_dp":
         return call_next(message, context)
-    mod = LocalDpMod(clipping_norm=1.0, sensitivity=0.01, epsilon=5.0, delta=1e-5)
+    mod = LocalDpMod(
+        clipping_norm=config["dp-clipping-norm"],
+        sensitivity=config["dp-sensitivity"],
+        epsilon=config["dp-epsilon"],
+        delta=config["dp-delta"],
+    )
     return mod(message, context, call_next)
 
 
@@ -33,13 +49,23 @@ def local_dp(message, context, call_next):
 app = ClientApp(mods=[capture_wire_mod, guard, local_dp, capture_raw_mod])
 
 
+def break_down(how):
+    """What happens to real clients: one fails, or its process is killed."""
+    if how == "raise":
+        raise RuntimeError("the disk is full")
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 @app.train()
 def fit(message: Message, context: Context):
     """One round of local training."""
     model = net()
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    images, labels = load_data(int(context.node_config["partition-id"]))
-    config = context.run_config
+    partition, config = int(context.node_config["partition-id"]), context.run_config
+    images, labels = load_data(partition)
+    if partition == 0 and message.content["config"]["server-round"] == 2:
+        break_down(config["fail"])
     train(
         model,
         images,

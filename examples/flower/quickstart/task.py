@@ -41,12 +41,27 @@ def load_data(partition):
     return images, labels
 
 
-def train(model, images, labels, epochs, batch_size, lr, momentum):
-    """Plain local training, in order."""
+def train(model, images, labels, epochs, batch_size, lr, momentum=0.0):
+    """Plain local training, in order; returns the number of steps."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
     model.train()
+    batches = list(zip(images.split(batch_size), labels.split(batch_size), strict=True))
     for _ in range(epochs):
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        for x, y in batches:
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
+    return epochs * len(batches)
+
+
+def trap(state):
+    """What a malicious server sends: a first linear layer that sorts examples into bins.
+
+    Every row measures the same thing, with thresholds that grow from row to row.
+    """
+    rows, width = state["fc1.weight"].shape
+    return {
+        **state,
+        "fc1.weight": torch.full((rows, width), 1.0 / width),
+        "fc1.bias": -torch.linspace(0.0, 0.5, rows),
+    }

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 from torch import nn
 
 from leakatlas import data, devices, models, reading, yamlfiles
+from leakatlas.audit import promises
 from leakatlas.audit.plan import Plan, Setting, stand_in
 from leakatlas.blocks.watch import Execution, parse_budget
 from leakatlas.data import Box
@@ -315,6 +316,7 @@ def _captured(
     if given.rounds is not None:
         recording = recording.select(given.rounds)
     said = config.protocol if "protocol" in config.model_fields_set else {}
+    recording = replace(recording, notes=(*recording.notes, *promises.checked(recording)))
     described = described_by(recording.last.settings, kind=recording.last.kind, given=said)
     return recording.capture(model, examples=given.examples), described
 

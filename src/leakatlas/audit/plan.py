@@ -242,8 +242,11 @@ class Setting:
             device=self.device,
         )
         public = () if self.surrogate is None else self.surrogate.notes
+        recorded = () if self.captured is None else self.captured.notes
         live.notes = tuple(
-            dict.fromkeys((*self.victims.notes, *public, *self.weights_notes, *self.notes))
+            dict.fromkeys(
+                (*self.victims.notes, *public, *self.weights_notes, *recorded, *self.notes)
+            )
         )
         if self.captured is not None:
             live.play_back(self.captured, target=self.targets[0], known=self.known)

@@ -2,9 +2,9 @@
 
 A list comes in the order of ``state_dict`` (Flower's custom: parameters and buffers, counters
 among them), or of ``parameters()`` (a list of gradients), in full or without what takes no
-gradient. A mapping may carry the prefix of a wrapper (``module.``, ``_orig_mod.``, ``model.``).
-What is what follows from the number of arrays and their shapes; where these do not decide, the
-message says so.
+gradient; names that only count (``0``, ``1``, ...) are places in such a list. A mapping may carry
+the prefix of a wrapper (``module.``, ``_orig_mod.``, ``model.``). What is what follows from the
+number of arrays and their shapes; where these do not decide, the message says so.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ def by_name(content: Arrays, model: nn.Module, what: str) -> Named:
         InvalidInput: If they do not fit; with what the model has and how to make them.
     """
     shapes = {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    if isinstance(content, Mapping) and _numbered(content) and not set(content) & set(shapes):
+        content = [content[str(place)] for place in range(len(content))]
     if isinstance(content, Mapping):
         named, order = _from_mapping(content, shapes, model, what)
     elif isinstance(content, Sequence) and not isinstance(content, str | bytes):
@@ -66,6 +68,10 @@ def by_name(content: Arrays, model: nn.Module, what: str) -> Named:
         {n: t for n, t in tensors.items() if n not in parameters},
         order,
     )
+
+
+def _numbered(content: Mapping[str, Any]) -> bool:
+    return bool(content) and set(content) == {str(place) for place in range(len(content))}
 
 
 def _from_mapping(

@@ -38,6 +38,9 @@ PREFERRED: tuple[Place, ...] = ("wire", "server", "raw", "aggregate")
 
 Scalar = bool | int | float | str
 
+BEYOND = "beyond"
+"""The setting in which a recorder says what happened that no protocol describes."""
+
 SETTINGS: dict[str, tuple[str, ...]] = {
     "lr": ("lr", "learning_rate", "local_lr", "client_lr"),
     "epochs": ("epochs", "local_epochs", "num_epochs", "num_train_epochs"),
@@ -149,10 +152,21 @@ class Recorder:
         with reading.boundary(who, way_out="Give a folder that can be written to."):
             folder.mkdir(parents=True, exist_ok=True)
             if not left_out:
-                # Copies: safetensors refuses tensors that share memory.
-                plain = {n: t.detach().cpu().clone().contiguous() for n, t in content.items()}
+                plain = _apart(content)
                 _whole(folder / f"{stem}.safetensors", lambda path: save_file(plain, path))
             _whole(folder / f"{stem}.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _apart(content: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, whole, and none sharing memory, which safetensors refuses; others uncopied."""
+    apart, seen = {}, set()
+    for name, tensor in content.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage()
+        shared = storage.data_ptr() in seen or storage.nbytes() != plain.nbytes
+        apart[name] = plain.clone() if shared else plain
+        seen.add(storage.data_ptr())
+    return apart
 
 
 def _whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -258,7 +272,7 @@ def read_recording(
 
     Args:
         folder: The folder of captures.
-        place: Where it was recorded; the first of :data:`PREFERRED` that is there if None.
+        place: Where it was recorded; if None the first of :data:`PREFERRED` that holds arrays.
         client: Whose exchanges; the first one's if None, with a note.
 
     Raises:
@@ -278,7 +292,8 @@ def read_recording(
     places = {facts.place for _, facts in found}
     if place is not None and place not in places:
         raise UnknownName("place", place, sorted(places))
-    chosen = place or next(p for p in PREFERRED if p in places)
+    seen = {facts.place for _, facts in found if not facts.left_out} or places
+    chosen = place or next(p for p in PREFERRED if p in seen)
     there = [(path, facts) for path, facts in found if facts.place == chosen]
     clients = list(dict.fromkeys(facts.client for _, facts in there))
     if client is not None and client not in clients:
@@ -287,10 +302,18 @@ def read_recording(
     notes = [f"recorded at {chosen!r} by {there[0][1].framework or 'an unnamed framework'}"]
     if others := sorted(places - {chosen}):
         notes.append(f"also recorded at {', '.join(others)}")
+    if hidden := sorted({facts.left_out for _, facts in found if facts.place in places - seen}):
+        unseen = ", ".join(sorted(places - seen))
+        notes.append(f"nothing is to be seen at {unseen}: {'; '.join(hidden[:3])}")
+    versions = dict.fromkeys(facts.framework for _, facts in there if facts.framework)
+    if len(versions) > 1:
+        notes.append(f"recorded by several versions: {_some(list(versions))}")
     if len(clients) > 1:
         notes.append(f"client {name} of {len(clients)}: {_some(clients)}")
     mine = [(path, facts) for path, facts in there if facts.client == name]
     notes += [f"round {f.round} was left out: {f.left_out}" for _, f in mine if f.left_out]
+    beyond = dict.fromkeys(str(f.settings[BEYOND]) for _, f in mine if BEYOND in f.settings)
+    notes += [f"the client's training is not what a protocol can say: {words}" for words in beyond]
     exchanges = [_read_arrays(path, facts) for path, facts in mine if not facts.left_out]
     if not exchanges:
         raise InvalidInput(f"{who} holds no arrays of client {name!r}: {'; '.join(notes)}.")

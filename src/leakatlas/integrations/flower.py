@@ -12,7 +12,11 @@ strategy. :func:`guard_mod` looks at what arrives and what would leave.
 The client's mods read their settings from the run configuration (``[tool.flwr.app.config]``),
 since they are made before it exists: ``leakatlas-folder`` (absolute), ``leakatlas-rounds`` and
 ``leakatlas-clients`` (``"1,3"``; all if left out), ``leakatlas-limit-mb``. Nothing is added to any
-message. With SecAgg+ a client's wire holds masked integers: record ``aggregate`` at the server.
+message.
+
+Under SecAgg+, which Flower has for its older API only, a client's wire holds masked integers: the
+capture says so and holds no arrays. What the server learns is the mean:
+:class:`CapturingLegacyStrategy` records it.
 
 Source: the API of flwr 1.22 to 1.42 (``flwr.clientapp``, ``flwr.serverapp.strategy``).
 """
@@ -22,13 +26,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.app import (
+    Array,
     ArrayRecord,
     ConfigRecord,
     Context,
@@ -37,6 +41,8 @@ from flwr.app import (
     MessageType,
     MetricRecord,
 )
+from flwr.common import parameters_to_ndarrays
+from flwr.server.strategy import Strategy as LegacyStrategy
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
@@ -59,9 +65,20 @@ EXAMPLES = ("num-examples", "num_examples")
 
 PREFIX = "leakatlas-"
 
+SECAGG = "secaggplus"
+"""How the records of SecAgg+ in a message begin."""
 
-def tensors(record: ArrayRecord) -> dict[str, Tensor]:
-    """The arrays of a record by name, as they are: counters and single numbers too."""
+MASKED_VECTOR = "masked_params"
+"""Under which name a client of SecAgg+ sends what it computed."""
+
+MASKED = (
+    "SecAgg+ masks it: the wire holds integers that look random; what the server learns is the "
+    "mean, recorded by CapturingLegacyStrategy"
+)
+
+
+def tensors(record: Mapping[str, Array]) -> dict[str, Tensor]:
+    """Copies of the arrays of a record by name: counters and single numbers too."""
     return {name: torch.as_tensor(array.numpy()) for name, array in record.items()}
 
 
@@ -76,29 +93,45 @@ def capture_raw_mod(message: Message, context: Context, call_next: Next) -> Mess
 
 
 def _captured(place: Place, message: Message, context: Context, call_next: Next) -> Message:
-    if not _trains(message):
+    if not _trains(message) or _agrees_on_keys(message):
         return call_next(message, context)
-    recorder = recorder_of(context.run_config)
-    # What arrived is taken before the client may change it in place.
-    arrived = _only(message, "arrived")
-    received = tensors(arrived) if arrived is not None else {}
-    received = {name: tensor.clone() for name, tensor in received.items()}
+    recorder, client = recorder_of(context.run_config), str(context.node_id)
+    arrived = _only(message, "arrived") if recorder.wants(_round(message), client) else None
+    if arrived is None:
+        return call_next(message, context)
+    # The client may empty the message; the arrays in it are bytes, which nobody changes in place.
+    held = dict(arrived.items())
     reply = call_next(message, context)
-    if reply.has_error() or arrived is None or (sent := _only(reply, "would leave")) is None:
+    if reply.has_error() or (sent := _only(reply, "would leave")) is None:
         return reply
-    client = str(context.node_id)
     exchange = Exchange(
         round=_round(message),
         client=client,
         place=place,
-        received=received,
+        received={},
         sent={},
         examples=_examples(reply),
         settings=_settings(message, context),
         framework=f"flwr {version('flwr')}",
     )
-    _record(recorder, exchange, partial(tensors, sent), _size(sent))
+    hidden = MASKED if place == "wire" and _masked(reply) else ""
+    _record(recorder, exchange, held, sent, hidden=hidden)
     return reply
+
+
+def _agrees_on_keys(message: Message) -> bool:
+    """Whether a message belongs to a stage of SecAgg+ in which no model travels."""
+    return not message.content.array_records and any(
+        name.startswith(SECAGG) for name in message.content.config_records
+    )
+
+
+def _masked(reply: Message) -> bool:
+    """Whether a reply carries the masked vector of SecAgg+."""
+    return any(
+        name.startswith(SECAGG) and MASKED_VECTOR in config
+        for name, config in reply.content.config_records.items()
+    )
 
 
 def recorder_of(config: Mapping[str, Any]) -> Recorder:
@@ -154,23 +187,35 @@ def _limit(value: object) -> int:
 
 
 def _record(
-    recorder: Recorder, exchange: Exchange, sent: Callable[[], Mapping[str, Tensor]], size: int
+    recorder: Recorder,
+    exchange: Exchange,
+    received: Mapping[str, Array],
+    sent: Mapping[str, Array],
+    *,
+    hidden: str = "",
 ) -> None:
-    """Write an exchange; a folder that fails costs the capture, never the training."""
-    if not recorder.wants(exchange.round, exchange.client):
-        return
+    """Write an exchange; a folder that fails costs the capture, never the training.
+
+    Args:
+        recorder: Writes it.
+        exchange: Without its arrays, which are read only if they fit.
+        received: Its arrays.
+        sent: Its arrays.
+        hidden: Why there is nothing to see in them.
+    """
     where = f"round {exchange.round} of client {exchange.client}"
     try:
-        why = recorder.refuses(size + sum(t.nbytes for t in exchange.received.values()))
-        full = exchange if why else replace(exchange, sent=sent())
-        recorder.write(full, left_out=why)
+        why = hidden or recorder.refuses(_size(received) + _size(sent))
+        if not why:
+            exchange = replace(exchange, received=tensors(received), sent=tensors(sent))
+        recorder.write(exchange, left_out=why)
         if why:
             log.warning("Not captured: %s, since %s.", where, why)
     except LeakAtlasError as problem:
         log.warning("Not captured: %s. %s", where, problem)
 
 
-def _size(record: ArrayRecord) -> int:
+def _size(record: Mapping[str, Array]) -> int:
     return sum(len(array.data) for array in record.values())
 
 
@@ -250,8 +295,8 @@ class CapturingStrategy(Strategy):
         )
         self.aggregate = aggregate
         self.per_client = per_client
-        self._sent: dict[int, tuple[dict[str, Tensor], dict[str, Scalar]]] = {}
-        self._broadcast: dict[str, Tensor] = {}
+        self._sent: dict[int, tuple[dict[str, Array], dict[str, Scalar]]] = {}
+        self._broadcast: dict[str, Array] = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -259,17 +304,14 @@ class CapturingStrategy(Strategy):
         """The strategy's messages; what each client is sent is kept until it answers."""
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
         self._sent = {}
-        # A server may send every client something else; equal arrays are kept once.
-        copies: dict[str, dict[str, Tensor]] = {}
-        self._broadcast = _clones(arrays) if self.aggregate else {}
+        self._broadcast = dict(arrays.items()) if self.aggregate else {}
         for message in messages:
             client = str(message.metadata.dst_node_id)
             if not (self.per_client and self.recorder.wants(server_round, client)):
                 continue
             record = _only(message, "is sent")
-            if record is not None:
-                held = copies.get(record.object_id) or _clones(record)
-                copies[record.object_id] = held
+            if record is not None:  # a server may send every client something else
+                held = dict(record.items())
                 self._sent[message.metadata.dst_node_id] = (held, _plain(message))
         return messages
 
@@ -285,28 +327,21 @@ class CapturingStrategy(Strategy):
             if client not in self._sent or (sent := _only(reply, "came back")) is None:
                 continue
             received, settings = self._sent[client]
-            exchange = self._exchange(server_round, str(client), "server", received, len(good))
+            exchange = self._exchange(server_round, str(client), "server", len(good))
             exchange = replace(exchange, examples=_examples(reply), settings=settings)
-            _record(self.recorder, exchange, partial(tensors, sent), _size(sent))
+            _record(self.recorder, exchange, received, sent)
         arrays, metrics = self.strategy.aggregate_train(server_round, answers)
         if self.aggregate and arrays is not None and good:
             counts = [_examples(reply) for reply in good]
             known = [count for count in counts if count is not None]
-            exchange = self._exchange(server_round, "all", "aggregate", self._broadcast, len(good))
+            exchange = self._exchange(server_round, "all", "aggregate", len(good))
             total = sum(known) if len(known) == len(counts) else None
-            _record(
-                self.recorder,
-                replace(exchange, examples=total),
-                partial(tensors, arrays),
-                _size(arrays),
-            )
+            _record(self.recorder, replace(exchange, examples=total), self._broadcast, arrays)
         return arrays, metrics
 
-    def _exchange(
-        self, round: int, client: str, place: Place, received: Mapping[str, Tensor], cohort: int
-    ) -> Exchange:
+    def _exchange(self, round: int, client: str, place: Place, cohort: int) -> Exchange:
         return Exchange(
-            round=round, client=client, place=place, received=received, sent={}, cohort=cohort,
+            round=round, client=client, place=place, received={}, sent={}, cohort=cohort,
             framework=f"flwr {version('flwr')}",
         )  # fmt: skip
 
@@ -331,8 +366,74 @@ class CapturingStrategy(Strategy):
         log.info("LeakAtlas captures go to %s.", self.recorder.folder)
 
 
-def _clones(record: ArrayRecord) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in tensors(record).items()}
+class CapturingLegacyStrategy(LegacyStrategy):
+    """Records the mean that a strategy of Flower's older API makes: all that SecAgg+ shows.
+
+    Args:
+        strategy: The one that decides; everything is passed on to it.
+        folder: Where captures go.
+        rounds: Which; all if None.
+        limit: Bytes that the folder may hold.
+    """
+
+    def __init__(
+        self,
+        strategy: LegacyStrategy,
+        folder: Path | str,
+        *,
+        rounds: Iterable[int] | None = None,
+        limit: int = Recorder.limit,
+    ) -> None:
+        self.strategy = strategy
+        self.recorder = Recorder(
+            folder=Path(folder), rounds=None if rounds is None else frozenset(rounds), limit=limit
+        )
+        self._broadcast: dict[str, Array] = {}
+
+    def initialize_parameters(self, client_manager: Any) -> Any:
+        """The strategy's."""
+        return self.strategy.initialize_parameters(client_manager)
+
+    def configure_fit(self, server_round: int, parameters: Any, client_manager: Any) -> Any:
+        """The strategy's; what is broadcast is kept until the mean is there."""
+        self._broadcast = _unnamed(parameters)
+        return self.strategy.configure_fit(server_round, parameters, client_manager)
+
+    def aggregate_fit(self, server_round: int, results: Any, failures: Any) -> Any:
+        """The strategy's, recorded."""
+        aggregated, metrics = self.strategy.aggregate_fit(server_round, results, failures)
+        if aggregated is not None and results:
+            exchange = Exchange(
+                round=server_round,
+                client="all",
+                place="aggregate",
+                received={},
+                sent={},
+                examples=sum(answer.num_examples for _, answer in results),
+                cohort=len(results),
+                framework=f"flwr {version('flwr')}",
+            )
+            _record(self.recorder, exchange, self._broadcast, _unnamed(aggregated))
+        return aggregated, metrics
+
+    def configure_evaluate(self, server_round: int, parameters: Any, client_manager: Any) -> Any:
+        """The strategy's."""
+        return self.strategy.configure_evaluate(server_round, parameters, client_manager)
+
+    def aggregate_evaluate(self, server_round: int, results: Any, failures: Any) -> Any:
+        """The strategy's."""
+        return self.strategy.aggregate_evaluate(server_round, results, failures)
+
+    def evaluate(self, server_round: int, parameters: Any) -> Any:
+        """The strategy's."""
+        return self.strategy.evaluate(server_round, parameters)
+
+
+def _unnamed(parameters: Any) -> dict[str, Array]:
+    """Arrays of the older API, which come without names: places in their list."""
+    return {
+        str(place): Array(array) for place, array in enumerate(parameters_to_ndarrays(parameters))
+    }
 
 
 def _plain(message: Message) -> dict[str, Scalar]:
@@ -357,16 +458,26 @@ def guard_mod(guard: Guard) -> Mod:
     def mod(message: Message, context: Context, call_next: Next) -> Message:
         if not _trains(message):
             return call_next(message, context)
-        arrived = _only(message, "arrived")
-        if arrived is None:
+        records = list(message.content.array_records.values())
+        if not records:
             return call_next(message, context)
-        client, received = str(context.node_id), _clones(arrived)
+        client, received = str(context.node_id), tensors(records[0])
         alarm = judged(guard, received, client=client)
+        if len(records) > 1:
+            # The app may train on either, and a server chooses what it sends.
+            alarm = f"{len(records)} records of arrays arrived, where one model was agreed"
         if alarm and guard.on_alarm == "refuse":
             return _refusal(message, client, alarm)
         reply = call_next(message, context)
-        if reply.has_error() or (sent := _only(reply, "would leave")) is None:
+        if reply.has_error():
             return reply
+        if _masked(reply) and not alarm:
+            return reply  # what leaves is hidden in the mean; what arrived was in order
+        leaving = list(reply.content.array_records.values())
+        if len(leaving) != 1 or len(records) != 1 or set(leaving[0]) != set(received):
+            why = f"{len(records)} records of arrays arrived, {len(leaving)} others would leave"
+            return _unjudged(guard, message, reply, client, alarm or why)
+        sent = leaving[0]
         if not alarm and (verdict := guard.leaving(received, tensors(sent))) is not None:
             alarm = f"the update would give single examples away. {verdict}" * verdict.alarm
         if not alarm:
@@ -376,11 +487,22 @@ def guard_mod(guard: Guard) -> Mod:
         log.warning("Client %s, round %d: %s", client, _round(message), alarm)
         if guard.on_alarm == "defend":
             changed = guard.defended(received, tensors(sent), round=_round(message), client=client)
+            if missing := set(sent) - set(changed):
+                why = f"{alarm} (arrays named {min(missing)!r} cannot be defended by name)"
+                return _refusal(message, client, why)
             key = next(iter(reply.content.array_records))
             reply.content[key] = ArrayRecord(torch_state_dict={n: changed[n] for n in sent})
         return reply
 
     return mod
+
+
+def _unjudged(guard: Guard, message: Message, reply: Message, client: str, why: str) -> Message:
+    """What follows where an update cannot be told from what else travels: nothing to defend."""
+    if guard.on_alarm == "log":
+        log.warning("Client %s, round %d: %s", client, _round(message), why)
+        return reply
+    return _refusal(message, client, why)
 
 
 def _refusal(message: Message, client: str, alarm: str) -> Message:
@@ -391,6 +513,7 @@ def _refusal(message: Message, client: str, alarm: str) -> Message:
 
 __all__ = [
     "REFUSED",
+    "CapturingLegacyStrategy",
     "CapturingStrategy",
     "Guard",
     "capture_raw_mod",

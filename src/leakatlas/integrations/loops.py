@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from leakatlas.errors import InvalidInput, ProtocolError
 from leakatlas.fl.capture import Capture, CapturedRound
 from leakatlas.fl.protocol import FedAVG
-from leakatlas.fl.recording import Exchange, Place, Recorder
+from leakatlas.fl.recording import BEYOND, Exchange, Place, Recorder, Scalar
 from leakatlas.fl.state import model_state
 from leakatlas.fl.update import Update
 
@@ -47,6 +47,7 @@ class LocalTraining:
         settings_changed: Whether they were others at a later step (a schedule, say).
         train_mode: Whether the model was in train mode at every one of these passes; None before
             the first.
+        beyond: What else happened that no protocol describes, in words; a trainer's own doing.
     """
 
     model: nn.Module
@@ -58,6 +59,20 @@ class LocalTraining:
     settings: dict[str, Any] = field(default_factory=dict)
     settings_changed: bool = False
     train_mode: bool | None = None
+    beyond: tuple[str, ...] = ()
+
+    def passed(self, examples: int, *, train_mode: bool) -> None:
+        """Count a forward pass in which gradients are taken."""
+        self.batches.append(examples)
+        self.train_mode = train_mode and self.train_mode is not False
+
+    def stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Count a step of the optimizer; fits ``register_step_post_hook``."""
+        now = _settings(optimizer)
+        if not self.steps:
+            self.settings = now
+        self.settings_changed |= now != self.settings
+        self.steps += 1
 
     def update(self) -> Update:
         """The change of the weights.
@@ -89,12 +104,11 @@ class LocalTraining:
                 f"The optimizer is {kind}; replays know SGD (with momentum) and Adam. The update "
                 "can be captured, and described with a protocol= of your own."
             )
-        odd = [n for n in UNSUPPORTED if self.settings.get(n)]
-        if odd or self.settings_changed:
-            what = f"sets {', '.join(odd)}" if odd else "changed its settings between steps"
+        strange = self._undescribed()
+        if strange:
             raise ProtocolError(
-                f"The optimizer {what}, which replays do not know. The update can be captured, and "
-                "described with a protocol= of your own."
+                f"In this training {'; '.join(strange)}: replays do not know that. The update can "
+                "be captured, and described with a protocol= of your own."
             )
         examples, size = self._examples(), max(self.batches)
         each = -(-examples // size)
@@ -124,7 +138,11 @@ class LocalTraining:
         """Write the exchange into a folder of captures; see :mod:`leakatlas.fl.recording`."""
         self._require_ended()
         plain = {n: v for n, v in self.settings.items() if isinstance(v, bool | int | float | str)}
-        facts = {"batch_size": max(self.batches), "steps": self.steps} if self.batches else {}
+        facts: dict[str, Scalar] = {"steps": self.steps}
+        if self.batches:
+            facts["batch_size"] = max(self.batches)
+        if strange := self._undescribed():
+            facts[BEYOND] = "; ".join(strange)
         Recorder(folder=Path(folder)).write(
             Exchange(
                 round=round,
@@ -137,6 +155,14 @@ class LocalTraining:
                 framework=f"torch {torch.__version__}",
             )
         )
+
+    def _undescribed(self) -> list[str]:
+        """What happened that no protocol here describes, in words."""
+        odd = [n for n in UNSUPPORTED if self.settings.get(n)]
+        strange = [f"the optimizer sets {', '.join(odd)}"] if odd else []
+        if self.settings_changed:
+            strange.append("the optimizer changed its settings between steps")
+        return [*strange, *self.beyond]
 
     def _examples(self) -> int:
         if self.examples is None:
@@ -170,30 +196,30 @@ def capture(
         What was seen; complete when the block has ended.
     """
     seen = LocalTraining(model=model, examples=examples, before=model_state(model))
-
-    def before_forward(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        tensors = [value for value in inputs if isinstance(value, Tensor)]
-        if torch.is_grad_enabled() and tensors:
-            seen.batches.append(len(tensors[0]))
-            seen.train_mode = module.training and seen.train_mode is not False
-
-    def after_step(stepped: torch.optim.Optimizer, *_: Any) -> None:
-        now = _settings(stepped)
-        if not seen.steps:
-            seen.settings = now
-        seen.settings_changed |= now != seen.settings
-        seen.steps += 1
-
-    hooks = [
-        model.register_forward_pre_hook(before_forward),
-        optimizer.register_step_post_hook(after_step),
-    ]
-    try:
+    with watching(seen, optimizer, model):
         yield seen
+    seen.after = model_state(model)
+
+
+@contextmanager
+def watching(
+    seen: LocalTraining, optimizer: torch.optim.Optimizer, model: nn.Module | None
+) -> Iterator[None]:
+    """Count the steps of an optimizer, and the training passes of a model if one is given."""
+
+    def before_forward(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        tensors = [value for value in (*given, *named.values()) if isinstance(value, Tensor)]
+        if torch.is_grad_enabled() and tensors:
+            seen.passed(len(tensors[0]), train_mode=module.training)
+
+    hooks = [optimizer.register_step_post_hook(seen.stepped)]
+    if model is not None:
+        hooks.append(model.register_forward_pre_hook(before_forward, with_kwargs=True))
+    try:
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    seen.after = model_state(model)
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -20,16 +20,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from nvflare.apis.dxo import DXO, DataKind, MetaKey
+from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
 from nvflare.apis.dxo_filter import DXOFilter
 from nvflare.apis.filter import ContentBlockedException, FilterChainType, FilterContextKey
 from nvflare.apis.fl_context import FLContext
-from nvflare.apis.shareable import Shareable
+from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from torch import Tensor
 
 from leakatlas import limits
-from leakatlas.errors import InvalidParameter, LeakAtlasError
+from leakatlas.errors import InvalidInput, InvalidParameter, LeakAtlasError
 from leakatlas.fl import ModelRef
 from leakatlas.fl.recording import Exchange, Place, Recorder, Scalar
 from leakatlas.integrations.guard import Guard, judged
@@ -38,6 +39,9 @@ log = logging.getLogger("leakatlas.nvflare")
 
 KINDS = [DataKind.WEIGHTS, DataKind.WEIGHT_DIFF]
 ROUND = "current_round"
+FRAMEWORK = (ReservedHeaderKey.HEADERS, ReservedHeaderKey.PEER_CTX)
+"""Entries of a task that NVFlare itself reads and no trainer."""
+
 KEPT = "leakatlas_received"
 """Under which name the context of a site keeps what arrived."""
 
@@ -78,10 +82,14 @@ class CaptureFilter(DXOFilter):
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> None:
         """Look, and change nothing."""
         client = _client(fl_ctx, at_server=self.place == "server")
+        try:
+            held = tensors(dxo)
+        except InvalidInput as problem:
+            log.warning("Not captured: what passes client %s. %s", client, problem)
+            return
         name = f"{KEPT}_{client}"
         if self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA_CHAIN:
-            # Copies: later filters and the trainer may change arrays in place.
-            kept = (_round(dxo, shareable), tensors(dxo))
+            kept = (_round(dxo, shareable), held)
             fl_ctx.set_prop(name, kept, private=True, sticky=True)
             return
         kept = fl_ctx.get_prop(name)
@@ -96,12 +104,12 @@ class CaptureFilter(DXOFilter):
             client=client,
             place=self.place,
             received=received,
-            sent=tensors(dxo),
+            sent=held,
             kind="weights" if dxo.data_kind == DataKind.WEIGHTS else "delta",
             settings=_settings(dxo),
             framework=f"nvflare {version('nvflare')}",
         )
-        size = sum(t.nbytes for held in (exchange.received, exchange.sent) for t in held.values())
+        size = sum(t.nbytes for t in (*received.values(), *held.values()))
         try:
             why = self.recorder.refuses(size)
             self.recorder.write(exchange, left_out=why)
@@ -113,6 +121,10 @@ class CaptureFilter(DXOFilter):
 
 class LintFilter(DXOFilter):
     """Keeps a client from training on a model that looks tampered with.
+
+    A server chooses how it dresses what it sends, so whatever holds arrays is examined or counts
+    as an alarm: a change of weights, arrays beside the model, a task that says it failed. Tasks
+    without arrays pass.
 
     Args:
         model: ``package.module:factory`` of the agreed architecture; only names and weights are
@@ -132,6 +144,21 @@ class LintFilter(DXOFilter):
             on_alarm="refuse" if on_alarm == "refuse" else "log",
         )
 
+    def process(self, shareable: Shareable, fl_ctx: FLContext) -> Shareable:
+        """Examine a task, whatever its return code; the inherited one lets failed ones through.
+
+        Raises:
+            ContentBlockedException: On an alarm, with the evidence.
+        """
+        if not _holds_arrays({n: v for n, v in shareable.items() if n not in FRAMEWORK}):
+            return shareable
+        weights, why = _weights(shareable)
+        if weights is None:
+            self._alarm(f"what arrived cannot be examined: {why}", _round(None, shareable), fl_ctx)
+        else:
+            self.process_dxo(weights, shareable, fl_ctx)
+        return shareable
+
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> None:
         """Examine the weights.
 
@@ -139,18 +166,55 @@ class LintFilter(DXOFilter):
             ContentBlockedException: On an alarm, with the evidence.
         """
         client = _client(fl_ctx, at_server=False)
-        alarm = judged(self.guard, tensors(dxo), client=client)
-        if not alarm:
-            return
-        said = f"Client {client} refuses round {_round(dxo, shareable)}: {alarm}"
+        try:
+            alarm = judged(self.guard, tensors(dxo), client=client)
+        except InvalidInput as problem:
+            alarm = f"what arrived cannot be examined: {problem}"
+        if alarm:
+            self._alarm(alarm, _round(dxo, shareable), fl_ctx)
+
+    def _alarm(self, alarm: str, round: int, fl_ctx: FLContext) -> None:
+        said = f"Client {_client(fl_ctx, at_server=False)} refuses round {round}: {alarm}"
         if self.guard.on_alarm == "refuse":
             raise ContentBlockedException(said)
         log.warning("%s", said)
 
 
+def _weights(shareable: Shareable) -> tuple[DXO | None, str]:
+    """The weights that are all the arrays of a task; None, and why, where there is more or less."""
+    try:
+        dxo = from_shareable(shareable)
+    except ValueError as problem:
+        return None, f"it is no data exchange object ({problem})"
+    if dxo.data_kind != DataKind.WEIGHTS:
+        return None, f"it is of kind {dxo.data_kind!r}, and only whole weights can be judged"
+    beside = {n: v for n, v in shareable.items() if n not in (*FRAMEWORK, "DXO")}
+    if _holds_arrays([beside, dxo.meta]):
+        return None, "arrays stand beside the model"
+    return dxo, ""
+
+
+def _holds_arrays(value: object) -> bool:
+    """Whether an array is anywhere within; what is not plain data is taken for one."""
+    if isinstance(value, dict):
+        return any(map(_holds_arrays, value.values()))
+    if isinstance(value, list | tuple | set | frozenset):
+        return any(map(_holds_arrays, value))
+    return not (value is None or isinstance(value, str | int | float | bool | np.generic))
+
+
 def tensors(dxo: DXO) -> dict[str, Tensor]:
-    """Copies of the arrays by name; counters and single numbers too."""
-    return {name: torch.as_tensor(value).detach().clone() for name, value in dxo.data.items()}
+    """Copies of the arrays by name; counters and single numbers too.
+
+    Copies, since later filters and the trainer may change arrays in place.
+
+    Raises:
+        InvalidInput: If something else stands among them.
+    """
+    try:
+        return {name: torch.as_tensor(value).detach().clone() for name, value in dxo.data.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as problem:
+        raise InvalidInput(f"It holds more than arrays by name: {problem}.") from None
 
 
 def _client(context: FLContext, *, at_server: bool) -> str:
@@ -158,10 +222,10 @@ def _client(context: FLContext, *, at_server: bool) -> str:
     return str((peer or context).get_identity_name())
 
 
-def _round(dxo: DXO, shareable: Shareable) -> int:
+def _round(dxo: DXO | None, shareable: Shareable) -> int:
     # The header first: what stands beside an aggregated model is of the round that made it.
     found = shareable.get_header(ROUND)
-    if found is None:
+    if found is None and dxo is not None:
         found = dxo.get_meta_prop(MetaKey.CURRENT_ROUND)
     return int(found) if isinstance(found, int | str) and str(found).isdigit() else 0
 
