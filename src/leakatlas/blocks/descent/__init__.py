@@ -8,7 +8,7 @@ checkpoints. An attack needs only the names below.
 from leakatlas.blocks.descent.execution import EXECUTIONS, slopes
 from leakatlas.blocks.descent.loop import Descended, descend
 from leakatlas.blocks.descent.objective import Objective, Value, Variables
-from leakatlas.blocks.descent.optimizers import Factory, adam, in_turn, lbfgs, sgd
+from leakatlas.blocks.descent.optimizers import Factory, adam, in_turn, lbfgs, rmsprop, sgd
 from leakatlas.blocks.descent.steps import (
     Hook,
     between,
@@ -35,6 +35,7 @@ __all__ = [
     "inside",
     "langevin",
     "lbfgs",
+    "rmsprop",
     "sgd",
     "signed",
     "slopes",

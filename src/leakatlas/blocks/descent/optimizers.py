@@ -60,6 +60,11 @@ def sgd(lr: Rates, *, momentum: float = 0.0) -> Factory:
     return Factory(lambda leaves, _: torch.optim.SGD(_groups(leaves, lr), momentum=momentum))
 
 
+def rmsprop(lr: Rates, *, momentum: float = 0.0) -> Factory:
+    """RMSprop over all variables."""
+    return Factory(lambda leaves, _: torch.optim.RMSprop(_groups(leaves, lr), momentum=momentum))
+
+
 def _groups(leaves: Mapping[str, Tensor], lr: Rates) -> list[dict[str, Any]]:
     """Variables that share a learning rate, as optimizers of torch take them.
 
