@@ -128,8 +128,9 @@ def test_a_batch_is_decoded_as_its_true_features_would_be(cache: Path) -> None:
         if B == 2:
             clipped = harness.run_trial(_scene(B, clip=True), QUICK)
             assert _psnr(clipped.images, truth) == pytest.approx(reached, abs=0.05)
-            mean = surrogate(16).images.mean(0, keepdim=True)
-            assert reached > _psnr(mean.expand_as(truth), truth) + 1
+            public = view.surrogate.images
+            held, mean = public[270:], public[:270].mean(0, keepdim=True)
+            assert trial.found.notes["held_out_psnr"] > _psnr(mean.expand_as(held), held) + 3
 
 
 def test_noise_on_the_gradient_costs_pictures_ever_more() -> None:
