@@ -68,6 +68,25 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "command": "leakatlas bench <study> & more",
         "date": "2026-01-31",
     }
+    points = {"none": (0.0, 1.0, "search recovered most")}
+    points["clipping, max_norm=1"] = (0.2, 1.0, "search recovered most; dominated")
+    points["client_dp, noise_multiplier=0.1"] = (0.9, 0.25, "<search> recovered most")
+    points["client_dp, noise_multiplier=1"] = (12.0, 0.0, "search recovered most")
+    frontier = [
+        {"name": f"{what} | fresh | {name}", "value": value, "interval": [value, value], "n": 4,
+         "unit": unit, "note": note}
+        for name, (loss, recovered, note) in points.items()
+        for what, value, unit in (("recovered", recovered, ""), ("loss", loss, "points"))
+    ]  # fmt: skip
+    for what, value, unit, strength in (
+        ("private", 0.25, "", "0.1"), ("price", 12.0, "points", "1"),
+    ):  # fmt: skip
+        frontier.append(
+            {"name": f"{what} | fresh | client_dp", "value": value, "interval": [value, value],
+             "n": 4, "unit": unit, "note": f"at client_dp, noise_multiplier={strength}"}
+        )  # fmt: skip
+    whole = {**benchmark, "key": "frontier", "recipe": {"axes": ["defense"]}, "measures": frontier}
+    (folder / "frontier.json").write_text(json.dumps(whole), encoding="utf-8")
     (folder / "soteria.json").write_text(json.dumps(document), encoding="utf-8")
     return folder
 

@@ -50,7 +50,7 @@ def test_every_page_is_written_and_small(tmp_path: Path) -> None:
     assert written[0] == tmp_path / "index.html"
     rows = len(catalogue.attacks()) + len(catalogue.defenses()) + len(catalogue.threat_models())
     chapters = guide.pages(results.repository_root())
-    assert len(written) == 7 + rows + len(chapters) == len(list(tmp_path.rglob("*.html")))
+    assert len(written) == 8 + rows + len(chapters) == len(list(tmp_path.rglob("*.html")))
     assert (tmp_path / "index.html").stat().st_size < 1_000_000
     assert all(path.stat().st_size < 1_000_000 for path in written)
 

@@ -25,9 +25,9 @@ from leakatlas.catalogue import (
 )
 from leakatlas.catalogue.schema import LETTERS, Attack, Defense, Reference
 from leakatlas.errors import InvalidInput
-from leakatlas.site import guide, measured_page, pictures, prose
+from leakatlas.site import frontier_page, guide, measured_page, pictures, prose
 
-ASSETS = ("style.css", "site.js")
+ASSETS = ("style.css", "site.js", "frontier.js", "chart.umd.min.js", "chart.LICENSE.md")
 
 CATEGORY_NAMES = {
     "optimization": "Optimization-based",
@@ -157,6 +157,7 @@ def _pages(
         ("matrix.html", "matrix.html", {**shared, "reach": _reach()}),
         ("threat-models.html", "threat_models.html", shared),
         ("measured.html", "measured.html", measured_page.context(measured, loader.defenses())),
+        ("frontier.html", "frontier.html", frontier_page.context(measured)),
         ("references.html", "references.html", {"works": [_work(r) for r in loader.references()]}),
     ]
     for place, entry in enumerate(attacks):

@@ -1,0 +1,47 @@
+"""The page of the frontier: its tables, its data, and the chart that a script draws."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from playwright.sync_api import expect
+
+from leakatlas import site
+from tests.site.conftest import Visit
+
+
+def test_headlines_name_the_strength_and_what_no_strength_gives(built: Path) -> None:
+    page = (built / "frontier.html").read_text(encoding="utf-8")
+    (private,) = re.findall(r'client_dp\.html">.*?</tr>', page, re.DOTALL)
+    assert "25 %" in private and "at client_dp, noise_multiplier=0.1" in private
+    assert "+12.0" in private and "at client_dp, noise_multiplier=1" in private
+    (scaled,) = re.findall(r'clipping\.html">.*?</tr>', page, re.DOTALL)
+    assert "no strength costs so little" in scaled and "no strength stops so much" in scaled
+
+
+def test_what_a_result_says_is_escaped_twice_over(built: Path) -> None:
+    page = (built / "frontier.html").read_text(encoding="utf-8")
+    assert "<search>" not in page and "&lt;search&gt; recovered most" in page
+    held = re.search(r'id="frontier-data">(.*?)</script>', page, re.DOTALL)
+    assert held is not None
+    points = json.loads(held[1])["fresh"]
+    assert any("<search>" in point["words"] for row in points for point in row["points"])
+
+
+def test_without_a_measurement_the_page_says_how_to_make_one(tmp_path: Path) -> None:
+    site.build(tmp_path / "site", results_folder=tmp_path / "none")
+    page = (tmp_path / "site" / "frontier.html").read_text(encoding="utf-8")
+    assert "Not measured yet" in page and "leakatlas bench frontier" in page
+
+
+def test_the_chart_is_drawn_from_a_folder_and_follows_its_switches(visit: Visit) -> None:
+    page = visit.open("frontier.html")
+    expect(page.locator("#frontier")).to_be_visible()
+    drawn = "Chart.getChart('frontier-chart').data.datasets.flatMap((d) => d.data).length"
+    assert page.evaluate(drawn) == 4
+    page.locator("#frontier-dominated").uncheck()
+    assert page.evaluate(drawn) == 3
+    expect(page.locator(".still").first).to_be_hidden()
+    assert visit.complaints == []
