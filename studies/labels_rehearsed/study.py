@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from leakatlas.audit.games import CROPS
 from leakatlas.audit.labels import Reader, candidates
-from leakatlas.audit.rehearsal import CROPS
 from leakatlas.bench import scene
 from leakatlas.bench.cells import Cell
 from leakatlas.blocks import labels, observed

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from leakatlas.attacks.api import Attack
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
-from leakatlas.audit.rehearsal import CROPS
+from leakatlas.audit.games import CROPS
 from leakatlas.audit.rehearsed import Contest, Runs
 from leakatlas.bench import rival, scene
 from leakatlas.bench.cells import Cell

@@ -7,8 +7,8 @@ import torch
 
 from leakatlas import models
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
+from leakatlas.audit.games import CROPS
 from leakatlas.audit.labels import BATCHES, Reader, candidates, needed
-from leakatlas.audit.rehearsal import CROPS
 from leakatlas.blocks.labels import METHODS
 from leakatlas.blocks.observed import known_labels
 from leakatlas.data import CIFAR10, photos, strangers

@@ -20,16 +20,9 @@ from leakatlas import data
 from leakatlas.attacks.api import Attack, Reconstruction
 from leakatlas.attacks.generative import prior
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
-from leakatlas.audit.rehearsal import (
-    LEAST,
-    Rehearsal,
-    halves,
-    labelled,
-    multiplicity,
-    own_games,
-    rehearse,
-    stages,
-)
+from leakatlas.audit.games import halves, labelled, multiplicity, own_games
+from leakatlas.audit.halving import LEAST, stages
+from leakatlas.audit.rehearsal import Rehearsal, rehearse
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import NotGranted, Unavailable
 from leakatlas.fl import FedAVG, View

@@ -8,11 +8,13 @@ from typing import Any
 
 from leakatlas.attacks.api import ActiveAttack, Attack
 from leakatlas.audit import control, process
+from leakatlas.audit.games import CROPS
+from leakatlas.audit.halving import LEAST, stages
 from leakatlas.audit.jobs import Job, shown
 from leakatlas.audit.labels import BATCHES, Reader, needed
 from leakatlas.audit.plan import Plan, Setting
 from leakatlas.audit.process import Attacker
-from leakatlas.audit.rehearsal import CROPS, LEAST, Rehearsal, rehearse, stages
+from leakatlas.audit.rehearsal import Rehearsal, rehearse
 from leakatlas.audit.schedule import LONGEST, Pace, pace
 from leakatlas.blocks.watch import FILL, Watch
 from leakatlas.data import ImageSet, strangers
