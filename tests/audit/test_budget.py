@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -26,25 +26,10 @@ from leakatlas.catalogue import registry
 from leakatlas.fl import View
 from leakatlas.params import PositiveInt
 from leakatlas.threat import Knowledge
+from tests.audit.machine import MACHINE, Load
 
 PASSIVE = Knowledge.UPDATES | Knowledge.BASIC
 BUDGET = 60.0
-
-Load = Callable[[float], float]
-"""How many times slower than idle the machine is, by the time."""
-
-
-class Machine:
-    """Whose clock moves by what is computed on it."""
-
-    now = 0.0
-    load: Load = staticmethod(lambda now: 1.0)
-
-    def work(self, seconds: float) -> None:
-        self.now += seconds * self.load(self.now)
-
-
-MACHINE = Machine()
 
 
 @attack("matching", needs=PASSIVE)

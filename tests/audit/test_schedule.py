@@ -9,20 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from leakatlas import data, models
 from leakatlas.attacks.api import Outlook
 from leakatlas.attacks.generative.latent.gias import GIAS
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
-from leakatlas.audit import Plan, Report, Run, carry_out, effort
+from leakatlas.audit import Plan, Report, Run, carry_out, effort, iterating
 from leakatlas.audit.budget import COMPARISONS, REPORT, Budget, Writer
 from leakatlas.audit.compare import _alone
-from leakatlas.audit.effort import fitting, spend
+from leakatlas.audit.effort import spend
 from leakatlas.audit.jobs import Job, not_run
 from leakatlas.audit.listener import Silent
 from leakatlas.audit.ready import Readied, Timed, readied, timed
 from leakatlas.audit.rehearsal import Rehearsal
-from leakatlas.audit.schedule import Pace, pace, shares
+from leakatlas.audit.schedule import Pace, Try, pace, reserved, shares
 from leakatlas.audit.start import Start
 from leakatlas.audit.utility import Utility
 from leakatlas.blocks.watch import FILL, Watch
@@ -117,9 +119,10 @@ def _spent(
         made.append((job, allowance))
         return not_run(job.setting, job.attack, Start("B", Outlook("unknown", ""), "refused"))
 
-    monkeypatch.setattr(effort, "timed", _timed)
-    monkeypatch.setattr(effort, "readied", ready)
-    monkeypatch.setattr(effort, "run_job", run)
+    monkeypatch.setattr(iterating, "timed", _timed)
+    monkeypatch.setattr(iterating, "readied", ready)
+    for room in (effort, iterating):
+        monkeypatch.setattr(room, "run_job", run)
     list(spend(_jobs(plan), plan, Watch(seconds), None, Silent(), Watch()))
     return made
 
@@ -199,9 +202,10 @@ def test_rehearsals_leave_time_for_the_runs(
         made.append(job)
         return not_run(job.setting, job.attack, Start("B", Outlook("unknown", ""), "refused"))
 
-    monkeypatch.setattr(effort, "timed", _timed)
-    monkeypatch.setattr(effort, "readied", slow)
-    monkeypatch.setattr(effort, "run_job", run)
+    monkeypatch.setattr(iterating, "timed", _timed)
+    monkeypatch.setattr(iterating, "readied", slow)
+    for room in (effort, iterating):
+        monkeypatch.setattr(room, "run_job", run)
     list(spend(_jobs(three_targets), three_targets, Watch(100.0), None, Silent(), Watch()))
     assert asked == ["inverting_gradients"]  # 40 s were for rehearsals; it has most to choose from
     assert {job.attack.key for job in made} == {"inverting_gradients", "dlg"} and len(made) == 6
@@ -209,18 +213,36 @@ def test_rehearsals_leave_time_for_the_runs(
     assert "no time" in untried.rehearsal["refused"]
 
 
-def test_the_dearest_tries_give_way_until_the_others_fit() -> None:
-    tries = [(("s", "cheap"), 1.0), (("s", "dear"), 30.0), (("s", "dear"), 30.0), (("t", "x"), 8.0)]
-    assert fitting(tries, 100.0) == {("s", "cheap"), ("s", "dear"), ("t", "x")}
-    assert fitting(tries, 60.0) == {("s", "cheap"), ("t", "x")}
-    assert fitting(tries, 5.0) == {("s", "cheap")}
-    assert fitting(tries, 0.0) == frozenset()
+def _try(attack: str, least: float, *, leads: bool = False) -> Try:
+    return Try(("s", attack), least, 2 * least, leads)
+
+
+def test_the_leads_have_decent_runs_before_others_have_bare_tries() -> None:
+    tries = [_try("cheap", 1.0), _try("lead", 10.0, leads=True), _try("dear", 30.0)]
+    assert reserved(tries, 100.0) == {("s", "lead"): 20.0, ("s", "cheap"): 1.0, ("s", "dear"): 30.0}
+    assert reserved(tries, 50.0) == {("s", "lead"): 20.0, ("s", "cheap"): 1.0}
+    assert reserved(tries, 15.0) == {("s", "lead"): 15.0}  # fewer iterations rather than none
+    assert reserved(tries, 5.0) == {("s", "cheap"): 1.0}
+    assert reserved(tries, 0.0) == {}
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.1, 50), st.booleans()), min_size=1, max_size=8),
+    st.floats(0, 200),
+)
+def test_no_more_is_promised_than_there_is(costs: list[tuple[float, bool]], seconds: float) -> None:
+    tries = [_try(str(n), least, leads=leads) for n, (least, leads) in enumerate(costs)]
+    sure = reserved(tries, seconds)
+    assert sum(sure.get(one.key, 0.0) for one in tries) <= seconds + 1e-6
+    for one in tries:
+        if one.key in sure:
+            assert one.least - 1e-6 <= sure[one.key] <= one.decent + 1e-6
 
 
 def test_what_does_not_fit_is_not_begun_and_said(
     three_targets: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """20 iterations of a second each for three targets cannot go into 30 seconds."""
+    """20 iterations of a second each cannot go into 20 seconds that leave room."""
 
     def slow(job: Job, plan: Plan, *, stop: Watch) -> Timed:
         dear = job.attack.key == "inverting_gradients"
@@ -235,13 +257,14 @@ def test_what_does_not_fit_is_not_begun_and_said(
         made.append(job)
         return not_run(job.setting, job.attack, Start("B", Outlook("unknown", ""), "refused"))
 
-    monkeypatch.setattr(effort, "timed", slow)
+    monkeypatch.setattr(iterating, "timed", slow)
     monkeypatch.setattr(
-        effort, "readied", lambda at, job, *a, **k: Readied(job.attack, at.pace, None, "-")
+        iterating, "readied", lambda at, job, *a, **k: Readied(job.attack, at.pace, None, "-")
         if job.attack.key == "dlg" else never()
     )  # fmt: skip
-    monkeypatch.setattr(effort, "run_job", run)
-    runs = list(spend(_jobs(three_targets), three_targets, Watch(30.0), None, Silent(), Watch()))
+    for room in (effort, iterating):
+        monkeypatch.setattr(room, "run_job", run)
+    runs = list(spend(_jobs(three_targets), three_targets, Watch(20.0), None, Silent(), Watch()))
     left_out = [r for r in runs if "would not fit" in r.reason]
     assert {r.attack for r in left_out} == {"inverting_gradients"} and len(left_out) == 3
     assert all(r.status == "refused" and "--budget" in r.wants for r in left_out)
@@ -407,11 +430,12 @@ def test_rounds_under_masks_wait_for_what_the_others_leave(
         made.append((job.setting.name, job.attack.key))
         return not_run(job.setting, job.attack, Start("B", Outlook("unknown", ""), "refused"))
 
-    monkeypatch.setattr(effort, "timed", _timed)
+    monkeypatch.setattr(iterating, "timed", _timed)
     monkeypatch.setattr(
-        effort, "readied", lambda at, job, *a, **k: Readied(job.attack, at.pace, None, "-")
+        iterating, "readied", lambda at, job, *a, **k: Readied(job.attack, at.pace, None, "-")
     )
-    monkeypatch.setattr(effort, "run_job", run)
+    for room in (effort, iterating):
+        monkeypatch.setattr(room, "run_job", run)
     list(spend(jobs, three_targets, Watch(600.0), None, Silent(), Watch()))
     keys = [("one photo", "robbing_the_fed"), ("one photo", "inverting_gradients")]
     assert made == [*keys, ("masked", "robbing_the_fed")]

@@ -13,14 +13,14 @@ from leakatlas.blocks.watch import Watch
 from leakatlas.errors import InvalidInput
 from leakatlas.report import Report
 
-COMPARISONS = 0.3
+COMPARISONS = 0.25
 """Part of the budget that goes to comparing defenses, if any are compared: attacks cannot take
 it, and comparisons begin when the attacks are done."""
 
 REPORT = 0.03
 """Part of the budget that is left for writing the report."""
 
-OTHER_SIDE = (0.15, 0.4)
+OTHER_SIDE = (0.1, 0.3)
 """Least and largest part of the attacks' time that goes to the other of the two verdicts."""
 
 WRITING = 10.0
@@ -68,6 +68,10 @@ class Budget:
 
     def comparisons(self, stop: Watch) -> Watch:
         """The watch of the comparisons: all that is left."""
+        return self.rest(stop)
+
+    def rest(self, stop: Watch) -> Watch:
+        """The watch of what is left for those who lacked time."""
         return self._until(1 - REPORT, stop)
 
     def _until(self, share: float, stop: Watch) -> Watch:
@@ -78,13 +82,13 @@ class Budget:
 
 
 def other_side(attacks: int, repeated: int = 1) -> float:
-    """Part of the time with which each repeated attack has twice what each of ``attacks`` had.
+    """Part of the time with which each repeated attack has what each of ``attacks`` had.
 
-    >>> other_side(1), other_side(4), other_side(30), other_side(14, 3)
-    (0.4, 0.3333333333333333, 0.15, 0.3)
+    >>> other_side(1), other_side(4), other_side(30), other_side(12, 3)
+    (0.3, 0.2, 0.1, 0.2)
     """
     least, largest = OTHER_SIDE
-    return min(max(least, 2 * repeated / (attacks + 2 * repeated)), largest)
+    return min(max(least, repeated / (attacks + repeated)), largest)
 
 
 class Writer:

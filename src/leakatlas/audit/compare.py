@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from leakatlas.attacks.api import Attack
-from leakatlas.audit.effort import REHEARSED, SLACK, unreached, would_not_fit
-from leakatlas.audit.jobs import Job, finished, run_job
+from leakatlas.audit import control
+from leakatlas.audit.effort import lacked_time
+from leakatlas.audit.iterating import REHEARSED, SLACK
+from leakatlas.audit.jobs import Job, finished, run_job, unreached, would_not_fit
 from leakatlas.audit.listener import Listener
 from leakatlas.audit.plan import Plan, Setting, presets
 from leakatlas.audit.ready import Readied, Timed, carried_over, iterates, labelled, readied, timed
+from leakatlas.audit.schedule import LONGEST, Pace, together
 from leakatlas.audit.utility import Utility, price_of
 from leakatlas.blocks.watch import MORE_TIME, Watch
 from leakatlas.errors import LeakAtlasError
@@ -226,15 +229,26 @@ class _Duel:
         if self.watch.remaining() is not None and all(map(iterates, _attacks(waiting))):
             yield from self._planned(waiting, length)
             return
+        lacking: dict[str, Run] = {}
         for position, (name, job) in enumerate(waiting.items()):
             if self.stop.stopped:
                 return
-            left = self.watch.remaining()
-            if left is not None and left <= 0:
-                yield name, unreached(job)
-                continue
-            each = None if left is None else left / (len(waiting) - position)
-            yield name, run_job(job, self.plan, each, self.out, self.listener, self.watch)
+            run = self._within(job, len(waiting) - position)
+            if lacked_time(run):
+                lacking[name] = run
+            else:
+                yield name, run
+        for name, run in lacking.items():  # what the others left is theirs
+            again = self._within(waiting[name], 1)
+            yield name, run if lacked_time(again) else again
+
+    def _within(self, job: Job, waiting: int) -> Run:
+        """A run with its part of what is left, of as many as are waiting."""
+        left = self.watch.remaining()
+        if left is not None and left <= 0:
+            return unreached(job)
+        each = None if left is None else left / waiting
+        return run_job(job, self.plan, each, self.out, self.listener, self.watch)
 
     def _planned(self, jobs: Mapping[str, Job], length: int | None) -> Iterator[tuple[str, Run]]:
         """Runs of an attack that iterates: timed, rehearsed and equally long against every set.
@@ -270,9 +284,12 @@ class _Duel:
             )  # fmt: skip
             if ready[name].rehearsal is None and self.plan.rehearsal:
                 ready[name] = carried_over(ready[name], [*ready.values()][:-1], ready[name].reason)
-        each = max(self.watch.remaining() or 0.0, 0.0) / len(fitting)
+        costs = {name: at.pace or Pace(0.0, 1e-6) for name, at in ready.items()}
         if length is None:
-            length = min(at.lasting(each).length or 1 for at in ready.values())
+            part = min(control.part(at.attack) for at in ready.values())
+            fit = together([*costs.values()], part * max(self.watch.remaining() or 0.0, 0.0))
+            least = next(iter(ready.values())).attack.fewest
+            length = min(max(fit, least), *(at.fixed or LONGEST for at in ready.values()))
         for name, at in ready.items():
             job = fitting[name]
             made[name] = replace(
@@ -281,14 +298,16 @@ class _Duel:
                 preset=job.attack,
                 rehearsal=at.told(),
             )
-        for position, (name, job) in enumerate(made.items()):
+        expected = {name: costs[name].seconds(length) for name in made}
+        for name, job in made.items():
             if self.stop.stopped:
                 return
             left = max(self.watch.remaining() or 0.0, 0.0)
             if left < paces[name].least:
                 yield name, would_not_fit(job, paces[name].least, left)
                 continue
-            allowance = SLACK * left / (len(made) - position)
+            allowance = SLACK * left * expected[name] / sum(expected.values())
+            del expected[name]
             yield name, run_job(job, self.plan, allowance, self.out, self.listener, self.watch)
 
 

@@ -1,60 +1,33 @@
-"""Who gets which part of an audit's budget: closed forms, rehearsals, then what rehearsed best.
+"""Who gets which part of an audit's budget, and when.
 
-Closed forms take seconds and come first. Attacks that iterate are timed, and what does not fit is
-left out and said before anything is spent on it. The others are rehearsed; each is sure of the time
-that a try takes, and what is left beyond goes to them in the order and in proportion of what they
-rebuilt of the adversary's own images, as schedules planned to fit. A machine that slows down
-meanwhile makes schedules shorter.
+First the closed forms that take seconds. Then the attacks that iterate, see :mod:`.iterating`: the
+strongest of each set-up are sure of a decent run, whatever else there is. Then what takes any time
+that it is given, or cannot be ended: attacks that learn, and rounds under masks; a part of the time
+waits for them. What nobody spent goes to those who were refused for want of it.
+
+All costs are measured in this very run: a slower machine, or a busy one, shortens schedules before
+it silences attacks.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from leakatlas.attacks.api import Outlook
-from leakatlas.audit.jobs import Job, finished, not_run, run_job
+from leakatlas.audit.iterating import Iterating
+from leakatlas.audit.jobs import Job, finished, forget, run_job, unreached
 from leakatlas.audit.listener import Listener
 from leakatlas.audit.plan import Plan
-from leakatlas.audit.ready import (
-    Readied,
-    Timed,
-    carried_over,
-    iterates,
-    labelled,
-    readied,
-    rehearsal_cost,
-    timed,
-)
-from leakatlas.audit.schedule import shares
-from leakatlas.audit.start import Start
+from leakatlas.audit.ready import iterates
 from leakatlas.blocks.watch import MORE_TIME, Watch
 from leakatlas.report import Run
-
-REHEARSED = 0.4
-"""Share of the iterating attacks' time, beyond what tries take, that their rehearsals may take."""
 
 CLOSED = 0.35
 """Share of the attacks' time after which closed forms give way to attacks that iterate."""
 
-LATE = 0.25
-"""Share of what is left that waits for closed forms which had to give way."""
-
-TRIES = 0.9
-"""Share of the iterating attacks' time that bare tries may take together; the rest is for a machine
-that becomes slower. What does not fit is not begun, the most expensive first."""
-
-SLACK = 1.5
-"""A planned run may take so many times its allowance before its schedule is hurried to its end:
-what it overruns, later runs are not given."""
-
-SLOWEST = 8.0
-"""Beyond so many times its measured pace a run says nothing of the others'."""
-
-Key = tuple[str, str]
-"""A setting and an attack: jobs that differ in their target alone share what is measured."""
+LATE = 0.4
+"""Largest share of what closed forms leave that waits for attacks that learn and rounds under
+masks."""
 
 
 def spend(
@@ -82,39 +55,109 @@ def spend(
             waiting.append(job)
         else:
             yield kept
-    limited = main.remaining() is not None
-    long = [job for job in waiting if limited and iterates(job.attack)]
-    # What is learned takes all it is given.
-    short = sorted(
-        (job for job in waiting if job not in long),
-        key=lambda job: (job.attack.length is not None, job.setting.hides_updates),
-    )
-    total = main.remaining()
-    closed = None if total is None else total * (CLOSED if long else 1.0)
-    pool = Watch(closed, parent=main)
-    late: list[Job] = []
-    for position, job in enumerate(short):
-        if stop.stopped:
-            return
-        # A round under masks takes the simulated clients long and ends when it ends: it may take
-        # what others leave, never what they need.
-        if long and (job.setting.hides_updates or over(pool)):
-            late.append(job)
-        elif over(main):
-            yield unreached(job)
+    iterating = Iterating(plan, out, listener, stop)
+    lacking: list[tuple[Job, Run]] = []
+    for job, run in _in_turn(waiting, iterating, main):
+        if lacking_time(run):
+            lacking.append((job, run))
         else:
-            part = _part(job, len(short) - position)
-            yield run_job(job, plan, _allowance(pool, part), out, listener, main)
-    yield from _spend_on_schedules(long, plan, _leaving(main, late), out, listener, stop)
-    for position, job in enumerate(late):
-        if stop.stopped:
-            return
-        if over(main):
-            yield unreached(job)
-            continue
-        allowance = _allowance(main, _part(job, len(late) - position))
-        yield run_job(job, plan, allowance, out, listener, main)
+            yield run
+    for job, run in lacking:
+        yield _again(job, run, iterating, main)
 
+
+def once_more(
+    jobs: Sequence[tuple[Job, Run]],
+    plan: Plan,
+    main: Watch,
+    out: Path | None,
+    listener: Listener,
+    stop: Watch,
+) -> Iterator[Run]:
+    """The runs that lacked time, with what the whole audit left over; only those that had it now.
+
+    Args:
+        jobs: With their runs, whatever came of them.
+        plan: As in :func:`spend`.
+        main: What is left.
+        out: As in :func:`spend`.
+        listener: As in :func:`spend`.
+        stop: As in :func:`spend`.
+    """
+    left = main.remaining()
+    if left is None or stop.stopped:
+        return
+    worth = [(job, run) for job, run in jobs if lacking_time(run) and AGAIN * run.seconds < left]
+    for job, _ in worth:
+        forget(job, plan, out)
+    for run in spend([job for job, _ in worth], plan, main, out, listener, stop):
+        if not lacked_time(run):
+            yield run
+
+
+def lacking_time(run: Run) -> bool:
+    """Whether more time might change what a run shows: it was not begun, or cut."""
+    return lacked_time(run) or run.status == "cut short"
+
+
+def lacked_time(run: Run) -> bool:
+    """Whether a run was not begun, and more time would change that."""
+    return run.status == "refused" and MORE_TIME in run.wants
+
+
+def _in_turn(jobs: Sequence[Job], iterating: Iterating, main: Watch) -> Iterator[tuple[Job, Run]]:
+    """The runs, those that lacked time among them."""
+    limited = main.remaining() is not None
+    long = [job for job in jobs if limited and iterates(job.attack)]
+    others = [job for job in jobs if job not in long]
+    late = [job for job in others if long and _takes_any_time(job)]
+    # Closed forms first: what is learned takes all that it is given.
+    quick = sorted((job for job in others if job not in late), key=_takes_any_time)
+    left = main.remaining()
+    pool = Watch(None if left is None else left * (CLOSED if long else 1.0), parent=main)
+    for job, run in _divided(quick, iterating, pool):
+        if long and lacked_time(run):
+            late.append(job)
+        else:
+            yield job, run
+    waits = min(LATE, len(late) / max(len(jobs) - len(quick), 1)) * (main.remaining() or 0.0)
+    yield from iterating.spend(long, _but_for(main, waits))
+    late.sort(key=lambda job: job.attack.length is not None)
+    yield from _divided(late, iterating, Watch(waits, parent=main) if long else main)
+
+
+def _takes_any_time(job: Job) -> bool:
+    """Whether a job learns, or plays a round under masks, which nobody can end."""
+    return job.attack.length is not None or job.setting.hides_updates
+
+
+def _divided(jobs: Sequence[Job], around: Iterating, pool: Watch) -> Iterator[tuple[Job, Run]]:
+    """One after the other, each with its part of what is left."""
+    for position, job in enumerate(jobs):
+        if around.stop.stopped:
+            return
+        if over(pool):
+            yield job, unreached(job)
+        else:
+            part = _part(job, len(jobs) - position)
+            allowance = _allowance(pool, part)
+            yield job, run_job(job, around.plan, allowance, around.out, around.listener, pool)
+
+
+def _again(job: Job, before: Run, around: Iterating, main: Watch) -> Run:
+    """A job that lacked time, with all that is left; as it was if that is too little."""
+    left = main.remaining()
+    if around.stop.stopped or (left is not None and left < AGAIN * before.seconds) or over(main):
+        return before
+    forget(job, around.plan, around.out)
+    if iterates(job.attack) and left is not None:
+        return around.again(job, main) or before
+    run = run_job(job, around.plan, left, around.out, around.listener, main)
+    return before if lacked_time(run) else run
+
+
+AGAIN = 2.0
+"""A run that was cut short is repeated where so many times what it had is left."""
 
 SEARCH = 3.0
 """A closed form that searches may take so many times its equal part."""
@@ -130,8 +173,8 @@ def _part(job: Job, waiting: int) -> float:
     return min(1.0, (1.0 if job.attack.length is not None else SEARCH) / waiting)
 
 
-def _allowance(main: Watch, share: float) -> float | None:
-    left = main.remaining()
+def _allowance(watch: Watch, share: float) -> float | None:
+    left = watch.remaining()
     return None if left is None else max(left, 1.0) * share
 
 
@@ -141,151 +184,7 @@ def over(watch: Watch) -> bool:
     return left is not None and left <= 0
 
 
-def _leaving(main: Watch, late: Sequence[Job]) -> Watch:
-    """The budget of the iterating attacks: all that is left, but for what comes after them."""
+def _but_for(main: Watch, seconds: float) -> Watch:
+    """A budget that leaves so many seconds of another one."""
     left = main.remaining()
-    if left is None or not late:
-        return main
-    return Watch(max(left, 0.0) * (1 - LATE), parent=main)
-
-
-def unreached(
-    job: Job, why: str = "the budget ended before it began", *, wants: str = MORE_TIME
-) -> Run:
-    """The entry of a job whose turn did not come: its outcome is open, and ``wants`` would tell."""
-    return not_run(
-        replace(job.setting, targets=(job.target,)),
-        job.attack,
-        Start(job.letter, Outlook("unknown", why), "refused", wants),
-    )
-
-
-def would_not_fit(job: Job, least: float, left: float) -> Run:
-    """The entry of a job that was not begun, because a try of it takes longer than there is."""
-    why = (
-        f"not tried: would not fit; {job.attack.fewest} iterations take about {least:.0f} s here, "
-        f"and its share of the budget is {max(left, 0.0):.0f} s"
-    )
-    return unreached(job, why)
-
-
-def _key(job: Job) -> Key:
-    return job.setting.name, job.attack.key
-
-
-def _spend_on_schedules(
-    jobs: Sequence[Job],
-    plan: Plan,
-    main: Watch,
-    out: Path | None,
-    listener: Listener,
-    stop: Watch,
-) -> Iterator[Run]:
-    groups: dict[Key, list[Job]] = {}
-    for job in jobs:
-        groups.setdefault(_key(job), []).append(job)
-    paces: dict[Key, Timed] = {}
-    for key, (first, *_) in groups.items():
-        if stop.stopped:
-            return
-        listener.run(f"{first.setting.name}: {first.attack.key}, timing", 0.0)
-        paces[key] = timed(first, plan, stop=main)
-    left = max(main.remaining() or 0.0, 0.0)
-    least = {key: paces[key].least for key in groups}
-    begun = fitting([(key, least[key]) for key in map(_key, jobs)], TRIES * left)
-    for job in jobs:
-        if _key(job) not in begun:
-            yield would_not_fit(job, least[_key(job)], TRIES * left / len(jobs))
-    jobs = [job for job in jobs if _key(job) in begun]
-    ready = _rehearsed(jobs, paces, plan, main, listener, stop)
-    yield from _run_in_order(jobs, ready, least, plan, main, out, listener, stop)
-
-
-def fitting(tries: Sequence[tuple[Key, float]], seconds: float) -> frozenset[Key]:
-    """Which attacks are begun: all but the most expensive, until the tries of the others fit.
-
-    Args:
-        tries: Seconds of a bare try, for every job.
-        seconds: What they may take together.
-    """
-    kept = list(tries)
-    while kept and sum(cost for _, cost in kept) > seconds:
-        dearest = max(kept, key=lambda one: one[1])[0]
-        kept = [one for one in kept if one[0] != dearest]
-    return frozenset(key for key, _ in kept)
-
-
-def _rehearsed(
-    jobs: Sequence[Job],
-    paces: Mapping[Key, Timed],
-    plan: Plan,
-    main: Watch,
-    listener: Listener,
-    stop: Watch,
-) -> dict[Key, Readied]:
-    """Every attack with the variant that did best, as far as rehearsals fit."""
-    first = {_key(job): job for job in reversed(jobs)}
-    free = (main.remaining() or 0.0) - sum(paces[_key(job)].least for job in jobs)
-    share = REHEARSED if plan.rehearsal else 0.0
-    closing = time.perf_counter() + share * free
-    costs = {key: rehearsal_cost(job.attack) for key, job in first.items()}
-    ready: dict[Key, Readied] = {}
-    # Where there is most to choose, first: what comes too late runs without a rehearsal.
-    unspent = sum(costs.values())
-    for key in sorted(first, key=lambda key: -costs[key]):
-        if stop.stopped:
-            return {}
-        job, at = first[key], paces[key]
-        seconds = max(closing - time.perf_counter(), 0.0) * costs[key] / unspent
-        unspent -= costs[key]
-        allowance = at.least + max(free, 0.0) * (1 - share) / len(jobs)
-        listener.run(f"{job.setting.name}: {job.attack.key}, rehearsal", 0.0)
-        made = readied(at, job, plan, seconds=seconds, allowance=allowance, stop=main)
-        if made.rehearsal is None and plan.rehearsal:
-            made = carried_over(made, ready.values(), made.reason)
-        ready[key] = made
-    return ready
-
-
-def _run_in_order(
-    jobs: Sequence[Job],
-    ready: Mapping[Key, Readied],
-    least: Mapping[Key, float],
-    plan: Plan,
-    main: Watch,
-    out: Path | None,
-    listener: Listener,
-    stop: Watch,
-) -> Iterator[Run]:
-    """The runs, what rehearsed best first; each is sure of a try, however many come before it."""
-    if not ready:
-        return
-    gains = [_gain(ready[_key(job)]) for job in jobs]
-    best = max((gain for gain in gains if gain is not None), default=0.0)
-    known = [best / 4 if gain is None else gain for gain in gains]
-    order = sorted(range(len(jobs)), key=lambda index: -known[index])
-    slower = 1.0
-    for position, index in enumerate(order):
-        if stop.stopped:
-            return
-        job, at = jobs[index], ready[_key(jobs[index])]
-        own = slower * least[_key(job)]
-        others = slower * sum(least[_key(jobs[i])] for i in order[position + 1 :])
-        left = main.remaining() or 0.0
-        if left < own or left <= 0:
-            yield would_not_fit(job, own, left)
-            continue
-        share = shares([known[i] for i in order[position:]])[0]
-        allowance = own + max(left - own - others, 0.0) * share
-        attack = labelled(at.lasting(allowance, slower=slower), at, job, plan)
-        made = replace(job, attack=attack, preset=job.attack, rehearsal=at.told())
-        run = run_job(made, plan, SLACK * allowance, out, listener, main)
-        if at.pace is not None and run.tried:
-            steps = int(run.notes.get("iterations_made", attack.length or 1))
-            ratio = run.seconds / at.pace.seconds(steps)
-            slower = (slower + min(max(ratio, 1.0), SLOWEST)) / 2
-        yield run
-
-
-def _gain(at: Readied) -> float | None:
-    return None if at.rehearsal is None else at.rehearsal.gain
+    return main if left is None else Watch(max(left - seconds, 0.0), parent=main)

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from leakatlas.attacks.api import ActiveAttack, Attack, cache_folder
+from leakatlas.attacks.api import ActiveAttack, Attack, Outlook, cache_folder
 from leakatlas.audit import control, kept, process
 from leakatlas.audit.listener import Listener
 from leakatlas.audit.plan import Plan, Setting
 from leakatlas.audit.start import Start
 from leakatlas.bench import harness
-from leakatlas.blocks.watch import Conduct, Watch
+from leakatlas.blocks.watch import MORE_TIME, Conduct, Watch
 from leakatlas.errors import (
     InvalidInput,
     InvalidParameter,
@@ -76,6 +76,13 @@ def finished(job: Job, plan: Plan, out: Path | None) -> Run | None:
     """The run of a job that was finished before, if it was kept."""
     place = kept_as(job, plan, out)
     return None if place is None else kept.load(place, plan.seconds)
+
+
+def forget(job: Job, plan: Plan, out: Path | None) -> None:
+    """Do not take the kept run of a job for its last word."""
+    place = kept_as(job, plan, out)
+    if place is not None:
+        kept.forget(place)
 
 
 def run_job(
@@ -240,3 +247,23 @@ def not_run(setting: Setting, attack: Attack, start: Start) -> Run:
         wants=start.wants,
         trace=start.trace,
     )
+
+
+def unreached(
+    job: Job, why: str = "the budget ended before it began", *, wants: str = MORE_TIME
+) -> Run:
+    """The entry of a job whose turn did not come: its outcome is open, and ``wants`` would tell."""
+    return not_run(
+        replace(job.setting, targets=(job.target,)),
+        job.attack,
+        Start(job.letter, Outlook("unknown", why), "refused", wants),
+    )
+
+
+def would_not_fit(job: Job, least: float, left: float) -> Run:
+    """The entry of a job that was not begun, because a try of it takes longer than there is."""
+    why = (
+        f"not tried: would not fit; {job.attack.fewest} iterations take about {least:.1f} s here, "
+        f"and {max(left, 0.0):.1f} s of the budget are left for it"
+    )
+    return unreached(job, why)

@@ -146,6 +146,12 @@ def save(stem: Path, run: Run, budget: float | None) -> None:
     sealed.write_whole(stem.with_suffix(".json"), text.encode())
 
 
+def forget(stem: Path) -> None:
+    """Let go of a run, which is made again."""
+    for suffix in (".json", ".safetensors"):
+        stem.with_suffix(suffix).unlink(missing_ok=True)
+
+
 def load(stem: Path, budget: float | None) -> Run | None:
     """A run that was tried to its end under the same budget, or None.
 

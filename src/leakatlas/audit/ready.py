@@ -53,9 +53,13 @@ class Timed:
     @property
     def least(self) -> float:
         """Seconds below which a run is no try; 0 where nothing is known."""
+        return self.lasting(1)
+
+    def lasting(self, tries: float) -> float:
+        """Seconds of a run as long as so many tries; 0 where nothing is known."""
         if self.pace is None:
             return 0.0
-        run = self.pace.seconds(min(self.attack.fewest, self.fixed or LONGEST))
+        run = self.pace.seconds(min(round(tries * self.attack.fewest), self.fixed or LONGEST))
         return run / FILL / control.part(self.attack)
 
 

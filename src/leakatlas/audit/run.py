@@ -19,7 +19,7 @@ from leakatlas.audit.bounds import require_feasible
 from leakatlas.audit.budget import Budget, Writer, other_side
 from leakatlas.audit.compare import compare
 from leakatlas.audit.diagnosis import examine
-from leakatlas.audit.effort import spend
+from leakatlas.audit.effort import once_more, spend
 from leakatlas.audit.formal import guarantees
 from leakatlas.audit.jobs import Job, not_run
 from leakatlas.audit.listener import Listener, Silent
@@ -122,8 +122,20 @@ def _carry_out(plan: Plan, out: Path | None, listener: Listener, stop: Watch) ->
         written.now_and_then(lambda: report((), unmade, complete=False))
     realism = other_sides(pairs, plan, runs, barred, budget.other_sides(stop), out, listener, stop)
     comparisons = compare(plan, runs, budget.comparisons(stop), out, listener, stop)
+    made = [(job, run) for job in jobs for run in runs if _of(job) == _place(run)]
+    for run in once_more(made, plan, budget.rest(stop), out, listener, stop):
+        runs[:] = [run if _place(run) == _place(old) else old for old in runs]
+        listener.done(run)
     whole = report(comparisons, realism, complete=not stop.stopped)
     return written.finally_(whole)
+
+
+def _of(job: Job) -> tuple[str, str, int]:
+    return job.setting.name, job.attack.key, job.target
+
+
+def _place(run: Run) -> tuple[str, str, int]:
+    return run.setting, run.attack, run.target
 
 
 def _pooled(setting: Setting) -> bool:

@@ -18,11 +18,11 @@ from leakatlas.blocks.watch import FILL, Conduct, Watch
 from leakatlas.fl import View
 
 PROBE = 4
-"""Iterations that are timed, after two runs of one."""
+"""Iterations that are timed, after a run of one that loads what it needs."""
 
-SLOW = 0.5
-"""Seconds of a run of one iteration from which no longer one is timed: what it sets up matters
-little."""
+SLOW = 1.0
+"""Seconds that an attack itself spends on one iteration from which no longer run is timed: what it
+sets up matters little."""
 
 LONGEST = 4_800
 """Iterations beyond which more time does not lengthen a schedule: the published length of most."""
@@ -59,6 +59,16 @@ class Pace:
         return Pace(factor * self.overhead, factor * self.iteration)
 
 
+def together(paces: Sequence[Pace], seconds: float) -> int:
+    """The length at which runs of these paces fit into an allowance together, all equally long.
+
+    >>> together([Pace(1.0, 0.1), Pace(0.0, 0.3)], 50.0)
+    103
+    """
+    overhead = sum(pace.overhead for pace in paces)
+    return Pace(overhead, sum(pace.iteration for pace in paces)).fits(seconds)
+
+
 def pace(
     attack: Attack, view: View, *, watch: Watch, seed: int = 0, run: Attacker = here
 ) -> Pace | None:
@@ -72,23 +82,20 @@ def pace(
     if attack.length is None:
         return None
 
-    def timed(iterations: int) -> tuple[float, int]:
+    def timed(iterations: int) -> tuple[float, float, int]:
         probe = attack.lasting(iterations)
         quiet = Watch(parent=watch, conduct=Conduct(execution="eager"))
         begun = time.perf_counter()
-        run(probe, view, seed, quiet)
-        return time.perf_counter() - begun, probe.length or 1
+        found = run(probe, view, seed, quiet)
+        return time.perf_counter() - begun, found.seconds, probe.length or 1
 
-    first, _ = timed(1)
-    one, fewer = timed(1)  # once more, now that all it needs is loaded
-    one = min(first, one)
-    found = Pace(0.0, one / fewer)
-    if one < SLOW:
-        several, more = timed(PROBE)
-        each = max((several - one) / max(more - fewer, 1), several / more / 10)
-        found = Pace(max(several - more * each, 0.0), each)
+    whole, own, made = timed(1)
+    if own >= SLOW:  # perhaps only this once
+        whole, own, made = timed(1)
+    if own < SLOW:
+        whole, own, made = timed(PROBE)
     view.forget_reads()
-    return Pace(found.overhead, max(found.iteration, 1e-6))
+    return Pace(max(whole - own, 0.0), max(own / made, 1e-6))
 
 
 def shares(gains: Sequence[float], least: float = 0.05) -> list[float]:
@@ -107,3 +114,67 @@ def shares(gains: Sequence[float], least: float = 0.05) -> list[float]:
     best = max([*gains, 0.0])
     weights = [max(least, gain / best if best > 0 else 1.0) for gain in gains]
     return [weight / sum(weights) for weight in weights]
+
+
+Key = tuple[str, str]
+"""A setting and an attack: jobs that differ in their target alone share what is measured."""
+
+
+@dataclass(frozen=True)
+class Try:
+    """What one job of an attack that iterates costs here.
+
+    Args:
+        key: Its setting and attack.
+        least: Seconds of a bare try.
+        decent: Seconds of a run that a strong attack is sure of.
+        leads: Whether it is the most promising of its setting, or stands for a letter alone.
+    """
+
+    key: Key
+    least: float
+    decent: float
+    leads: bool = False
+
+
+def reserved(tries: Sequence[Try], seconds: float) -> dict[Key, float]:
+    """Seconds that each job of an attack is sure of; attacks without an entry are put off.
+
+    First those that lead have a decent run, then the others their bare tries, the cheapest first.
+    Where not even the leads fit so, their runs shrink towards bare tries, fewer iterations rather
+    than none; where those do not fit either, the dearest are put off.
+
+    Args:
+        tries: One a job.
+        seconds: What all may take together.
+
+    >>> first, second = Try(("s", "first"), 1.0, 5.0, True), Try(("t", "first"), 4.0, 20.0, True)
+    >>> tries = [first, second, Try(("s", "other"), 2.0, 9.0)]
+    >>> reserved(tries, 40.0)
+    {('s', 'first'): 5.0, ('t', 'first'): 20.0, ('s', 'other'): 2.0}
+    >>> reserved(tries, 26.0)
+    {('s', 'first'): 5.0, ('t', 'first'): 20.0}
+    >>> reserved(tries, 15.0)
+    {('s', 'first'): 3.0, ('t', 'first'): 12.0}
+    >>> reserved(tries, 3.5)
+    {('s', 'first'): 3.5}
+    """
+    leading = [one for one in tries if one.leads]
+    while leading and sum(one.least for one in leading) > seconds:
+        dearest = max(leading, key=lambda one: one.least).key
+        leading = [one for one in leading if one.key != dearest]
+    least = sum(one.least for one in leading)
+    more = sum(one.decent - one.least for one in leading)
+    part = min(1.0, (seconds - least) / more) if more > 0 else 1.0
+    sure = {one.key: one.least + part * (one.decent - one.least) for one in leading}
+    left = seconds - sum(sure[one.key] for one in leading)
+    others: dict[Key, list[Try]] = {}
+    for one in tries:
+        if not one.leads:
+            others.setdefault(one.key, []).append(one)
+    for key, jobs in sorted(others.items(), key=lambda item: sum(one.least for one in item[1])):
+        cost = sum(one.least for one in jobs)
+        if cost <= left:
+            sure[key] = jobs[0].least
+            left -= cost
+    return sure
