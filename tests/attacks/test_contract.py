@@ -306,6 +306,35 @@ def test_what_it_sends_is_data_and_a_file_brings_it_to_the_clients(
 # -- knowledge -----------------------------------------------------------------------------------
 
 
+COMPUTED = [
+    key
+    for key in TABLED
+    if {"knowledge", "grants"} & vars(registry.load_attack(key)).keys()
+    and not issubclass(registry.load_attack(key), ActiveAttack)
+]
+
+
+@pytest.mark.parametrize("key", COMPUTED)
+def test_every_preset_gets_by_with_the_knowledge_that_its_parameters_ask_for(key: str) -> None:
+    """Where options change the needs: all else is taken from the view, and it still runs."""
+    cls = registry.load_attack(key)
+    small = {n: v for n, v in CASES[key].parameters.items() if type(v) in (int, float)}
+    for preset in {"published": cls(), "tuned": cls.tuned(), **cls.variants()}.values():
+        attack = cls.from_json({**preset.to_json(), **small})
+        stage = build_stage(
+            letter=catalogue.attack(key).threat_model,
+            grants=attack.grants(),
+            public=surrogate(int(CASES[key].scene.get("size", 8))),
+            **CASES[key].scene,
+        )
+        view, _ = harness.observe(stage, attack)
+        for name, (knowledge, grant) in SOURCES.items():
+            if not knowledge & attack.knowledge() and grant not in attack.grants():
+                view = view.without(name)
+        if attack.outlook(view).verdict != "hopeless":
+            assert attack(view, seed=SEED).status in ("complete", "failed")
+
+
 @pytest.mark.parametrize("key", TABLED)
 def test_a_field_that_is_taken_away_is_missed_or_not_used(key: str) -> None:
     played = _play(key)
