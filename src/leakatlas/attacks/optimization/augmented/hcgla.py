@@ -96,6 +96,7 @@ class HCGLA(Attack):
     """
 
     replays: ClassVar[bool] = True
+    draws_on_prior: ClassVar[bool] = True
     fewest: ClassVar[int] = 4  # each evaluates some twenty times
 
     steps: PositiveInt = 42

@@ -80,6 +80,7 @@ class ROG(Attack):
     """
 
     version: ClassVar[int] = 2
+    draws_on_prior: ClassVar[bool] = True
 
     steps: PositiveInt = 100
     lr: Positive = 0.05

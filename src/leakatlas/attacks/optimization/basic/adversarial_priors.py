@@ -73,6 +73,7 @@ class AdversarialPriors(Attack):
     """
 
     replays: ClassVar[bool] = True
+    draws_on_prior: ClassVar[bool] = True
 
     steps: PositiveInt = 2_000
     lr: Positive = 0.1
