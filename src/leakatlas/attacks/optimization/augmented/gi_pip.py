@@ -25,7 +25,10 @@ Departures:
     - The release carries an option for signed slopes and never takes signs; neither does this.
     - Its victims come from the data that its autoencoders saw; here no victim is public.
     - The iterate of least matching distance is returned, not the last one.
-    - :meth:`GIPIP.tuned` is ours; see there.
+    - :meth:`GIPIP.tuned` is ours. The weight of the score (0 to 100, with total variation at 0.1 and
+      0.01) was searched on two batches of four CIFAR-10 training images of which a twentieth of
+      the update was left: a strong prior on neighbours alone did best, and beside it every weight
+      from 1 on took something away; under a weak one the score gave 0.3 dB. It is kept small.
 
 Released code: ``D1aoBoomm/GI-PIP``, ``inversefed/metrics.py``,
 ``inversefed/reconstruction_algorithms.py``, ``inversefed/AE_model/models/ae_cifar10.py``.
@@ -99,18 +102,18 @@ class GIPIP(Attack):
     def tuned(cls) -> Self:
         """Our setting for some hundred iterations on small images."""
         return cls(
-            steps=400, lr=0.3, schedule="cosine", tv_weight=0.1, score_weight=1.0, per_image=True,
+            steps=400, lr=0.3, schedule="cosine", tv_weight=0.1, score_weight=0.1, per_image=True,
             epochs=30,
         )  # fmt: skip
 
     @classmethod
     def variants(cls) -> Mapping[str, Self]:
-        """Ours, with a heavier score, with a lighter prior on neighbours, and the published one."""
+        """Ours, with the score in place of most of the prior on neighbours, and the published one."""
         tuned = cls.tuned()
         return {
             "tuned": tuned,
-            "score 10": replace(tuned, score_weight=10.0),
-            "tv 0.01": replace(tuned, tv_weight=0.01),
+            "score 10, tv 0.01": replace(tuned, score_weight=10.0, tv_weight=0.01),
+            "tv 0.3": replace(tuned, tv_weight=0.3),
             "published": cls(),
         }
 

@@ -30,7 +30,7 @@ Departures:
     - ``tensors="head"`` matches the head's weight alone, as the release does on ResNet-18.
     - Dead units of a network are zeros as well, and are masked with what was withheld.
     - Of the iterates after the last filtering the one of least distance is returned.
-    - :meth:`HCGLA.tuned` is ours; see there.
+    - :meth:`HCGLA.tuned`: a line search, and lengths that fit minutes; tuned on no image.
 
 Published PSNR values are 48.13 dB too high (a peak of 255 for images in [0, 1]).
 
