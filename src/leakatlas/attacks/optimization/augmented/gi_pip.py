@@ -25,8 +25,8 @@ Departures:
     - The release carries an option for signed slopes and never takes signs; neither does this.
     - Its victims come from the data that its autoencoders saw; here no victim is public.
     - The iterate of least matching distance is returned, not the last one.
-    - :meth:`GIPIP.tuned` is ours. The weight of the score (0 to 100, with total variation at 0.1 and
-      0.01) was searched on two batches of four CIFAR-10 training images of which a twentieth of
+    - :meth:`GIPIP.tuned` is ours. The weight of the score (0 to 100, under total variation of 0.1
+      and 0.01) was searched on two batches of four CIFAR-10 training images of which a twentieth of
       the update was left: a strong prior on neighbours alone did best, and beside it every weight
       from 1 on took something away; under a weak one the score gave 0.3 dB. It is kept small.
 
@@ -108,7 +108,7 @@ class GIPIP(Attack):
 
     @classmethod
     def variants(cls) -> Mapping[str, Self]:
-        """Ours, with the score in place of most of the prior on neighbours, and the published one."""
+        """Ours, with the score in place of most of the variation, and the published one."""
         tuned = cls.tuned()
         return {
             "tuned": tuned,

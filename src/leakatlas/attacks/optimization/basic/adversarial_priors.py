@@ -26,8 +26,8 @@ Departures (ours):
       different batches cannot be compared.
     - The iterate of least *gradient* distance is returned. How near it is to the nearest prior
       image is noted (``psnr_to_prior``): a copy of one's own image is no reconstruction.
-    - :meth:`AdversarialPriors.tuned`: weights of style (0 to 10) and features (0 to 1) were searched
-      on four CIFAR-10 training images of which a twentieth of the update was left.
+    - :meth:`AdversarialPriors.tuned`: weights of style (0 to 10) and features (0 to 1) were
+      searched on four CIFAR-10 training images of which a twentieth of the update was left.
 
 There is no code.
 """
