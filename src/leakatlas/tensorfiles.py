@@ -154,6 +154,8 @@ def count_non_finite(tensor: Tensor) -> int:
         return 0
     if tensor.element_size() == 1:
         tensor = tensor.to(torch.float32)
+    if torch.isfinite(tensor.sum()):  # several times faster, and most often all there is to do
+        return 0
     return int((~torch.isfinite(tensor)).sum())
 
 

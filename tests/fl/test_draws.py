@@ -138,3 +138,43 @@ def test_the_masks_settle_the_replay_and_are_hidden_without_the_grant(
     first, second = (view.replay(x, view.labels) for _ in range(2))
     assert all(torch.equal(first[n], second[n]) for n in first)
     assert relative_error(first, view.update.tensors) > 1e-2
+
+
+class Looking(nn.Module):
+    """Decides by what it sees, and draws beside a tensor of its own."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.fc, self.p = nn.Linear(12, 3), p
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.flatten(1) + torch.zeros(12, dtype=x.dtype)
+        if float(h.mean()) > 0:
+            h = F.dropout(h, self.p, self.training)
+        out: Tensor = self.fc(h)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("model", "drawn"),
+    [
+        (_model(), True),
+        (_model().eval(), False),
+        (nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2)), False),
+        (nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.1), nn.Flatten()), True),
+        (nn.Sequential(nn.Flatten(), nn.Dropout(0.0)), False),
+        (Looking(0.5), True),
+        (Looking(0.0), False),
+    ],
+)
+def test_whether_anything_is_drawn_is_known_without_running_it(
+    model: nn.Module, drawn: bool
+) -> None:
+    before = {n: t.clone() for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    x = torch.rand(2, 3, 2, 2, dtype=next(iter(before.values()), torch.ones(1)).dtype) + 0.1
+    state = torch.get_rng_state()
+    assert draws.draws_anything(model, x) is drawn
+    assert bool(draws.draws_of(model, x)) is drawn
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert torch.equal(tensor, before[name])

@@ -304,9 +304,12 @@ class Attack(Configured, ABC):
     @final
     def missing(self, view: View) -> Knowledge:
         """The knowledge that this attack needs and ``view`` does not hold."""
-        held = view.knowledge
-        if Grant.PIXEL_RANGE in view.grants:
-            held |= Knowledge.BASIC
+        return self.lacks(view.knowledge, view.grants)
+
+    @final
+    def lacks(self, knowledge: Knowledge, grants: frozenset[Grant]) -> Knowledge:
+        """The knowledge that this attack needs besides what an adversary holds."""
+        held = knowledge | (Knowledge.BASIC if Grant.PIXEL_RANGE in grants else Knowledge(0))
         return self.knowledge() & ~held
 
     @final

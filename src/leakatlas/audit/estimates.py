@@ -16,7 +16,7 @@ from leakatlas.audit.described import (
     with_protocol,
 )
 from leakatlas.fl import FedAVG
-from leakatlas.fl.draws import draws_of
+from leakatlas.fl.draws import draws_anything
 from leakatlas.fl.state import trained
 
 
@@ -102,7 +102,7 @@ def dropout(d: Described, draws: int = 6) -> str:
     if d.protocol.mode != "train":
         return ""
     d.model.train()
-    if not draws_of(d.model, d.x[:2]):
+    if not draws_anything(d.model, d.x[:2]):
         return ""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)

@@ -126,7 +126,7 @@ def draws_in_training(setting: Setting) -> bool:
     """Whether the model's forward pass draws (dropout, stochastic depth) in train mode."""
     x = example_input(setting.model, setting.victims.images.shape[1:])
     with in_mode(setting.model, train=True):
-        return bool(draws.draws_of(setting.model, x.repeat(2, 1, 1, 1)))
+        return draws.draws_anything(setting.model, x.repeat(2, 1, 1, 1))
 
 
 def record_of(setting: Setting) -> dict[str, Any]:

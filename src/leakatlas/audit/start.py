@@ -12,6 +12,7 @@ from leakatlas.errors import InvalidParameter, LeakAtlasError, NotGranted
 from leakatlas.fl import RoundRecord, Stage, unrolled
 from leakatlas.fl.capture import Replayed
 from leakatlas.report import Status
+from leakatlas.threat import threat_model
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,16 @@ def can_start(
     if isinstance(attack, ActiveAttack) and isinstance(stage.federation, Replayed):
         over = "the captured round is over: nothing can be sent to its client any more"
         return Start("", Outlook("hopeless", over), "not applicable")
-    refusals: list[tuple[int, Start]] = []
+    refusals: list[Start] = []
     ruled_out: Start | None = None
-    for letter in letters:
+
+    def lack(letter: str) -> int:
+        held = threat_model(letter).knowledge
+        return len(attack.lacks(held, stage.scenario.grants).names())
+
+    # A view of a large model takes seconds: none is made for letters that hold too little, unless
+    # all do. The one that lacks least gives the most useful reason.
+    for letter in [one for one in letters if not lack(one)] or [min(letters, key=lack)]:
         seen = copy.copy(stage)
         seen.scenario = replace(stage.scenario, letter=letter)
         records = [] if isinstance(attack, ActiveAttack) or record is None else [record]
@@ -75,7 +83,7 @@ def can_start(
             if ungranted and not missing:
                 wants = f"give the grant {', '.join(sorted(ungranted))}"
                 return Start(letter, outlook, "refused", wants)
-            refusals.append((len(missing.names()), Start("", outlook, "refused")))
+            refusals.append(Start("", outlook, "refused"))
             continue
         except InvalidParameter as problem:  # this machine lacks the memory
             outlook = Outlook("hopeless", str(problem))
@@ -89,5 +97,4 @@ def can_start(
         if outlook.verdict != "hopeless":
             return Start(letter, outlook)
         ruled_out = ruled_out or Start(letter, outlook, "not applicable")
-    # The letter that lacks least gives the most useful reason.
-    return ruled_out or min(refusals, key=lambda refusal: refusal[0])[1]
+    return ruled_out or refusals[0]

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -268,6 +269,26 @@ def draws_of(model: nn.Module, x: Tensor) -> Draws:
     mode = _Recording()
     _pass(model, x, mode)
     return tuple(mode.found)
+
+
+def draws_anything(model: nn.Module, x: Tensor) -> bool:
+    """Whether a forward pass in the model's present mode draws anything.
+
+    Asked without arithmetic, of tensors that have shapes and no values; a network that looks at its
+    values, or brings tensors of its own, is run instead.
+
+    Args:
+        model: Left as it was.
+        x: Any inputs of the right shape.
+    """
+    mode = _Recording()
+    state = {n: t.to("meta") for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), mode:
+            functional_call(model, state, (x.to("meta"),))
+    except (RuntimeError, TypeError, ValueError):
+        return bool(draws_of(model, x))
+    return bool(mode.found)
 
 
 def places(model: nn.Module, x: Tensor) -> tuple[Place, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -363,8 +364,7 @@ class Stage:
 
         Private parameters hold their public initial values, which are not any client's.
         """
-        model = state.load_into(self.federation.model, state.model_state(self.federation.model))
-        return model.train(self.scenario.protocol.mode == "train")
+        return copy.deepcopy(self.federation.model).train(self.scenario.protocol.mode == "train")
 
     def _visible_examples(self, records: Sequence[RoundRecord], target: int) -> int:
         if records and self.scenario.vantage in (Vantage.AGGREGATE, Vantage.PEER):

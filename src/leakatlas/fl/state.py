@@ -63,7 +63,7 @@ def load_into(model: nn.Module, state: Tensors) -> nn.Module:
         InvalidInput: If a name or shape does not fit the architecture.
     """
     clone = copy.deepcopy(model)
-    own = model_state(model)
+    own = held(model)
     for name in sorted({*own, *state}):
         got = tuple(state[name].shape) if name in state else "nothing"
         expected = tuple(own[name].shape) if name in own else "nothing"

@@ -7,6 +7,7 @@ The loss goes with the architecture, as it does wherever a model is handed out t
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -141,8 +142,8 @@ class View(Granted):
             UnsupportedModel: If that round's architecture was another one.
         """
         if not self.rounds:
-            return state.load_into(self._architecture, state.model_state(self._architecture))
-        own = state.model_state(self._architecture)
+            return copy.deepcopy(self._architecture)
+        own = state.held(self._architecture)
         received = self.rounds[round].state
         if not received.keys() <= own.keys():
             extra = sorted(received.keys() - own.keys())[0]
@@ -238,7 +239,7 @@ class View(Granted):
             return self.dropout_masks
         like = next(model.parameters())
         probe = torch.zeros(2, *self.input_shape, dtype=like.dtype, device=like.device)
-        return "mean" if draws.draws_of(model, probe) else "new"
+        return "mean" if draws.draws_anything(model, probe) else "new"
 
     def replay(
         self, x: Tensor, y: Tensor, *, round: int = -1, adaptive: bool = True
