@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from leakatlas.attacks.analytic.sparsification.robbing_the_fed import RobbingTheFed
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
-from leakatlas.bench import harness, task
+from leakatlas.bench import harness, machine, task
 from leakatlas.bench.spawned import Spawned
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import Box
@@ -137,6 +137,18 @@ def test_an_attack_that_goes_down_is_named_and_the_next_one_runs(
     with pytest.raises(AttackCrashed, match=words):
         harness.run_trial(build_stage(), Villain(deed=deed), adversary=other)
     assert harness.run_trial(build_stage(), Villain(), adversary=other).found.status == "complete"
+
+
+@pytest.mark.skipif(not machine.MEMORY.is_file(), reason="this system does not tell its memory")
+def test_without_a_limit_an_attack_takes_what_is_there_and_is_ended_first() -> None:
+    with Spawned() as adversary:
+        harness.run_trial(build_stage(), Villain(), adversary=adversary)
+        assert adversary._child is not None
+        told = Path(f"/proc/{adversary._child.pid}")
+        limits = (told / "limits").read_text(encoding="ascii").splitlines()
+        allowed = next(line.split()[3] for line in limits if line.startswith("Max data size"))
+        assert 2**28 < int(allowed) < 2 * machine.facts()["memory_gib"] * 2**30
+        assert int((told / "oom_score_adj").read_text(encoding="ascii")) == 1000
 
 
 def test_an_attack_that_keeps_no_budget_is_killed(other: Spawned) -> None:

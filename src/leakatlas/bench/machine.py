@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import torch
 
 import leakatlas
+from leakatlas import limits
 
 STATUS = Path("/proc/self/status")
+MEMORY = Path("/proc/meminfo")
 
 
 def facts(device: str = "cpu") -> dict[str, Any]:
@@ -83,11 +86,29 @@ def data_memory() -> float | None:
     return _of_status("VmData")
 
 
+def available_memory() -> float | None:
+    """Memory that a process could take now without the system swapping, in GiB."""
+    kib = _of("MemAvailable", MEMORY)
+    return None if kib is None else min(kib * 1024, limits.memory()) / 2**30
+
+
+def end_first() -> None:
+    """Where memory ends all the same, this process is the one that the system ends."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
+
+
 def _of_status(name: str) -> float | None:
+    kib = _of(name, STATUS)
+    return None if kib is None else kib / 1024
+
+
+def _of(name: str, file: Path) -> int | None:
+    """A size in KiB that the system tells by name."""
     try:
-        lines = STATUS.read_text(encoding="ascii").splitlines()
+        lines = file.read_text(encoding="ascii").splitlines()
     except OSError:
         return None
     sizes = (line.split()[1] for line in lines if line.startswith(f"{name}:"))
     size = next(sizes, None)
-    return None if size is None else int(size) / 1024
+    return None if size is None else int(size)

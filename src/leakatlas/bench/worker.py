@@ -24,11 +24,13 @@ MIB = 2**20
 def main() -> None:
     """Answer until the harness is gone."""
     stop = Watch()
+    machine.end_first()
 
     def answer(message: Message, send: Callable[[Message], None]) -> Message:
         torch.set_num_threads(message["threads"])
         os.environ["LEAKATLAS_CACHE"] = message["cache"]
-        limit_memory(message["memory"])
+        given = message["memory"]
+        limit_memory(machine.available_memory() if given is None else given)
         machine.forget_peak()
         begun = time.process_time()
         found = task.perform(
