@@ -18,6 +18,7 @@ from leakatlas.audit.estimates import (
     dropout,
     learning_rate,
     looks_like,
+    moving,
     parameter_order,
     weight_decay,
 )
@@ -26,6 +27,9 @@ from leakatlas.data import Box
 from leakatlas.fl import Defense, Protocol, Trait, Update, state_hash
 from leakatlas.fl.draws import Draws
 from leakatlas.fl.state import buffers, load_into, model_state, parameters
+
+UNCHECKABLE = ("defense", "dropout", "augmentation", "moving buffers")
+"""What a replay cannot repeat: a residual that comes of it speaks against nothing."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class ReplayCheck:
     @property
     def expected(self) -> bool:
         """Whether nothing speaks against the description, as far as it can be checked."""
-        return self.consistent or self.culprit in ("defense", "dropout", "augmentation")
+        return self.consistent or self.culprit in UNCHECKABLE
 
 
 def check_replay(
@@ -170,6 +174,8 @@ def _known_beforehand(
         )
     if described.drawn is None and (words := dropout(described)):
         return "dropout", words
+    if words := moving(described):
+        return "moving buffers", words
     return None
 
 

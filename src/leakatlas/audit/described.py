@@ -131,11 +131,20 @@ def residual_of(described: Described) -> Residual:
 
 def tolerance_of(described: Described) -> float:
     """The largest residual that rounding explains."""
-    dtype = next(iter(described.update.tensors.values())).dtype
+    dtype = precision(described.update.tensors)
     protocol = described.protocol
     adam = isinstance(protocol, FedAVG) and protocol.optimizer == "adam"
     tolerance = TOLERANCE.get(dtype, 1e-3)
     return max(tolerance, ADAM_TOLERANCE) if adam and dtype != torch.float64 else tolerance
+
+
+def precision(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype whose rounding these values bear, which may be coarser than that they came in."""
+    dtype = next(iter(tensors.values())).dtype
+    for coarse in (torch.float16, torch.bfloat16):
+        if all(torch.equal(t.to(coarse).to(t.dtype), t) for t in tensors.values()):
+            return coarse
+    return dtype
 
 
 def attempted(changed: Described) -> Residual | None:

@@ -12,12 +12,16 @@ from leakatlas.audit.described import (
     Described,
     attempted,
     relative_residual,
+    residual_of,
     tolerance_of,
     with_protocol,
 )
 from leakatlas.fl import FedAVG
-from leakatlas.fl.draws import draws_anything
+from leakatlas.fl.draws import draws_anything, moving_buffers
 from leakatlas.fl.state import trained
+
+STILL = 0.05
+"""Largest residual that buffers held still are blamed for."""
 
 
 def learning_rate(d: Described) -> tuple[str, str] | None:
@@ -121,9 +125,35 @@ def dropout(d: Described, draws: int = 6) -> str:
     )
 
 
+def moving(d: Described) -> str:
+    """Whether forward passes move buffers that a replay of several steps holds still.
+
+    Returns:
+        The finding; empty if there are none, or they cannot be what is left over.
+    """
+    local_steps = d.protocol.steps(len(d.x) // d.clients)
+    if d.protocol.mode != "train" or local_steps == 1:
+        return ""
+    names = moving_buffers(d.model.train(), d.x[:2])
+    left = residual_of(d).plain
+    if not names or left > STILL:
+        return ""
+    return (
+        f"every forward pass in train mode moves {names[0]!r} (spectral normalisation does so), "
+        "and a replay of several steps holds it where the round began; what is left over, "
+        f"{left:.1%} of the update, may be that or a small mistake, and nothing closer can be said"
+    )
+
+
 def looks_like(d: Described) -> str:
     """What the part that nothing explains looks like."""
     sent, observed = d.send(), d.update.tensors
+    alone = [n for n, t in observed.items() if not sent[n].any() and t.any()]
+    if alone:
+        return (
+            f"The update moves {alone[0]!r}, on which the described loss does not depend: another "
+            "output of the model takes part in the client's loss"
+        )
     whole = torch.cat([t.reshape(-1) for t in observed.values()])
     zeros, expected = (
         float((torch.cat([t.reshape(-1) for t in group]) == 0).double().mean())

@@ -282,13 +282,22 @@ def draws_anything(model: nn.Module, x: Tensor) -> bool:
         x: Any inputs of the right shape.
     """
     mode = _Recording()
-    state = {n: t.to("meta") for n, t in [*model.named_parameters(), *model.named_buffers()]}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), mode:
-            functional_call(model, state, (x.to("meta"),))
-    except (RuntimeError, TypeError, ValueError):
+            without_values(model, x)
+    except NEEDS_VALUES:
         return bool(draws_of(model, x))
     return bool(mode.found)
+
+
+NEEDS_VALUES = (RuntimeError, TypeError, ValueError)
+"""What :func:`without_values` raises of a network that looks at its values."""
+
+
+def without_values(model: nn.Module, x: Tensor) -> Any:
+    """A forward pass on tensors that have shapes and no values: what it returns has none either."""
+    state = {n: t.to("meta") for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    return functional_call(model, state, (x.to("meta"),))
 
 
 def places(model: nn.Module, x: Tensor) -> tuple[Place, ...]:
@@ -304,6 +313,25 @@ def places(model: nn.Module, x: Tensor) -> tuple[Place, ...]:
     mode = _Surveying()
     _pass(model, x, mode)
     return tuple(mode.found)
+
+
+def moving_buffers(model: nn.Module, x: Tensor) -> list[str]:
+    """Buffers that a forward pass in the model's present mode moves, but for batch statistics.
+
+    Args:
+        model: Its buffers and the global random state are left as they were.
+        x: Any inputs of the right shape.
+    """
+    held = {name: b.detach().clone() for name, b in model.named_buffers()}
+    moved = list[str]()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        model(x)
+        for name, buffer in model.named_buffers():
+            if not torch.equal(buffer, held[name]):
+                moved.append(name)
+                buffer.copy_(held[name])
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    return [name for name in moved if not name.endswith(statistics)]
 
 
 def _pass(model: nn.Module, x: Tensor, mode: _Mode) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from leakatlas.errors import InvalidInput
+from leakatlas.fl import draws
 from leakatlas.models.structure import in_mode
 
 Selector = int | str
@@ -61,6 +62,7 @@ def take_in(
         notes.append(f"unwrapped {type(inner).__name__} from {wrapper}")
     if inner is not model:
         inner = _without_wrappers_hooks(copy.deepcopy(inner))
+    _require_copies(inner)
     if _lazy(inner):
         inner = _materialised(copy.deepcopy(inner), example)
         notes.append(
@@ -126,6 +128,22 @@ def outline(found: Any) -> str:
     return kind(found)
 
 
+def trained_output(model: nn.Module, x: Tensor) -> str | None:
+    """What a model returns in train mode, in words, if it is no tensor; None if it is one.
+
+    Args:
+        model: Left as it was.
+        x: ``(1, C, H, W)``; only its shape counts.
+    """
+    like = torch.zeros_like(x).repeat(2, 1, 1, 1)
+    with in_mode(model, train=True), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            found = draws.without_values(model, like)
+        except draws.NEEDS_VALUES:
+            found = copy.deepcopy(model)(like)
+    return None if isinstance(found, Tensor) else outline(found)
+
+
 def _words(output: Selector) -> str:
     return f"place {output}" if isinstance(output, int) else repr(output)
 
@@ -139,6 +157,24 @@ def _without_wrappers_hooks(model: nn.Module) -> nn.Module:
                 if (getattr(owner, "__module__", None) or "").startswith("opacus"):
                     del hooks[key]
     return model
+
+
+_OLD = ("torch.nn.utils.spectral_norm", "torch.nn.utils.weight_norm")
+"""Where torch's former parametrisations come from, by hooks that leave results in the module."""
+
+
+def _require_copies(model: nn.Module) -> None:
+    """Refuse what torch cannot copy, before anything runs."""
+    for name, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            kind = type(hook)
+            if kind.__module__ in _OLD:
+                made = kind.__module__.rpartition(".")[2]
+                raise InvalidInput(
+                    f"Layer {name!r} of {type(model).__name__} was made by torch.nn.utils.{made}, "
+                    "which keeps a result of autograd in the layer, so that no copy of the model "
+                    f"can be trained; make it by torch.nn.utils.parametrizations.{made}."
+                )
 
 
 def _lazy(model: nn.Module) -> bool:

@@ -5,6 +5,9 @@ among them), or of ``parameters()`` (a list of gradients), in full or without wh
 gradient; names that only count (``0``, ``1``, ...) are places in such a list. A mapping may carry
 the prefix of a wrapper (``module.``, ``_orig_mod.``, ``model.``). What is what follows from the
 number of arrays and their shapes; where these do not decide, the message says so.
+A counter (``num_batches_tracked``) may come as an array of one number, or of none:
+``torch.Tensor(array)`` makes an empty tensor of it, and the number is lost. Tied parameters stand
+once in the model and under each of their names in ``state_dict``.
 """
 
 from __future__ import annotations
@@ -50,6 +53,8 @@ def by_name(content: Arrays, model: nn.Module, what: str) -> Named:
         InvalidInput: If they do not fit; with what the model has and how to make them.
     """
     shapes = {n: tuple(t.shape) for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    tied = _tied(model)
+    shapes |= {name: shapes[first] for name, first in tied.items()}
     if isinstance(content, Mapping) and _numbered(content) and not set(content) & set(shapes):
         content = [content[str(place)] for place in range(len(content))]
     if isinstance(content, Mapping):
@@ -62,6 +67,9 @@ def by_name(content: Arrays, model: nn.Module, what: str) -> Named:
             "order of model.state_dict() or model.parameters()."
         )
     parameters = dict(model.named_parameters())
+    counters = {n for n, b in model.named_buffers() if not b.is_floating_point() and not b.dim()}
+    named = {n: _counter(v) if n in counters else v for n, v in named.items()}
+    named = _once(named, tied, shapes, what)
     tensors = {n: _tensor(v, n, shapes[n], what) for n, v in named.items() if v is not None}
     return Named(
         {n: tensors[n] for n in parameters if n in tensors},
@@ -72,6 +80,41 @@ def by_name(content: Arrays, model: nn.Module, what: str) -> Named:
 
 def _numbered(content: Mapping[str, Any]) -> bool:
     return bool(content) and set(content) == {str(place) for place in range(len(content))}
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Further names of tied parameters, each with the one that the model goes by."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in every if first[id(p)] != name}
+
+
+def _once(
+    named: Mapping[str, Any],
+    tied: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    what: str,
+) -> dict[str, Any]:
+    """Tied parameters under the one name that the model goes by."""
+    found = {name: value for name, value in named.items() if name not in tied}
+    for name, first in tied.items():
+        if named.get(name) is None:
+            continue
+        shape = shapes[name]
+        held = found.setdefault(first, named[name])
+        if not torch.equal(*(_tensor(v, name, shape, what) for v in (held, named[name]))):
+            raise InvalidInput(
+                f"The {what} differs at {name!r} and {first!r}, which are one parameter of this "
+                "model: another model, or another order."
+            )
+    return found
+
+
+def _counter(value: Any) -> Any:
+    """One number, in whatever shape it came; None where it was lost on the way."""
+    if value is None or tuple(np.shape(value)) == ():
+        return value
+    return None if 0 in np.shape(value) else np.asarray(value).reshape(-1)[0]
 
 
 def _from_mapping(
@@ -111,7 +154,9 @@ def _from_sequence(
     seen = [() if value is None else tuple(np.shape(value)) for value in content]
     for words, names in orders.items():
         if len(names) == len(seen) and all(
-            value is None or shape == shapes[name]
+            value is None
+            or shape == shapes[name]
+            or (name in integers and shapes[name] == () and shape in ((0,), (1,)))
             for value, shape, name in zip(content, seen, names, strict=True)
         ):
             return dict(zip(names, content, strict=True)), words

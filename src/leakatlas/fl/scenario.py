@@ -18,9 +18,9 @@ from leakatlas.errors import InvalidInput, InvalidParameter, shown
 from leakatlas.fl import state
 from leakatlas.fl.capture import Capture, Replayed
 from leakatlas.fl.hooks import Defense
-from leakatlas.fl.intake import outline, take_in
+from leakatlas.fl.intake import outline, take_in, trained_output
 from leakatlas.fl.losses import Loss
-from leakatlas.fl.protocol import FedSGD, Protocol
+from leakatlas.fl.protocol import FedSGD, Mode, Protocol
 from leakatlas.fl.rounds import Client, Federation, RoundRecord
 from leakatlas.fl.seeding import stream
 from leakatlas.fl.state import ModelRef
@@ -222,8 +222,9 @@ class Stage:
             for index, images in self.victims.items()
         }
         self.classes = _check_model(
-            model, next(iter(clients.values())).x[:1], first, scenario.protocol.loss
-        )
+            model, next(iter(clients.values())).x[:1], first,
+            scenario.protocol.loss, scenario.protocol.mode,
+        )  # fmt: skip
         self.federation = Federation(
             model, clients, scenario.protocol, scenario.defenses, seed=scenario.seed, box=box
         )
@@ -532,12 +533,13 @@ def _without(images: ImageSet, victims: Mapping[int, ImageSet]) -> ImageSet:
     )
 
 
-def _check_model(model: nn.Module, x: Tensor, images: ImageSet, loss: Loss) -> int:
+def _check_model(model: nn.Module, x: Tensor, images: ImageSet, loss: Loss, mode: Mode) -> int:
     """Number of outputs K, after one forward pass that must work and give ``(1, K)``."""
     try:
         with in_mode(model, train=False), torch.no_grad(), torch.random.fork_rng(devices=[]):
             # Zeros: a module that remembers its last input would carry a victim into the view.
             logits = model(torch.zeros_like(x))
+        told = trained_output(model, x) if mode == "train" else None
     except (RuntimeError, TypeError, ValueError) as problem:
         raise InvalidInput(
             f"{type(model).__name__} cannot read inputs of shape {tuple(x.shape)}: "
@@ -554,6 +556,12 @@ def _check_model(model: nn.Module, x: Tensor, images: ImageSet, loss: Loss) -> i
         raise InvalidInput(
             f"{type(model).__name__} must return class logits (N, K); for one input it gave "
             f"{outline(logits)}.{way}"
+        )
+    if told is not None:
+        raise InvalidInput(
+            f"{type(model).__name__} returns class logits in eval mode and, in train mode, {told}: "
+            "name the part that holds the logits, output= (output: in the YAML's model). A loss on "
+            "the others is not replayed."
         )
     classes = int(logits.shape[1])
     targets = images.labels
