@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from leakatlas.blocks.watch import Watch
 from leakatlas.errors import InvalidParameter
 from leakatlas.models import Card, Generator
 
@@ -159,6 +160,7 @@ def inversion_psnr(
     *,
     steps: int = 300,
     lr: float = 0.05,
+    watch: Watch | None = None,
 ) -> float:
     """Mean PSNR in dB of the best latents that Adam finds from 0 with the images in sight.
 
@@ -168,6 +170,7 @@ def inversion_psnr(
         labels: Of a conditional prior.
         steps: Steps of Adam.
         lr: Its step size.
+        watch: Ends the search early; the figure is then of the latents so far.
     """
     x = fit_pixels(pixels, prior.shape)
     decode = prior.at(x).decoder(labels)
@@ -175,6 +178,8 @@ def inversion_psnr(
     optimizer = torch.optim.Adam([z], lr=lr)
     with torch.enable_grad():
         for _ in range(steps):
+            if watch is not None and watch.stopped:
+                break
             optimizer.zero_grad()
             torch.autograd.backward((decode(z) - x).square().flatten(1).mean(1).sum())
             optimizer.step()

@@ -87,7 +87,7 @@ def train(
         command: What makes it again, for the card.
         watch: Budget and progress.
         checkpoint: A file to go on from, and to leave behind if stopped.
-        measure: Whether the held-out figures are computed.
+        measure: Whether the held-out figures are computed, if time is left.
 
     Raises:
         InvalidInput: If there are too few images, or labels are missing.
@@ -139,20 +139,20 @@ def train(
     )
     seen = fingerprints(images[:kept], shape).unique()
     prior = wrapped(network, card, seen)
-    if measure:
-        figures = _figures(prior, images[kept:], labels[kept:], images[:kept].mean(0))
+    if measure and not watch.stopped:
+        figures = _figures(prior, images[kept:], labels[kept:], images[:kept].mean(0), watch)
         card.figures.update({**figures, "steps": made, "cpu_seconds": round(seconds)})
     return prior
 
 
 def _figures(
-    prior: Prior | Diffusion, held: Tensor, labels: Tensor, mean: Tensor
+    prior: Prior | Diffusion, held: Tensor, labels: Tensor, mean: Tensor, watch: Watch
 ) -> dict[str, Any]:
     """What the card says of held-out images."""
     error = (held - mean).square().flatten(1).mean(1)
     null = {"held_out_psnr_db_of_mean_image": round(float(-10 * error.log10().mean()), 2)}
     if isinstance(prior, Prior):
-        return {CEILING: round(inversion_psnr(prior, held, labels), 2), **null}
+        return {CEILING: round(inversion_psnr(prior, held, labels, watch=watch), 2), **null}
     kept = linear_schedule()
     generator = torch.Generator().manual_seed(0)
     errors = []

@@ -91,8 +91,8 @@ def _chosen(view: View, watch: Watch) -> str:
     images = view.surrogate.images[:PROBED]
 
     def probe(generator: torch.Generator, watch: Watch) -> dict[str, Tensor]:
-        del generator, watch
-        psnr = inversion_psnr(shipped, images.cpu().float(), steps=PROBE_STEPS)
+        del generator
+        psnr = inversion_psnr(shipped, images.cpu().float(), steps=PROBE_STEPS, watch=watch)
         return {"psnr": torch.tensor(psnr)}
 
     facts = [shipped.card.sha256, view.surrogate.fingerprint(), PROBED, PROBE_STEPS]
