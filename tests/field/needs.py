@@ -92,4 +92,17 @@ NEEDS: dict[str, tuple[str, ...]] = {
         "test_the_statistics_of_a_shipped_model_tell_pixels_from_normalised_inputs",
     ),
     "a GPU, by name": ("test_daily_needs.test_unknown_devices_are_answered_with_those_that_exist",),
+    "more of these kinds from public threads": (
+        "test_public_threads.test_a_counter_in_another_shape_or_lost_is_no_other_model",
+        "test_public_threads.test_gradients_of_another_precision_are_the_clients",
+        "test_public_threads.test_logits_in_eval_mode_alone_are_refused_where_the_client_trains",
+        "test_public_threads.test_a_loss_on_auxiliary_logits_is_seen_in_the_update",
+        "test_public_threads.test_half_a_layer_may_be_frozen",
+        "test_public_threads.test_a_frozen_normalisation_still_takes_its_statistics_from_the_batch",
+        "test_public_threads.test_parameters_that_no_gradient_reaches_are_left_out_of_the_update",
+        "test_public_threads."
+        "test_spectral_normalisation_moves_while_it_trains_and_the_doctor_says_so",
+        "test_public_threads.test_parametrisations_by_hooks_are_refused_with_their_successor",
+        "test_public_threads.test_tied_weights_come_under_each_of_their_names",
+    ),
 }
