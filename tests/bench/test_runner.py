@@ -239,6 +239,34 @@ def test_a_mistake_in_the_studys_own_code_is_said_and_costs_its_cell_alone(tmp_p
     assert second.scores is not None and second.scores["images"][0]["candidate"] is not None
 
 
+CHOOSES = """
+from leakatlas.bench import scene
+
+def choose(cell):
+    asked = scene.attack_of(cell.case)
+    return asked.variants()["adam, tv 1"].lasting(asked.length)
+"""
+
+
+def test_the_preset_rehearsed_is_what_the_studys_own_file_chooses(tmp_path: Path) -> None:
+    attack = {"key": "inverting_gradients", "preset": "rehearsed", "parameters": {"steps": 2}}
+    setup = {**SETUP, "attack": attack, "control": False, "seeds": [0]}
+    with pytest.raises(InvalidInput, match=r"'rehearsed' takes a study\.py with `choose\(cell\)`"):
+        make(tmp_path / "without", setup=setup)
+    study = make(tmp_path, hook=CHOOSES, setup=setup)
+    chosen = {**attack, "preset": "published", "parameters": {
+        "optimizer": "unsigned", "schedule": "cosine", "steps": 2, "lr": 0.3, "tv_weight": 1.0,
+    }}  # fmt: skip
+    named = make(tmp_path / "named", setup={**setup, "attack": chosen})
+    digests = []
+    for each, where in ((study, tmp_path), (named, tmp_path / "named")):
+        assert runner.run_study(each, options(where)).left == ()
+        (record,) = store.Store(where / "records" / "small").records().values()
+        assert record.status == "complete", record.reason
+        digests.append(record.found)
+    assert digests[0] == digests[1]
+
+
 PATRICIDE = """
 import os, pathlib, signal
 
