@@ -98,6 +98,10 @@ class HCGLA(Attack):
     replays: ClassVar[bool] = True
     draws_on_prior: ClassVar[bool] = True
     fewest: ClassVar[int] = 4  # each evaluates some twenty times
+    learned_by: ClassVar[tuple[str, ...] | None] = (
+        "inner", "lr", "line_search", "masked", "tensors", "start", "filter_every", "lessons",
+        "generator_epochs", "generator_lr", "generator_width", "pairs", "epochs", "width",
+    )  # fmt: skip
 
     steps: PositiveInt = 42
     inner: PositiveInt = 20
@@ -281,8 +285,9 @@ class HCGLA(Attack):
         self, view: View, generator: torch.Generator, watch: Watch
     ) -> dict[str, Tensor]:
         """Pairs of a row and its image, and the generator that they teach."""
+        parts = watch.share((0.5, 0.5))
         made, originals = [], []
-        for own, x, y in self.own_uploads(view, self.lessons, generator, watch):
+        for own, x, y in self.own_uploads(view, self.lessons, generator, next(parts)):
             made.append(rows(own, y))
             originals.append(view.box.denormalize(x))
         r, u = torch.cat(made), torch.cat(originals)
@@ -291,7 +296,7 @@ class HCGLA(Attack):
         r = (r - mean) / size
         network = RowGenerator(r.shape[1], self.generator_width, view.input_shape).to(r)
         engine = torch.optim.Adam(network.parameters(), lr=self.generator_lr)
-        for _ in watch.steps(self.generator_epochs):
+        for _ in next(parts, watch).steps(self.generator_epochs):
             for places in torch.randperm(len(r), generator=generator).split(32):
                 if len(places) < 2:  # batch normalisation needs two
                     continue
@@ -356,8 +361,9 @@ def find_head(view: View) -> labels.Head:
 
 
 def rows(view: View, y: Tensor) -> Tensor:
-    """The row of the head's gradient ``(N, d)`` that belongs to each label."""
-    return find_head(view).weight_grad(observed.mean_gradient(view))[y]
+    """The row of the head's gradient ``(N, d)`` that belongs to each label (the likeliest)."""
+    chosen = y if y.dim() == 1 else y.argmax(1)
+    return find_head(view).weight_grad(observed.mean_gradient(view))[chosen]
 
 
 def part(learned: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
