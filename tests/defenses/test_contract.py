@@ -84,6 +84,15 @@ def load(key: str) -> type[Defense]:
     return cls
 
 
+LESS_WORK: Mapping[str, Mapping[str, object]] = {"dcs2": {"iterations": 3}}
+"""Parameters of defenses whose default takes minutes; what is tested does not rest on them."""
+
+
+def usual(key: str) -> Defense:
+    """At its default strength."""
+    return load(key)(**LESS_WORK.get(key, {}))
+
+
 def neutral(key: str) -> Defense:
     cls = load(key)
     return cls(**{cls.knob: cls.neutral})
@@ -159,7 +168,7 @@ def test_its_strengths_are_worth_trying(key: str) -> None:
 
 @pytest.mark.parametrize("key", KEYS)
 def test_it_acts_somewhere_and_says_on_what(key: str) -> None:
-    defense = load(key)()
+    defense = usual(key)
     assert acts_at(defense)
     assert defense.modes
     assert all(isinstance(mode, ActsOn) for mode in defense.modes)
@@ -168,7 +177,7 @@ def test_it_acts_somewhere_and_says_on_what(key: str) -> None:
 
 @pytest.mark.parametrize("key", KEYS)
 def test_it_is_frozen_and_round_trips_through_json(key: str) -> None:
-    for defense in (load(key)(), neutral(key)):
+    for defense in (usual(key), neutral(key)):
         text = json.dumps(defense_json(defense), allow_nan=False)
         assert defense_from_json(json.loads(text)) == defense
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -213,7 +222,7 @@ def test_a_pipeline_of_neutral_defenses_sends_the_undefended_upload_bitwise() ->
 @pytest.mark.parametrize("key", KEYS)
 def test_the_default_knob_changes_what_somebody_sees(key: str) -> None:
     plain = on_stage().federation.play_round()
-    defended = on_stage(load(key)()).federation.play_round()
+    defended = on_stage(usual(key)).federation.play_round()
     pairs = zip(seen(plain), seen(defended), strict=True)
     assert any(not same(a, b) for a, b in pairs)
 
@@ -221,7 +230,7 @@ def test_the_default_knob_changes_what_somebody_sees(key: str) -> None:
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 @pytest.mark.parametrize("key", KEYS)
 def test_the_same_seed_gives_the_same_round(key: str, protocol: Protocol) -> None:
-    defense = load(key)()
+    defense = usual(key)
     if not accepts(defense, protocol):
         with pytest.raises(IncompatibleDefenses, match=key):
             on_stage(defense, protocol=protocol)
@@ -237,7 +246,7 @@ def test_the_same_seed_gives_the_same_round(key: str, protocol: Protocol) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("key", KEYS)
 def test_uploads_keep_names_shapes_and_dtype_and_stay_finite(key: str, dtype: torch.dtype) -> None:
-    federation = on_stage(load(key)(), dtype=dtype).federation
+    federation = on_stage(usual(key), dtype=dtype).federation
     record = federation.play_round()
     shared = {
         name: p for name, p in federation.model.named_parameters()
@@ -255,7 +264,7 @@ def test_uploads_keep_names_shapes_and_dtype_and_stay_finite(key: str, dtype: to
 def test_nothing_is_changed_in_place(key: str) -> None:
     model = network()
     before = model_state(model)
-    federation = on_stage(load(key)()).federation
+    federation = on_stage(usual(key)).federation
     held = model_state(federation.model)
     data = {i: (c.x.clone(), c.y.clone()) for i, c in federation.clients.items()}
     federation.play_round()
@@ -271,14 +280,14 @@ def test_defending_a_model_leaves_the_original_alone(key: str) -> None:
     model = network()
     before, modules = model_state(model), [name for name, _ in model.named_modules()]
     with torch.random.fork_rng(devices=[]):
-        load(key)().model(model)
+        usual(key).model(model)
     assert same(model_state(model), before)
     assert [name for name, _ in model.named_modules()] == modules
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_a_client_can_predict_with_it(key: str) -> None:
-    federation = on_stage(load(key)()).federation
+    federation = on_stage(usual(key)).federation
     federation.play_round(apply=True)
     logits = federation.evaluation_model(1)(federation.clients[1].x)
     assert logits.shape == (EXAMPLES, 10)
@@ -288,7 +297,7 @@ def test_a_client_can_predict_with_it(key: str) -> None:
 @pytest.mark.parametrize("vantage", [Vantage.SERVER, Vantage.AGGREGATE])
 @pytest.mark.parametrize("key", KEYS)
 def test_a_saved_view_simulates_as_the_live_one(key: str, vantage: Vantage, tmp_path: Path) -> None:
-    live_stage = on_stage(load(key)(), vantage=vantage)
+    live_stage = on_stage(usual(key), vantage=vantage)
     live = live_stage.view([live_stage.federation.play_round()])
     live.save(tmp_path)
     with torch.random.fork_rng(devices=[]):
@@ -310,7 +319,7 @@ def test_a_saved_view_simulates_as_the_live_one(key: str, vantage: Vantage, tmp_
 
 @pytest.mark.parametrize("key", KEYS)
 def test_the_mirror_is_differentiable_and_keeps_its_inputs(key: str) -> None:
-    defense = load(key)()
+    defense = usual(key)
     live_stage = on_stage(defense, vantage=Vantage.AGGREGATE)
     record = live_stage.federation.play_round()
     view = live_stage.view([record])

@@ -13,7 +13,7 @@ from leakatlas.devices import CPU
 from leakatlas.fl import Defense, FedAVG, FedSGD, ModelRef, Protocol, Scenario, View, stage
 from leakatlas.threat import Vantage
 from tests.conftest import BOX, photos
-from tests.defenses.test_contract import CLIENTS, EXAMPLES, SIZE, accepts, load, network
+from tests.defenses.test_contract import CLIENTS, EXAMPLES, SIZE, accepts, network, usual
 from tests.device.elsewhere import pretended
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -65,7 +65,7 @@ def _shown(view: View) -> dict[str, Tensor]:
 def test_it_acts_where_the_model_is_and_does_what_it_does_on_the_cpu(
     key: str, protocol: Protocol
 ) -> None:
-    defense = load(key)()
+    defense = usual(key)
     if not accepts(defense, protocol):
         pytest.skip("it does not act on several local steps")
     with pretended() as device:
