@@ -52,6 +52,10 @@ from leakatlas.blocks import (
 from leakatlas.blocks.labels.profiles import fitness
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import CIFAR10, Box
+from leakatlas.defenses.heuristic.perturbation import grad_defense as slices
+from leakatlas.defenses.heuristic.perturbation import outpost as sparing
+from leakatlas.defenses.heuristic.perturbation import soteria as features
+from leakatlas.defenses.heuristic.perturbation.censor import orthogonal
 from leakatlas.defenses.heuristic.perturbation.gradient_pruning import kept
 from leakatlas.defenses.heuristic.perturbation.quantization import quantised as quantised_to
 from leakatlas.fl import FedAVG, FedSGD, batchnorm_statistics, edits, replay, stream
@@ -63,6 +67,15 @@ def april() -> Figures:
     """The image of least norm of a transformer too narrow for its patches."""
     scene = staged("vit", 1, size=16, letter="B", first_block="april", dim=32, classes=8, seed=0)
     return {"error of the image": errors(run_trial(scene, APRIL()))[0]}
+
+
+def censor() -> Figures:
+    """One orthogonal direction, to a gradient of norm 1 and to one of norm 5."""
+    g, r = draw(220, 30, 7), draw(221, 30, 7)
+    return {
+        f"to a gradient of norm {size}": orthogonal(r, size * g / g.norm(), released=True)
+        for size in (1, 5)
+    }
 
 
 def cpa() -> Figures:
@@ -188,6 +201,22 @@ def fl_gradinv() -> Figures:
         "variation, norms": norms,
         "variation, means": priors.tv_four(x, "l1"),
         "slope of variation": slope(norms, x),
+    }
+
+
+def grad_defense() -> Figures:
+    """Sensitivities of a network's layers, slices of them, and a vector without its noise."""
+    model = models.build("lenet", width=4, size=16).double()
+    named = {name: p.numel() for name, p in model.named_parameters()}
+    found = slices.sensitivity(
+        model, list(named), uniform(210, 4, 3, 16, 16), torch.arange(4), nn.functional.cross_entropy
+    )
+    spans = slices.released_slices(list(named.values()), found, 10)
+    ends = [float(end - 1) for _, end in spans]
+    return {
+        "sensitivities": torch.tensor(found, dtype=torch.float64),
+        "borders of slices": torch.tensor([0.0, *ends]),
+        "compensated": slices.denoised(draw(212, 600), 0.8**2, 6.0, as_released=True),
     }
 
 
@@ -333,6 +362,23 @@ def mkor() -> Figures:
     }
 
 
+def outpost() -> Figures:
+    """Four tensors, as the release of 2023 perturbs them."""
+    shapes, risky = [(8, 3, 5, 5), (8,), (10, 40), (10,)], (0.1, 0.5, 2.0, 1.0)
+    g, normal = (
+        {str(i): draw(seed + i, *s, dtype=torch.float32) for i, s in enumerate(shapes)}
+        for seed in (230, 250)
+    )
+    w = {
+        str(i): f * draw(240 + i, *s, dtype=torch.float32)
+        for i, (s, f) in enumerate(zip(shapes, risky, strict=True))
+    }
+    defense = sparing.Outpost(as_released="2023")
+    noise = defense.drawn({n: t.square().mean(0, keepdim=True) for n, t in g.items()}, w, normal)
+    sent = {n: t * sparing.kept(t, defense.prune) + noise[n] for n, t in g.items()}
+    return {"perturbed": torch.cat([t.flatten() for t in sent.values()])}
+
+
 def quantization() -> Figures:
     """A tensor on 16 magnitudes, rounded at random and to the nearest, and its signs."""
     v = draw(200, 300)
@@ -451,6 +497,17 @@ def sme() -> Figures:
             f"position, {steps} steps": found.notes["alpha"],
             f"images, {steps} steps": found.images,
         }
+    return figures
+
+
+def soteria() -> Figures:
+    """Columns that stay where four fifths are to go, of features with signs and without."""
+    figures: dict[str, Tensor | float] = {}
+    for name, act in (("tanh", "tanh"), ("ReLU", "relu")):
+        model = models.build("fc", size=8, widths=(40, 30), act=act).double()
+        found = features.sensitivity(model, "fc", uniform(260, 4, 3, 8, 8))
+        scores = features.score(*found, 0.1, as_released=True)
+        figures[f"columns that stay, {name}"] = features.released_mask(scores, 0.8)
     return figures
 
 

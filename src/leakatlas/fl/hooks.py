@@ -274,6 +274,23 @@ class Defense(Configured, ABC):
         """
         return update
 
+    def simulate_batch_knowing(
+        self, x: Tensor, y: Tensor, secrets: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`simulate_batch` with what :meth:`secrets` handed over."""
+        return self.simulate_batch(x, y)
+
+    def simulate_knowing(
+        self,
+        update: dict[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        observed: Update,
+        secrets: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """:meth:`simulate` with what :meth:`secrets` handed over: at the truth, the observation."""
+        return self.simulate(update, x, y, observed)
+
     def simulate_loss(self, loss: Tensor, model: nn.Module) -> Tensor:
         """Differentiable mirror of a changed training loss (a KL term, say)."""
         return loss

@@ -6,6 +6,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,8 @@ that ``vmap`` and tracing take), or by central differences (biased; a single gra
 
 CHECKPOINT_FROM = 20
 """Local steps from which :func:`unroll` forgets its graph: 50 steps of ResNet-8 keep gigabytes."""
+
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 _HOW: ContextVar[Derivative] = ContextVar("derivative", default="autograd")
 _RECORD: ContextVar[set[object] | None] = ContextVar("record", default=None)
@@ -433,6 +436,7 @@ def client(
     update: Update,
     *,
     defenses: Sequence[Defense] = (),
+    secrets: Mapping[str, Tensor] = NOTHING,
     order: Sequence[Tensor] | None = None,
     drawn: Sequence[Drawn] | Literal["mean", "new"] = "mean",
     augment: Augment | None = None,
@@ -449,6 +453,7 @@ def client(
         update: What names, kind, sign, scale and reduction are taken from; defenses' mirrors read
             positions and norms from it.
         defenses: Whose mirrors are applied, in the client's order.
+        secrets: What is known of those defenses' secrets, as ``defense key/name``.
         order: Example indices of every local step; in the candidates' order if None.
         drawn: What forward passes draw where a call brings no draws.
         augment: How the client transforms its images, by step; not at all if None.
@@ -464,7 +469,7 @@ def client(
         trained = {name: p.detach() for name, p in trained.items()}
     held = {name: b.detach() for name, b in model.named_buffers()}
     before = {name: trained[name].detach() for name in update.tensors}
-    loss, batch_map = _mirrored(model, protocol, update, defenses)
+    loss, batch_map = _mirrored(model, protocol, update, defenses, secrets)
 
     default = drawn
 
@@ -479,7 +484,7 @@ def client(
             quantity = {name: -protocol.lr * quantity[name] for name in update.tensors}
         if update.kind == "weights":
             quantity = {name: before[name] + quantity[name] for name in update.tensors}
-        return _sent(quantity, x, y, update, defenses)
+        return _sent(quantity, x, y, update, defenses, secrets)
 
     return run
 
@@ -500,6 +505,7 @@ def one_step(
     *,
     steps: int,
     defenses: Sequence[Defense] = (),
+    secrets: Mapping[str, Tensor] = NOTHING,
     drawn: Drawn = "mean",
 ) -> OneStep:
     """A single gradient at weights of the caller's choice, standing for the whole update.
@@ -514,6 +520,7 @@ def one_step(
         update: As for :func:`client`.
         steps: Local steps T behind a delta.
         defenses: As for :func:`client`.
+        secrets: As for :func:`client`.
         drawn: What the forward pass draws.
 
     Raises:
@@ -522,7 +529,7 @@ def one_step(
     trained = _trained(model, update)
     held = {name: b.detach() for name, b in model.named_buffers()}
     wanted = {name: trained[name].detach() for name in update.tensors}
-    loss, batch_map = _mirrored(model, protocol, update, defenses)
+    loss, batch_map = _mirrored(model, protocol, update, defenses, secrets)
     stand_in = 1.0 if update.kind == "gradient" else -protocol.lr * steps
 
     def run(x: Tensor, y: Tensor, *, at: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -542,7 +549,7 @@ def one_step(
         quantity = {name: stand_in * tensor for name, tensor in quantity.items()}
         if update.kind == "weights":
             quantity = {name: wanted[name] + tensor for name, tensor in quantity.items()}
-        return _sent(quantity, x, y, update, defenses)
+        return _sent(quantity, x, y, update, defenses, secrets)
 
     return run
 
@@ -560,7 +567,11 @@ def _trained(model: nn.Module, update: Update) -> dict[str, nn.Parameter]:
 
 
 def _mirrored(
-    model: nn.Module, protocol: FedSGD | FedAVG, update: Update, defenses: Sequence[Defense]
+    model: nn.Module,
+    protocol: FedSGD | FedAVG,
+    update: Update,
+    defenses: Sequence[Defense],
+    secrets: Mapping[str, Tensor],
 ) -> tuple[Loss, BatchMap]:
     """The client's loss and what happens to its batches, with the defenses' mirrors."""
 
@@ -572,7 +583,12 @@ def _mirrored(
 
     def batch_map(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         for defense in defenses:
-            x, y = defense.simulate_batch(x, y)
+            known = _own(secrets, defense)
+            x, y = (
+                defense.simulate_batch_knowing(x, y, known)
+                if known
+                else defense.simulate_batch(x, y)
+            )
         return x, y
 
     return loss, batch_map
@@ -584,10 +600,22 @@ def _sent(
     y: Tensor,
     update: Update,
     defenses: Sequence[Defense],
+    secrets: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """The quantity in the units of the message, after the mirrors of what happens to updates."""
     factor = update.sign * update.scale
     sent = {name: quantity[name] * factor for name in update.tensors}
     for defense in defenses:
-        sent = defense.simulate(sent, x, y, update)
+        known = _own(secrets, defense)
+        sent = (
+            defense.simulate_knowing(sent, x, y, update, known)
+            if known
+            else defense.simulate(sent, x, y, update)
+        )
     return sent
+
+
+def _own(secrets: Mapping[str, Tensor], defense: Defense) -> dict[str, Tensor]:
+    """What is known of one defense's secrets, by its own names."""
+    prefix = f"{defense.key}/"
+    return {n.removeprefix(prefix): t for n, t in secrets.items() if n.startswith(prefix)}

@@ -197,6 +197,8 @@ class View(Granted):
         update = self.update_at(round)
         model = replay.without_running_statistics(self.model_at(round))
         defenses = self.defenses if adaptive and self.has("defenses") else ()
+        last = round in (-1, len(self.rounds) - 1)  # of the last round only are secrets kept
+        secrets = self.secrets if defenses and last and self.has("secrets") else {}
         drawn = self._drawn(model)
         protocol: Protocol = FedSGD(lr=1.0, reduction=update.reduction, loss=self._loss)
         if update.kind != "gradient" and (not one_step or self.has("protocol")):
@@ -210,6 +212,7 @@ class View(Granted):
                 update,
                 steps=protocol.steps(self.num_examples),
                 defenses=defenses,
+                secrets=secrets,
                 drawn=drawn if isinstance(drawn, str) else drawn[0],
             )
         return replay.client(
@@ -217,6 +220,7 @@ class View(Granted):
             protocol,
             update,
             defenses=defenses,
+            secrets=secrets,
             order=self.batch_order if self.has("batch_order") else None,
             drawn=drawn,
             augment=self._augment(),

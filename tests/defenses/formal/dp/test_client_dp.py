@@ -27,7 +27,8 @@ from leakatlas.fl import (
     task_loss,
 )
 from leakatlas.threat import Grant
-from tests.conftest import build_stage, gradients_at
+from tests.conftest import build_stage, gradients_at, relative_error
+from tests.defenses.heuristic.probes import observed, replayed
 
 PROTOCOLS: list[Protocol] = [
     FedSGD(),
@@ -323,3 +324,12 @@ def test_parameters() -> None:
         ClientDP(noise_multiplier=-1.0)
     defense = ClientDP(unit="update", share_of=3, final_clip_norm=2.0)
     assert ClientDP.from_json(defense.to_json()) == defense
+
+
+@pytest.mark.parametrize("unit", ["update", "example"])
+def test_with_the_very_noise_one_example_is_an_exact_zero(unit: Any) -> None:
+    secret = frozenset({Grant.LABELS, Grant.DEFENSE_SECRETS})
+    defense = ClientDP(unit=unit, noise_multiplier=0.5, clip_norm=1.0)
+    view, x = observed(defense, grants=secret, examples=1, settings={"width": 4, "norm": "group"})
+    assert relative_error(replayed(view, x), view.update.tensors) < 1e-9
+    assert relative_error(replayed(view, x, adaptive=False), view.update.tensors) > 0.05

@@ -10,6 +10,7 @@ from leakatlas.defenses.heuristic.perturbation.soteria import (
     Soteria,
     column_mask,
     heads,
+    released_mask,
     score,
     sensitivity,
 )
@@ -94,7 +95,16 @@ def test_dead_features_go_last_unless_as_released() -> None:
     slope = torch.tensor([[0.0, 1.0, 1.0]])
     assert column_mask(score(r, slope, 0.1), 1 / 3).tolist() == [True, True, False]
     released = score(r, slope, 0.1, as_released=True)
-    assert column_mask(released, 1 / 3).tolist() == [False, True, True]
+    assert released_mask(released, 1 / 3).tolist() == [False, True, True]
+
+
+def test_of_features_with_signs_the_release_masks_less_than_it_is_asked_for() -> None:
+    scores = torch.tensor([-3.0, -1.0, 0.5, 2.0, 4.0])
+    assert int(released_mask(scores, 0.75).sum()) == 3  # percentile 2: 1 and 0.5 go, -3 stays
+    assert bool(released_mask(scores, 0.2).all())  # the percentile is negative
+    assert int(column_mask(scores.abs(), 0.6).sum()) == 2
+    unsigned = scores.abs()
+    assert torch.equal(released_mask(unsigned, 0.5), unsigned >= 2.0)
 
 
 def test_signed_denominators_cancel_as_released() -> None:

@@ -36,7 +36,7 @@ Departures:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -194,6 +194,20 @@ class ClientDP(Defense):
         if self.unit == "example" and not one_example:
             return update
         return clip(update, self.clip_norm, self.clipping)
+
+    def simulate_knowing(
+        self,
+        update: dict[str, Tensor],
+        x: Tensor,
+        y: Tensor,
+        observed: Update,
+        secrets: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """The clipping, and the very noise, if it is all there is in the upload."""
+        mirrored = self.simulate(update, x, y, observed)
+        if observed.clients > 1:
+            return mirrored
+        return {name: t + secrets[name] for name, t in mirrored.items()}
 
     def secrets(self, memory: Memory) -> dict[str, Tensor]:
         """The noise drawn last, as it stands in the upload (not under FedAVG with examples)."""

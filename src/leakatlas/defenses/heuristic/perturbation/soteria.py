@@ -11,12 +11,19 @@ or compare only the columns that are left.
 
 The rule is defined on the gradient of one batch, so FedAVG is refused.
 
-Departures: the score is the released code's approximation of the paper's
-:math:`\lVert r\,(dr/dx)^{-1}\rVert`, as its README says. That code divides by the signed
-:math:`r + 0.1`, so that negative features cancel; here it is :math:`|r| + \epsilon` unless
-``as_released``. It also prunes dead ReLU features first, whose columns are zero anyway and which
-use up a small budget; here a feature with :math:`r = 0` and :math:`\partial r/\partial x = 0` on
-the whole batch is pruned last. Masked features are counted, not compared with a percentile.
+Departures:
+    * The score is the released code's approximation of the paper's
+      :math:`\lVert r\,(dr/dx)^{-1}\rVert`, as its README says.
+    * That code (``as_released``) divides by the signed :math:`r + 0.1`, so that over a batch the
+      scores of a feature that takes both signs cancel, and takes the percentile of the *signed*
+      sums while it compares their magnitudes with it. Where features are never negative (ReLU,
+      sigmoid) the two agree; of tanh or GELU features it masks fewer than the fraction asked for,
+      none at all once the percentile is negative. The paper's text knows no signs: a score is a
+      quotient of norms. So here it is :math:`|r| + \epsilon`, and masked features are counted, so
+      that the knob means on every network what it says.
+    * It also prunes dead ReLU features first, whose columns are zero anyway and which use up a
+      small budget; here a feature with :math:`r = 0` and :math:`\partial r/\partial x = 0` on the
+      whole batch is pruned last.
 """
 
 from __future__ import annotations
@@ -49,7 +56,8 @@ class Soteria(Defense):
         prune: Fraction p of features masked (1 to 40 % published, up to 80 % in demos).
         layer: Module name of the defended linear layer; the last one if empty.
         epsilon: Added to ``|r|`` (0.1 in the released code).
-        as_released: Divide by ``r + epsilon`` with its sign and let dead features go first.
+        as_released: Divide by ``r + epsilon`` with its sign, mask by the percentile of signed
+            scores, and let dead features go first.
     """
 
     key: ClassVar[str] = "soteria"
@@ -108,7 +116,7 @@ class Soteria(Defense):
             torch.default_generator.manual_seed(seed)
             r, slope = sensitivity(context.model, layer, context.x)
         scores = score(r, slope, self.epsilon, as_released=self.as_released)
-        mask = column_mask(scores, self.prune)
+        mask = (released_mask if self.as_released else column_mask)(scores, self.prune)
         name = f"{layer}.weight"
         gradient = update.tensors[name]
         masked = torch.where(mask, gradient, torch.zeros_like(gradient))
@@ -169,9 +177,12 @@ def sensitivity(model: nn.Module, layer: str, x: Tensor) -> tuple[Tensor, Tensor
 
 
 def score(r: Tensor, slope: Tensor, epsilon: float, *, as_released: bool = False) -> Tensor:
-    """``s_j`` ``(m,)`` of features ``r`` ``(N, m)`` with slopes ``(N, m)``; the smallest go."""
+    """``s_j`` ``(m,)`` of features ``r`` ``(N, m)`` with slopes ``(N, m)``; the smallest go.
+
+    The released ones have signs.
+    """
     if as_released:
-        return (slope / (r + epsilon)).sum(0).abs()
+        return (slope / (r + epsilon)).sum(0)
     scores = (slope / (r.abs() + epsilon)).sum(0)
     dead = ((r == 0) & (slope == 0)).all(0)
     return torch.where(dead, torch.full_like(scores, float("inf")), scores)
@@ -182,6 +193,14 @@ def column_mask(scores: Tensor, prune: float) -> Tensor:
     mask = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
     mask[scores.argsort(stable=True)[: round(prune * len(scores))]] = False
     return mask
+
+
+def released_mask(scores: Tensor, prune: float) -> Tensor:
+    """Which features stay in the authors' code, ``(m,)`` boolean.
+
+    All whose magnitude reaches the percentile (linear between two scores) of the signed scores.
+    """
+    return scores.abs() >= torch.quantile(scores, prune)
 
 
 def heads(tensors: Mapping[str, Tensor]) -> list[str]:
