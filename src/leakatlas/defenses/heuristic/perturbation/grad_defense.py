@@ -304,7 +304,8 @@ def denoised(flat: Tensor, variance: float, aspect: float, *, as_released: bool 
     ratio = (columns / rows) ** 0.5
     low, high = variance * (1 - ratio) ** 2, variance * (1 + ratio) ** 2
     kept = vectors[:, (values <= low) | (values >= high)]
-    return (C @ kept @ kept.T).flatten()[: len(flat)]
+    rebuilt: Tensor = C @ kept @ kept.T
+    return rebuilt.flatten()[: len(flat)]
 
 
 def drowned(seen: Tensor, scale: float) -> Tensor:
