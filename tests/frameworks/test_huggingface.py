@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,14 @@ def test_arrays_of_another_adapter_are_named() -> None:
         peft.capture(_adapted(), received, dict(list(sent.items())[1:]), examples=8)
     with pytest.raises(InvalidInput, match=r"no .*other"):
         peft.capture(_adapted(), received | {"other": torch.zeros(1)}, sent, examples=8)
+
+
+def test_the_example_of_a_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(__file__).parents[2] / "examples" / "huggingface"
+    monkeypatch.syspath_prepend(str(folder))
+    example = importlib.import_module("head_only")
+    found, report = example.main(str(tmp_path))
+    assert found.replay.residual <= 1e-5
+    assert [run.status for run in report.runs] == ["complete"]
+    captured = read_recording(tmp_path).capture(example.make_model())
+    assert sorted(captured.update.tensors) == ["classifier.bias", "classifier.weight"]

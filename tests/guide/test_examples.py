@@ -19,8 +19,9 @@ def folder(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tmp_path
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+def load(name: str, *, within: str = ".") -> ModuleType:
+    path = ROOT / "examples" / within / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -71,3 +72,15 @@ def test_dpia_report(folder: Path) -> None:
         assert words in page
     assert [c.name for c in report.comparisons] == ["as configured", "clipping", "noise"]
     assert report.facts["guarantees"]["comparisons"]["noise"][0]["rounds"] == 20
+
+
+def test_opacus_client(capsys: pytest.CaptureFixture[str]) -> None:
+    """Framework by framework; those that cannot live here are in tests/frameworks."""
+    client = load("client", within="opacus")
+    report = client.main()
+    said = capsys.readouterr().out
+    assert "noise multiplier 1" in said
+    assert "has counted epsilon" in said
+    assert any("has counted epsilon" in finding for d in report.diagnoses.values()
+               for finding in d["findings"])  # fmt: skip
+    assert report.runs[0].tried

@@ -105,7 +105,8 @@ def test_the_accountant_goes_on_counting_and_is_left_in_place() -> None:
     assert sum(steps for *_, steps in engine.accountant.history) == 2
     _step(model, optimizer, x, y)
     assert float(formal(engine, delta=1e-5)["epsilon"]) > twice
-    assert found["accountant"]
+    capture = release.capture(model, examples=4, spent=found)
+    assert f"counted epsilon {twice:.3g} at delta 1e-05" in capture.notes[1]
 
 
 def test_nothing_released_and_another_model_are_told() -> None:

@@ -46,7 +46,12 @@ class Release:
     max_grad_norm: float = 0.0
 
     def capture(
-        self, model: nn.Module, *, examples: int, received: Mapping[str, Tensor] | None = None
+        self,
+        model: nn.Module,
+        *,
+        examples: int,
+        received: Mapping[str, Tensor] | None = None,
+        spent: Mapping[str, float | str] | None = None,
     ) -> Capture:
         """What audits take: the first released gradient, at the state before the step.
 
@@ -54,6 +59,7 @@ class Release:
             model: The model that was trained, wrapped by Opacus or not.
             examples: In the batch (the expected number under Poisson sampling).
             received: The state before the step, by name, if the model has moved on.
+            spent: What :func:`formal` says of the accountant; doctor and report then show it.
 
         Raises:
             ProtocolError: If nothing was released.
@@ -77,7 +83,13 @@ class Release:
             f"a gradient as released by Opacus: clipped to {self.max_grad_norm:g}, noise "
             f"multiplier {self.noise_multiplier:g}"
         )
-        return Capture(rounds=(CapturedRound(update=update, received=state),), notes=(noted,))
+        notes = [noted]
+        if spent is not None:
+            notes.append(
+                f"the accountant ({spent['accountant']}) has counted epsilon "
+                f"{spent['epsilon']:.3g} at delta {spent['delta']:g}"
+            )
+        return Capture(rounds=(CapturedRound(update=update, received=state),), notes=tuple(notes))
 
 
 @contextmanager
