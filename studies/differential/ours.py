@@ -52,13 +52,24 @@ from leakatlas.blocks import (
 from leakatlas.blocks.labels.profiles import fitness
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import CIFAR10, Box
+from leakatlas.defenses.heuristic.learning import fragmented_fl as ffl
+from leakatlas.defenses.heuristic.learning.dcs2 import DCS2, drawn_back
 from leakatlas.defenses.heuristic.perturbation import grad_defense as slices
 from leakatlas.defenses.heuristic.perturbation import outpost as sparing
 from leakatlas.defenses.heuristic.perturbation import soteria as features
 from leakatlas.defenses.heuristic.perturbation.censor import orthogonal
 from leakatlas.defenses.heuristic.perturbation.gradient_pruning import kept
 from leakatlas.defenses.heuristic.perturbation.quantization import quantised as quantised_to
-from leakatlas.fl import FedAVG, FedSGD, batchnorm_statistics, edits, replay, stream
+from leakatlas.fl import (
+    ClientContext,
+    FedAVG,
+    FedSGD,
+    Update,
+    batchnorm_statistics,
+    edits,
+    replay,
+    stream,
+)  # fmt: skip
 from leakatlas.priors.learning import noised
 from leakatlas.priors.prior import linear_schedule
 
@@ -94,6 +105,29 @@ def cpa() -> Figures:
         figures |= {f"{name} of {kind}": term for name, term in terms.items()}
         figures[f"slope of {kind}"] = slope(torch.stack(list(terms.values())).sum(), u)
     return figures
+
+
+def dcs2() -> Figures:
+    """Six steps of the search, the gradient of the mixed loss, and a step back."""
+    net = models.build("fc", size=4, classes=5, widths=[7], act="gelu", seed=0).double()
+    x, y = draw(400, 3, 3, 4, 4), torch.tensor([0, 1, 2])
+    y_c, defense = torch.tensor([3, 4]), DCS2(iterations=6, enough=1e9)
+    context = ClientContext(0, 0, net, x, y, FedSGD(), stream("dcs2"), {})
+    x_c = defense.concealed(context, x[1:], y[1:], draw(401, 2, 3, 4, 4), y_c)
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return defense.mixed_loss(nn.functional.cross_entropy, logits, target, y[1:])
+
+    weights = {name: p.detach() for name, p in net.named_parameters()}
+    both, labels_of_both = torch.cat([x, x_c]), torch.cat([y, y_c])
+    sent = replay.gradient(net, weights, {}, both, labels_of_both, loss=loss, create_graph=False)
+    a, g = draw(402, 30), draw(403, 30)
+    a = a - g * (1 + a @ g / (g @ g))
+    return {
+        "concealed samples after six steps": x_c,
+        "gradient of the mixed loss": torch.cat([t.flatten() for t in sent.values()]),
+        "gradient drawn back": drawn_back({"w": a}, {"w": g}, 0.5)["w"],
+    }
 
 
 def dia() -> Figures:
@@ -252,6 +286,27 @@ def hcgla() -> Figures:
         "sent": flat(sent),
         "masked distance": found,
         "slope of the distance": slope(found, start),
+    }
+
+
+def fragmented_fl() -> Figures:
+    """A pair's swap under a given mask, and the server's scores of five mixtures."""
+    shapes = {"first.weight": (6, 5), "first.bias": (6,), "last.weight": (3, 6), "last.bias": (3,)}
+
+    def state(seed: int) -> dict[str, Tensor]:
+        return {name: draw(seed + i, *shape) for i, (name, shape) in enumerate(shapes.items())}
+
+    a, b = (
+        Update(tensors=state(s), kind="gradient", state_hash="", num_examples=1) for s in (300, 310)
+    )
+    masks = {name: t >= 0.5 for name, t in state(320).items()}
+    pair = [ffl.filled(u, masks, ffl.fragments(v, masks)) for u, v in ((a, b), (b, a))]
+    first, second = (torch.cat([t.flatten() for t in u.tensors.values()]) for u in pair)
+    scores = ffl.scores({k: state(350 + 10 * k) for k in range(5)})
+    return {
+        "first of a pair": first,
+        "second of a pair": second,
+        "scores of five": torch.tensor(list(scores.values()), dtype=torch.float64),
     }
 
 

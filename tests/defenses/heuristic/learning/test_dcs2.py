@@ -60,7 +60,7 @@ def test_the_search_never_ends_above_its_start() -> None:
         context = a_context(goal.context.model, goal.x)
         found = defense.concealed(context, goal.x, y_s, x_c, y_c)
         values.append(float(defense.objective(goal, found, y_c).detach()))
-    assert values[1] == values[0]  # one step is tried at the start alone
+    assert values[1] <= values[0]
     assert values[2] < values[0] - 0.02
 
 

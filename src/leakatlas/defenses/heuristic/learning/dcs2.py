@@ -191,11 +191,12 @@ class DCS2(Defense):
             falls = [int(part * self.iterations) for part in FALLS]
             schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, falls)
             best, lowest = x_c, math.inf
-            for _ in range(self.iterations):
+            for index in range(self.iterations + 1):
                 value = self.objective(goal, x, y_c)
                 if float(value.detach()) < lowest:
                     best, lowest = x.detach().clone(), float(value.detach())
-                if float((x - x_s).detach().flatten(1).norm(dim=1).mean()) > self.enough:
+                away = float((x - x_s).detach().flatten(1).norm(dim=1).mean())
+                if index == self.iterations or away > self.enough:
                     break
                 (x.grad,) = torch.autograd.grad(value, x)
                 optimizer.step()

@@ -34,6 +34,8 @@ Departures:
     * Clients of a group count with the mean of their examples: else the weighted mean would not be
       that of the unmixed updates.
     * Floating-point buffers are swapped like parameters.
+    * The median of an even number is the mean of the two in the middle; where the release scores,
+      it takes the lower one.
     * Whom the server selects is the scenario's affair.
 """
 
