@@ -249,7 +249,7 @@ def test_victims_and_what_came_out_are_seen(visit: Visit) -> None:
     expect(image).to_be_visible()
     assert image.evaluate("image => image.complete && image.naturalWidth > 0")
     expect(page.locator(".victims figcaption")).to_contain_text("study s, <one>")
-    cells = page.locator(".victims + table tbody tr").first.locator("td").all_inner_texts()
+    cells = page.locator(".victims + .scroll tbody tr").first.locator("td").all_inner_texts()
     assert cells[:3] == ["100.0"] * 3 and cells[3].endswith("(nothing)")
 
 
