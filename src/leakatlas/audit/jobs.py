@@ -65,8 +65,8 @@ def kept_as(job: Job, plan: Plan, out: Path | None) -> Path | None:
     """Where the run of a job is kept; None if nothing is."""
     if out is None:
         return None
-    live = job.setting.stage(letter=job.letter, seed=plan.seed)
-    named = kept.recipe_of(job.setting, job.preset or job.attack, live.scenario.to_json(), plan)
+    scenario = job.setting.scenario(letter=job.letter, seed=plan.seed)
+    named = kept.recipe_of(job.setting, job.preset or job.attack, scenario.to_json(), plan)
     if job.compared:
         named = replace(named, conditions={**named.conditions, "compared": True})
     return out / "runs" / kept.identity(job.setting, job.target, named)
@@ -74,6 +74,8 @@ def kept_as(job: Job, plan: Plan, out: Path | None) -> Path | None:
 
 def finished(job: Job, plan: Plan, out: Path | None) -> Run | None:
     """The run of a job that was finished before, if it was kept."""
+    if out is None or not (out / "runs").is_dir():
+        return None
     place = kept_as(job, plan, out)
     return None if place is None else kept.load(place, plan.seconds)
 
@@ -105,8 +107,8 @@ def run_job(
     """
     vantage = job.setting.effective_vantage
     active = isinstance(job.attack, ActiveAttack)
-    live = job.setting.stage(letter=job.letter, seed=plan.seed)
-    recipe = kept.recipe_of(job.setting, job.attack, live.scenario.to_json(), plan)
+    scenario = job.setting.scenario(letter=job.letter, seed=plan.seed)
+    recipe = kept.recipe_of(job.setting, job.attack, scenario.to_json(), plan)
     recipe = replace(recipe, rehearsal=job.rehearsal)
     cache = kept_as(job, plan, out)
     if cache is not None and (before := kept.load(cache, plan.seconds)) is not None:
@@ -127,15 +129,16 @@ def run_job(
         letter=job.letter,
         vantage=vantage.value,
         target=job.target,
-        defenses=tuple(d.key for d in live.federation.defenses),
+        defenses=tuple(d.key for d in job.setting.defenses),
         status="error",
         reason="",
         verdict="not tested",
         recipe=recipe.to_json(),
     )
     try:
-        played = None
-        if not active:
+        if active:
+            live, played = job.setting.stage(letter=job.letter, seed=plan.seed), None
+        else:
             live, played = shown(job, plan)
         run = _scored(job, blank, live, played, plan, watch)
     except (NotGranted, InvalidInput, InvalidParameter, Unavailable) as refusal:

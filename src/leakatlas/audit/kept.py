@@ -24,7 +24,6 @@ from leakatlas.audit import process
 from leakatlas.audit.plan import Plan, Setting
 from leakatlas.catalogue.code import ALWAYS, code_hash
 from leakatlas.errors import InvalidInput
-from leakatlas.fl import model_state, state_hash
 from leakatlas.fl.losses import Loss, PythonLoss
 from leakatlas.report import Run
 
@@ -121,11 +120,10 @@ def identity(setting: Setting, target: int, recipe: Recipe) -> str:
     parts = [
         recipe.content_hash,
         recipe.versions,
-        state_hash(model_state(setting.model)),
+        setting.state_hash,
         target,
         setting.box.to_json(),
-        setting.victims.fingerprint(),
-        setting.public.fingerprint(),
+        *setting.fingerprints,
         None if setting.captured is None else setting.captured.fingerprint(),
     ]
     return sealed.digest(json.dumps(parts, sort_keys=True).encode())[:24]

@@ -40,7 +40,7 @@ from leakatlas.fl import (
 )
 from leakatlas.fl.capture import Capture
 from leakatlas.fl.intake import take_in
-from leakatlas.fl.state import on_device
+from leakatlas.fl.state import model_state, on_device, state_hash
 from leakatlas.report import Context
 from leakatlas.threat import Grant, Vantage
 
@@ -217,12 +217,23 @@ class Setting:
             return Vantage.AGGREGATE
         return self.vantage
 
-    def stage(self, *, letter: str, seed: int) -> Stage:
-        """The live stage of this setting under one adversary."""
-        scenario = Scenario(
+    @functools.cached_property
+    def state_hash(self) -> str:
+        """Of the model's weights and buffers."""
+        return state_hash(model_state(self.model))
+
+    @functools.cached_property
+    def fingerprints(self) -> tuple[str, str]:
+        """Of the private and the public images."""
+        return self.victims.fingerprint(), self.public.fingerprint()
+
+    def scenario(self, *, letter: str, seed: int) -> Scenario:
+        """This setting under one adversary, as plain data."""
+        victims, public = self.fingerprints
+        return Scenario(
             model=self.model_ref,
-            data=f"{self.victims.name}#{self.victims.fingerprint()[:12]}",
-            surrogate=f"{self.public.name}#{self.public.fingerprint()[:12]}",
+            data=f"{self.victims.name}#{victims[:12]}",
+            surrogate=f"{self.public.name}#{public[:12]}",
             examples=len(self.victims) // self.clients,
             clients=self.clients,
             protocol=self.protocol,
@@ -233,8 +244,11 @@ class Setting:
             rounds=1 if self.captured is None else len(self.captured.rounds),
             seed=seed,
         )  # fmt: skip
+
+    def stage(self, *, letter: str, seed: int) -> Stage:
+        """The live stage of this setting under one adversary."""
         live = stage(
-            scenario,
+            self.scenario(letter=letter, seed=seed),
             model=self.model,
             victims=self.victims,
             surrogate=self.public,

@@ -130,7 +130,15 @@ class _File:
     imports: Mapping[str, Chain]
 
     def defining(self, name: str) -> list[_Statement]:
-        return [statement for statement in self.statements if name in statement.binds]
+        return self._by_name.get(name, [])
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, list[_Statement]]:
+        found: dict[str, list[_Statement]] = {}
+        for statement in self.statements:
+            for name in statement.binds:
+                found.setdefault(name, []).append(statement)
+        return found
 
 
 @functools.lru_cache(maxsize=1024)
