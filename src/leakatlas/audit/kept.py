@@ -25,6 +25,7 @@ from leakatlas.audit.plan import Plan, Setting
 from leakatlas.catalogue.code import ALWAYS, code_hash
 from leakatlas.errors import InvalidInput
 from leakatlas.fl.losses import Loss, PythonLoss
+from leakatlas.fl.state import held, state_hash
 from leakatlas.report import Run
 
 _DAMAGED: tuple[type[Exception], ...] = (*sealed.MALFORMED, SafetensorError)
@@ -120,7 +121,7 @@ def identity(setting: Setting, target: int, recipe: Recipe) -> str:
     parts = [
         recipe.content_hash,
         recipe.versions,
-        setting.state_hash,
+        state_hash(held(setting.model)),
         target,
         setting.box.to_json(),
         *setting.fingerprints,

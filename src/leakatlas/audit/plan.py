@@ -40,7 +40,7 @@ from leakatlas.fl import (
 )
 from leakatlas.fl.capture import Capture
 from leakatlas.fl.intake import take_in
-from leakatlas.fl.state import model_state, on_device, state_hash
+from leakatlas.fl.state import on_device
 from leakatlas.report import Context
 from leakatlas.threat import Grant, Vantage
 
@@ -216,11 +216,6 @@ class Setting:
         if (averaged or self.hides_updates) and self.vantage in (Vantage.WIRE, Vantage.SERVER):
             return Vantage.AGGREGATE
         return self.vantage
-
-    @functools.cached_property
-    def state_hash(self) -> str:
-        """Of the model's weights and buffers."""
-        return state_hash(model_state(self.model))
 
     @functools.cached_property
     def fingerprints(self) -> tuple[str, str]:
