@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import replace
-from pathlib import Path
-
-import torch
 
 from leakatlas.attacks.generative.direct.lti import LTI
-from leakatlas.audit.rehearsal import rehearse
-from leakatlas.bench import scene
+from leakatlas.audit.rehearsed import best_of
+from leakatlas.bench import harness, scene
 from leakatlas.bench.cells import Cell
-from leakatlas.metrics.images import psnr
-
-EPOCHS = 20
 
 
-def measure(cell: Cell) -> dict[str, list[float]]:
-    """DB of the victim's image, and which setting was taken."""
-    torch.set_num_threads(1)
-    stage = scene.staged(cell)
-    view = stage.view([stage.federation.play_round()])
-    variants = {name: replace(lti, epochs=EPOCHS) for name, lti in LTI.variants().items()}
-    with tempfile.TemporaryDirectory() as empty:  # nothing is taken from earlier rehearsals
-        taken = rehearse(
-            view, variants, view.surrogate, images=4, seed=cell.seed, cache=Path(empty)
-        ).variant
-    found = stage.box.denormalize(variants[taken](view, seed=cell.seed).images).clamp(0, 1)
-    return {
-        "psnr_rehearsed": [float(psnr(found, stage.victims[0].images))],
-        "variant": [float(list(variants).index(taken))],
-    }
+def choose(cell: Cell) -> LTI:
+    """Of settings that are trained equally long."""
+    asked, stage = scene.attack_of(cell.case), scene.staged(cell)
+    assert isinstance(asked, LTI)
+    view, _ = harness.observe(stage, asked, target=0)
+    variants = {n: replace(lti, epochs=asked.epochs) for n, lti in asked.variants().items()}
+    best = best_of(view, variants, view.surrogate, iterations=None, seed=cell.seed).attack
+    assert isinstance(best, LTI)
+    return best
