@@ -89,6 +89,16 @@ def test_every_end_has_its_code(
     assert "Traceback" not in said
 
 
+def test_a_reader_that_went_away_is_no_code_under_audit(
+    typed: Typed, failing: Callable[[BaseException], None]
+) -> None:
+    """What rich raises where nobody reads standard output any more."""
+    end = SystemExit(1)
+    end.__context__ = BrokenPipeError()
+    failing(end)
+    assert typed("list") == (3, "")
+
+
 def test_a_defect_leaves_a_file_to_attach(
     typed: Typed, failing: Callable[[BaseException], None], tmp_path: Path
 ) -> None:

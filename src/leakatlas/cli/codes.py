@@ -51,6 +51,8 @@ class Guarded(TyperGroup):
             _say("Stopped. Finished runs are kept; the same command continues.")
             raise typer.Exit(UNDECIDED) from None
         except SystemExit as end:  # no command of ours ends so: code under audit does
+            if isinstance(end.__context__, BrokenPipeError):  # nobody reads on, as with `| head`
+                raise typer.Exit(UNDECIDED) from None
             call = "os._exit" if isinstance(end, EndedAtOnce) else "sys.exit"
             _say(
                 f"[bold yellow]Undecided:[/] the code under audit ended the process with "
