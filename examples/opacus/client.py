@@ -32,10 +32,11 @@ def main(noise: float = 1.0, budget: str = "20s") -> leakatlas.Report:
         budget: Of the audit.
     """
     photos = data.photos(16).subset(range(EXAMPLES))
-    model, engine = make_model(), PrivacyEngine()
+    model = make_model()
     received = model_state(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Opacus: no cryptographic generator for an example
+        engine = PrivacyEngine()
         private, optimizer, _ = engine.make_private(
             module=model,
             optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
