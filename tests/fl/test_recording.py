@@ -161,6 +161,7 @@ def test_several_versions_in_one_folder_are_read_and_said(tmp_path: Path) -> Non
 def test_a_place_where_nothing_can_be_seen_is_said_and_another_is_read(tmp_path: Path) -> None:
     recorder = Recorder(folder=tmp_path)
     recorder.write(replace(_exchange(), received={}, sent={}), left_out="SecAgg+ masks it")
+    recorder.write(replace(_exchange(), place="raw"))
     recorder.write(replace(_exchange(client="all"), place="aggregate", cohort=2))
     recording = read_recording(tmp_path)
     assert recording.last.place == "aggregate"

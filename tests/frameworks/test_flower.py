@@ -379,6 +379,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
         # Ray makes its workers wait for everybody else (nice 15), which on a busy machine is for
         # ever: Flower then gives the client up.
         "RAY_worker_niceness": "0",
+        # Nor does it end workers because others fill the memory.
+        "RAY_memory_monitor_refresh_ms": "0",
     }
     subprocess.run(["pkill", "-f", f"flower-superlink.*--port {port}"], check=False)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from leakatlas.audit import compare, effort, ready, utility
+from leakatlas.audit import compare, iterating, ready, utility
 from leakatlas.audit.budget import Budget
 
 MADE = Budget.of
@@ -14,7 +14,7 @@ MADE = Budget.of
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """What fills a budget's time is cut short, and no budget ends, however busy the machine."""
-    for room in (effort, compare):
+    for room in (iterating, compare):
         monkeypatch.setattr(room, "REHEARSED", 0.0)
     monkeypatch.setattr(ready, "LONGEST", 20)
     monkeypatch.setattr(utility, "FEDAVG_ROUNDS", 1)

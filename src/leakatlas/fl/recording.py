@@ -293,7 +293,9 @@ def read_recording(
     if place is not None and place not in places:
         raise UnknownName("place", place, sorted(places))
     seen = {facts.place for _, facts in found if not facts.left_out} or places
-    chosen = place or next(p for p in PREFERRED if p in seen)
+    # Where the wire was hidden, raw updates are what no adversary sees.
+    order = sorted(PREFERRED, key=lambda p: p == "raw") if places - seen else PREFERRED
+    chosen = place or next(p for p in order if p in seen)
     there = [(path, facts) for path, facts in found if facts.place == chosen]
     clients = list(dict.fromkeys(facts.client for _, facts in there))
     if client is not None and client not in clients:
