@@ -22,6 +22,7 @@ GUIDE = (
 BESIDE = {
     "CONTRIBUTING.md": "guide/contributing.html",
     "docs/contributing-a-row.md": "guide/a-row.html",
+    "docs/frameworks.md": "guide/frameworks.html",
     "docs/studies.md": "guide/studies.html",
 }
 """Pages from elsewhere in the checkout that the guide leads to."""
