@@ -160,6 +160,15 @@ def test_an_attack_that_keeps_no_budget_is_killed(other: Spawned) -> None:
         other.seconds = None
 
 
+def test_an_attack_that_overruns_its_budget_is_killed(
+    other: Spawned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("leakatlas.bench.spawned.OVERRUN", (0.1, 0.25))
+    with pytest.raises(AttackCrashed, match="after the end of its time"):
+        harness.run_trial(build_stage(), Villain(deed="hang"), watch=Watch(0.1), adversary=other)
+    assert harness.run_trial(build_stage(), Villain(), adversary=other).found.status == "complete"
+
+
 def test_a_stopped_run_gives_what_it_has(other: Spawned) -> None:
     watch = Watch()
     watch.stop()

@@ -20,6 +20,10 @@ MODULE = "leakatlas.bench.worker"
 HIDDEN = ("LEAKATLAS_DATA", "PWD", "OLDPWD")
 """Variables that name a place where the truth may lie."""
 
+OVERRUN = (15.0, 0.25)
+"""After the end of its time, the seconds and the part of that time that an attack may take to end:
+a step that is under way, or packing what it found. Then its process is killed."""
+
 GLANCE = 0.2
 """Seconds between two looks at whether a run was stopped."""
 
@@ -38,8 +42,8 @@ class Spawned:
 
     Args:
         memory: GiB that an attack may take on top of the libraries; no limit if None.
-        seconds: Time after which it is killed; no limit if None. (Budgets are kept by the attack
-            itself; this is for one that does not.)
+        seconds: Time after which it is killed, whatever budget it has; no limit if None. An attack
+            keeps its budget itself; one that overruns it by far is killed as well.
         device: Where attacks compute; ``cuda:1`` hides every other GPU from the process.
     """
 
@@ -127,6 +131,7 @@ class Spawned:
         self._costs = {}
         child.send(message)
         deadline = None if self.seconds is None else time.monotonic() + self.seconds
+        grace = max(OVERRUN[0], OVERRUN[1] * (watch.remaining() or 0.0))
         told = False
         while True:
             try:
@@ -139,6 +144,13 @@ class Spawned:
                     self.close()
                     raise AttackCrashed(
                         f"the attack was killed after {self.seconds:g} s, the limit of its time"
+                    ) from None
+                left = watch.remaining()
+                if left is not None and left < -grace:
+                    self.close()
+                    raise AttackCrashed(
+                        f"the attack was killed {-left:.0f} s after the end of its time; it does "
+                        "not look at the clock often enough"
                     ) from None
                 continue
             if answer is None:
