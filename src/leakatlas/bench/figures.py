@@ -117,7 +117,7 @@ def _case(
         "letter": case.letter,
         "vantage": case.vantage,
         "setup": setup(case),
-        "note": case.note,
+        "note": "; ".join(filter(None, (case.note, _confirmed(mine)))),
         "cells": len(cells),
         "missing": len(cells) - len(mine),
         "status": dict(sorted(counts.items())),
@@ -132,6 +132,18 @@ def _case(
         "nulls": _nulls(mine, label),
         "curve": _curve(mine, label),
     }
+
+
+def _confirmed(records: Sequence[Record]) -> str:
+    """What a reader must know of records that other code made."""
+    old = sum(bool(record.confirmed) for record in records)
+    if not old:
+        return ""
+    cells = "cell stands" if old == 1 else "cells stand"
+    return (
+        f"{old} of {len(records)} {cells} from earlier code: another cell of the case, made again, "
+        "came out equal bit for bit"
+    )
 
 
 def _version(case: Case) -> int | None:

@@ -45,6 +45,8 @@ class Record:
         process: ``own`` if the attack ran in a process of its own; ``shared`` is for debugging.
         machine: See :mod:`leakatlas.bench.machine`.
         started: Date and time (UTC, ISO).
+        confirmed: Hash of the code that made it, if another cell of its case came out equal under
+            ``code`` (:mod:`leakatlas.bench.confirm`).
     """
 
     cell: str
@@ -69,6 +71,7 @@ class Record:
     process: Literal["own", "shared"] = "own"
     machine: Mapping[str, Any] = field(default_factory=dict)
     started: str = ""
+    confirmed: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -89,3 +92,8 @@ class Record:
         incidental = ("costs", "started", "machine", "trace")
         plain = {name: value for name, value in self.to_json().items() if name not in incidental}
         return {**plain, "execution": self.execution.partition(";")[0]}  # without what it took
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What came out, whichever code made it."""
+        return {n: v for n, v in self.substance.items() if n not in ("code", "confirmed")}

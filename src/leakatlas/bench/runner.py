@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +62,13 @@ class Options:
                 f"--ray takes --device cpu or cuda, got {shown(self.device)}: the cluster gives "
                 "each attack a GPU of its own."
             )
+
+    def enough(self) -> Callable[[], bool]:
+        """Whether the time for beginning cells is over; it begins now."""
+        if self.seconds is None:
+            return lambda: False
+        deadline = time.monotonic() + self.seconds
+        return lambda: time.monotonic() >= deadline
 
 
 def data_folder() -> Path:
@@ -141,11 +149,7 @@ def run_study(study: Study, options: Options, sink: lanes.Sink | None = None) ->
     before = standing(study, options)
     kept = Store(options.records / study.name)
     kept.tidy()
-    deadline = None if options.seconds is None else time.monotonic() + options.seconds
-
-    def enough() -> bool:
-        return deadline is not None and time.monotonic() >= deadline
-
+    enough = options.enough()
     keeping = _Keeping(kept, sink)
     try:
         if options.ray is None:

@@ -63,6 +63,14 @@ def bench(
             help="Compare with figures of official code: every row, or the one that is named.",
         ),
     ] = False,
+    again: Annotated[
+        bool,
+        typer.Option(
+            "--confirm",
+            help="Make one cell of every stale case again; where it comes out equal bit for bit, "
+            "the case's other figures count as current and say so.",
+        ),
+    ] = False,
     every: Annotated[bool, typer.Option("--all", help="Run everything that is left.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -92,11 +100,15 @@ def bench(
         trust_code=trust_code,
         **{name: value for name, value in given.items() if value is not None},
     )
-    if study is not None:
+    if again and (show or stale or ray is not None):
+        raise InvalidParameter("--confirm goes with a study or --all, on this machine.")
+    if study is not None and not again:
         ended = _run([load(study)], options, as_json)
     else:
-        studies = [load(path) for path in find().values()]
-        if every:
+        studies = [load(study)] if study else [load(path) for path in find().values()]
+        if again:
+            ended = _confirm(studies, options, as_json)
+        elif every:
             ended = _run(studies, options, as_json)
         else:
             ended = _table(studies, options, only_stale=stale, as_json=as_json)
@@ -156,6 +168,30 @@ def _run(studies: list[Study], options: Options, as_json: bool) -> bool:
     if as_json:
         typer.echo(json.dumps(told))
     return whole
+
+
+def _confirm(studies: list[Study], options: Options, as_json: bool) -> bool:
+    """Confirm studies one after the other; whether no stale case is left."""
+    from leakatlas.bench.confirm import confirm
+    from leakatlas.bench.runner import standing
+    from leakatlas.cli.progress import Cells
+
+    console, told = plain.console(stderr=True), []
+    for study in studies:
+        if not standing(study, options).stale:
+            continue
+        with Cells(console, study.name, total=len(study.cases), quiet=as_json) as sink:
+            found = confirm(study, options, sink)
+        told.append({"study": study.name, **vars(found)})
+        if not as_json:
+            console.print(
+                f"{escape(study.name)}: {len(found.equal)} cases confirmed, {len(found.apart)} "
+                f"came out otherwise, {len(found.left)} not made again.",
+                highlight=False,
+            )
+    if as_json:
+        typer.echo(json.dumps(told))
+    return not any(one["apart"] or one["left"] for one in told)
 
 
 def _summary(console: Console, study: Study, after: Standing, options: Options) -> None:
