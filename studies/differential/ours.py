@@ -7,6 +7,9 @@ with a random direction (:func:`leakatlas.bench.differential.number`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
@@ -52,6 +55,10 @@ from leakatlas.blocks import (
 from leakatlas.blocks.labels.profiles import fitness
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import CIFAR10, Box
+from leakatlas.defenses.formal.dp._mechanism import clip
+from leakatlas.defenses.formal.dp.flower_clipping import FlowerClipping
+from leakatlas.defenses.formal.dp.local_dp_mod import LocalDpMod
+from leakatlas.defenses.formal.dp.svt_privacy import SVTPrivacy
 from leakatlas.defenses.heuristic.learning import fragmented_fl as ffl
 from leakatlas.defenses.heuristic.learning.dcs2 import DCS2, drawn_back
 from leakatlas.defenses.heuristic.perturbation import grad_defense as slices
@@ -59,6 +66,7 @@ from leakatlas.defenses.heuristic.perturbation import outpost as sparing
 from leakatlas.defenses.heuristic.perturbation import soteria as features
 from leakatlas.defenses.heuristic.perturbation.censor import orthogonal
 from leakatlas.defenses.heuristic.perturbation.gradient_pruning import kept
+from leakatlas.defenses.heuristic.perturbation.percentile_privacy import filtered
 from leakatlas.defenses.heuristic.perturbation.quantization import quantised as quantised_to
 from leakatlas.fl import (
     ClientContext,
@@ -254,6 +262,18 @@ def grad_defense() -> Figures:
     }
 
 
+def flower_clipping() -> Figures:
+    """A clipped change; and what adaptive clipping makes of multiplier and bound."""
+    defense = FlowerClipping(adaptive=True, noise_multiplier=1.0, count_std=2.0)
+    plain = FlowerClipping()
+    return {
+        "fixed clipping, C 0.3": flat(clip(_change(), 0.3, "flat")),
+        "multiplier beside a count of deviation 2": defense.multiplier(100),
+        "bound after a share of 0.8": defense.moved(0.1, 0.8),
+        "deviation on the mean of 100": plain.multiplier(100) * plain.clipping_norm / 100,
+    }
+
+
 def gi_pip() -> Figures:
     """The score of noise and of crops under one autoencoder, and its slope; cosine and prior."""
     network = Autoencoder(3, 12).double()
@@ -417,6 +437,13 @@ def mkor() -> Figures:
     }
 
 
+def local_dp_mod() -> Figures:
+    """A clipped change and noise of given normal numbers."""
+    defense = LocalDpMod(clipping_norm=0.3, sensitivity=0.6, epsilon=2.0)
+    sent = flat(clip(_change(), defense.clipping_norm, "flat")) + defense.sigma * draw(274, 1240)
+    return {"local DP, C 0.3, s 0.6, epsilon 2": sent}
+
+
 def outpost() -> Figures:
     """Four tensors, as the release of 2023 perturbs them."""
     shapes, risky = [(8, 3, 5, 5), (8,), (10, 40), (10,)], (0.1, 0.5, 2.0, 1.0)
@@ -432,6 +459,15 @@ def outpost() -> Figures:
     noise = defense.drawn({n: t.square().mean(0, keepdim=True) for n, t in g.items()}, w, normal)
     sent = {n: t * sparing.kept(t, defense.prune) + noise[n] for n, t in g.items()}
     return {"perturbed": torch.cat([t.flatten() for t in sent.values()])}
+
+
+def percentile_privacy() -> Figures:
+    """A change filtered as shipped, and one of three steps more strictly."""
+    three = {name: t / 3 for name, t in _change().items()}
+    return {
+        "percentile, shipped": flat(filtered(_change(), 0.01, 10)),
+        "percentile, 40 and 0.005, 3 steps": 3 * flat(filtered(three, 0.005, 40)),
+    }
 
 
 def quantization() -> Figures:
@@ -564,6 +600,31 @@ def soteria() -> Figures:
         scores = features.score(*found, 0.1, as_released=True)
         figures[f"columns that stay, {name}"] = features.released_mask(scores, 0.8)
     return figures
+
+
+def svt_privacy() -> Figures:
+    """Both forms on given Laplace numbers and picks, and their budgets."""
+    figures: dict[str, Tensor | float] = {}
+    stronger = SVTPrivacy(gamma=0.01, epsilon=10.0, noise_var=5.0, tau=0.001)
+    forms = {"shipped": SVTPrivacy(), "gamma 0.01 and budgets 10 and 5": stronger}
+    picks = torch.randint(10**9, (2_000,), generator=torch.Generator().manual_seed(273))
+    for name, defense in forms.items():
+        rest = iter(draw(272, 40_000).tolist())
+
+        def laplace(scale: float, size: int, rest: Iterator[float] = rest) -> Tensor:
+            return scale * torch.tensor(list(islice(rest, size)), dtype=torch.float64)
+
+        def choose(accepted: Tensor, size: int) -> Tensor:
+            return accepted[picks[:size] % len(accepted)]
+
+        figures[f"svt, {name}"] = defense.released(_change()["w"].flatten(), laplace, choose)
+        figures[f"svt, {name}, epsilon"] = defense.spent(1_200)
+    return figures
+
+
+def _change() -> dict[str, Tensor]:
+    """A client's change of two tensors."""
+    return {"w": 0.02 * draw(270, 40, 30), "b": 0.02 * draw(271, 40)}
 
 
 def trap_weights() -> Figures:

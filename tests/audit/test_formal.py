@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from leakatlas.audit.formal import ACCOUNTANT, guarantees
+from leakatlas.audit.formal import ACCOUNTANT, doubts, guarantees
 from leakatlas.catalogue import registry
 from leakatlas.defenses.formal.dp._accounting import gaussian_delta
 from leakatlas.fl import FedAVG, FedSGD, Protocol, Trait
@@ -52,4 +52,28 @@ def test_every_defense_that_declares_differential_privacy_is_accounted_for() -> 
     for key in registry.defense_keys():
         defense = registry.defense(key)
         if Trait.DP_NOISE in defense.active_traits():
-            assert of(key)["epsilon"] is not None, key
+            found = of(key)
+            assert found["epsilon"] is not None or "no budget" in found["mind"], key
+
+
+def test_local_dp_is_worth_less_than_its_formula_says() -> None:
+    found = of("local_dp_mod", rounds=3, epsilon=2.0)
+    assert found["epsilon"] > 2.0
+    for part in ("proven below 1", "may be 2 apart", "3 rounds"):
+        assert part in found["mind"]
+    proper: Any = {"epsilon": 0.5, "sensitivity": 2.0}
+    assert of("local_dp_mod", **proper)["mind"] == ""
+
+
+def test_what_a_framework_ships_is_doubted_where_it_gives_less() -> None:
+    shipped = [registry.defense(k) for k in ("svt_privacy", "flower_clipping", "local_dp_mod")]
+    said = doubts(shipped, rounds=1, entries=7_033_290)
+    assert any("7.033e+04" in one for one in said)
+    assert any("without any" in one for one in said)
+    assert doubts([registry.defense("client_dp")], rounds=9) == []
+    assert doubts([registry.defense("local_dp_mod", epsilon=float("inf"))], rounds=9) == []
+
+
+def test_opacus_is_accounted_as_client_dp_on_examples() -> None:
+    ours: Any = {"unit": "example", "noise_multiplier": 1.0}
+    assert of("opacus_dpsgd", rounds=2)["epsilon"] == of("client_dp", rounds=2, **ours)["epsilon"]

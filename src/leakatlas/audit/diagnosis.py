@@ -12,6 +12,7 @@ import torch
 from leakatlas.attacks.api import Attack
 from leakatlas.audit.consistency import ReplayCheck, check_replay
 from leakatlas.audit.facts import facts_of
+from leakatlas.audit.formal import doubts
 from leakatlas.audit.start import Start, can_start
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import RoundRecord, Stage, Update
@@ -127,6 +128,9 @@ def examine(
         )
     facts, findings = facts_of(stage, model, client.x, client.y, update)
     findings = [*(f"Note: {note}." for note in stage.notes), *findings]
+    entries = sum(t.numel() for t in update.tensors.values())
+    doubted = doubts(federation.defenses, rounds=stage.scenario.rounds, entries=entries)
+    findings += [f"{one[:1].upper()}{one[1:]}." for one in doubted]
     findings += [
         f"Round {one.index} of the capture was computed on other images than the last, or "
         f"otherwise: {check.explanation} (residual {check.residual:.1e})."

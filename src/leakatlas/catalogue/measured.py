@@ -140,7 +140,13 @@ class Differential(Strict):
     key: Annotated[Text, Field(description="The row.")]
     code_version: Annotated[int, Field(ge=1, strict=True)]
     repository: Annotated[Text, Field(description="Address of the official code.")]
-    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="Its commit.")]
+    commit: Annotated[
+        str,
+        Field(
+            pattern=r"^([0-9a-f]{40}|\d+(\.\d+)+)$",
+            description="Its commit, or the version of the package that was run.",
+        ),
+    ]
     files: Annotated[tuple[Text, ...], Field(min_length=1, description="What was compared.")]
     inputs: Annotated[Text, Field(description="What both were given.")]
     tolerance: Annotated[dict[str, Any], Field(min_length=1, description="What counts as equal.")]

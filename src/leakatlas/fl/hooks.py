@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from leakatlas.data import Box
-from leakatlas.fl.protocol import Protocol
+from leakatlas.fl.protocol import FedAVG, Protocol
 from leakatlas.fl.update import Update
 from leakatlas.params import Configured
 
@@ -60,6 +60,15 @@ class ClientContext:
     generator: torch.Generator
     memory: Memory
     box: Box | None = None
+
+    def change_unit(self, update: Update) -> float:
+        """What a change of 1 per local step, of any weight, is in an update, without a sign.
+
+        A gradient stands for the change that one step of the protocol's rate makes of it.
+        """
+        if isinstance(self.protocol, FedAVG):
+            return update.scale * self.protocol.steps(update.num_examples)
+        return update.scale / self.protocol.lr
 
 
 @dataclass

@@ -14,8 +14,9 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from leakatlas import models
+from leakatlas.defenses.formal.dp._examples import per_example_gradients
 from leakatlas.defenses.formal.dp._mechanism import clipped_sum
-from leakatlas.defenses.formal.dp.client_dp import ClientDP, per_example_gradients
+from leakatlas.defenses.formal.dp.client_dp import ClientDP
 from leakatlas.errors import InvalidParameter, Unavailable, UnsupportedModel
 from leakatlas.fl import (
     ClientContext,
