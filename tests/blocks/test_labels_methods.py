@@ -26,6 +26,7 @@ from leakatlas.blocks.labels import (
 )
 from leakatlas.blocks.labels.estimates import Points
 from leakatlas.blocks.labels.single import MARGIN_AT_MINIMUM, SMALLEST_PRODUCT
+from leakatlas.blocks.watch import Watch
 from leakatlas.errors import (
     InvalidInput,
     InvalidParameter,
@@ -288,6 +289,22 @@ def test_head_pass_sees_the_input_of_the_head_and_leaves_the_model_alone() -> No
     assert seen.features.shape == (5, 3)  # pooled: not the ReLU's (5, 3, 4, 4)
     torch.testing.assert_close(model[-1](seen.features), seen.logits)
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_head_passes_come_in_parts_and_end_with_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, y = network("relu", 12), torch.arange(7)
+    head, x = labels.find_head(model), inputs(7)
+    whole = labels.head_pass(model, head, x, y)
+    monkeypatch.setattr("leakatlas.blocks.labels.moments.AT_ONCE", 2 * x[0].numel())
+    parts = labels.head_pass(model, head, x, y)
+    torch.testing.assert_close(parts.logits, whole.logits)
+    torch.testing.assert_close(parts.features, whole.features)
+    assert torch.equal(parts.labels, y)
+    watch = Watch()
+    watch.stop()
+    some = labels.head_pass(model, head, x, y, watch=watch)
+    assert len(some.logits) == len(some.features) == len(some.labels) == 2
+    assert watch.cut_short
 
 
 # --- RLG ----------------------------------------------------------------------------------------

@@ -14,8 +14,12 @@ from torch.func import functional_call
 
 from leakatlas.blocks.labels.counts import mean_probability
 from leakatlas.blocks.labels.head import Head
+from leakatlas.blocks.watch import Watch
 from leakatlas.errors import InvalidInput, UnsupportedModel
 from leakatlas.models.structure import in_mode
+
+AT_ONCE = 10_000_000
+"""Numbers of input that one forward pass takes: 3,000 images of 32 pixels, 66 of 224."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +44,7 @@ def head_pass(
     labels: Tensor | None = None,
     *,
     weights: dict[str, Tensor] | None = None,
+    watch: Watch | None = None,
 ) -> HeadPass:
     """Run ``inputs`` ``(N, ...)`` through the model in eval mode and keep what meets the head.
 
@@ -51,6 +56,7 @@ def head_pass(
         inputs: In the network's own (normalised) space.
         labels: Labels of the inputs, kept beside them.
         weights: Other weights to run at, by parameter name (the client's after training).
+        watch: Ends the pass early, after so many inputs as time allows.
     """
     caught: list[Tensor] = []
 
@@ -60,10 +66,20 @@ def head_pass(
     hook = model.get_submodule(head.module_name).register_forward_pre_hook(catch)
     try:
         with in_mode(model, train=False), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            logits = functional_call(model, weights or {}, (inputs,))
+            # As many at once as fit in little memory: small inputs all, large photos a few.
+            parts = inputs.split(max(1, AT_ONCE // max(inputs[0].numel(), 1)))
+            logits = list[Tensor]()
+            for part in parts:
+                if watch is not None and watch.stopped and logits:
+                    break
+                logits.append(functional_call(model, weights or {}, (part,)))
     finally:
         hook.remove()
-    return HeadPass(features=caught[-1].detach(), logits=logits.detach(), labels=labels)
+    return HeadPass(
+        features=torch.cat(caught).detach(),
+        logits=torch.cat(logits).detach(),
+        labels=labels if labels is None else labels[: sum(map(len, logits))],
+    )
 
 
 def mean_feature_sum(seen: HeadPass) -> Tensor:

@@ -195,11 +195,11 @@ def test_counts_sum_to_the_batch_and_are_exact_from_the_batchs_own_statistics() 
 
 def test_label_places_are_random_and_their_multiset_is_the_counted_one() -> None:
     view, _, _, _ = seen(examples=3)
-    first = SHORT.read_labels(view, torch.Generator().manual_seed(0))
-    counted = SHORT.count_labels(view, torch.Generator().manual_seed(0))
+    first = SHORT.read_labels(view, torch.Generator().manual_seed(0), Watch())
+    counted = SHORT.count_labels(view, torch.Generator().manual_seed(0), Watch())
     assert torch.equal(torch.bincount(first, minlength=10), counted)
     granted, _, y, _ = seen(grants=LABELS)
-    assert torch.equal(SHORT.read_labels(granted, torch.Generator()), y)
+    assert torch.equal(SHORT.read_labels(granted, torch.Generator(), Watch()), y)
 
 
 # -- the whole attack ------------------------------------------------------------------------------

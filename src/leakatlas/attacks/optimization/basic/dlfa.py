@@ -161,7 +161,7 @@ class DLFA(Attack):
             return nothing_found(view.input_shape, "the update is zero; there is nothing to match")
         like = next(iter(update.tensors.values()))
         N, E = view.num_examples, epochs_of(view)
-        y = self.read_labels(view, generator)
+        y = self.read_labels(view, generator, watch)
         shared = self.images == "shared" or view.has("batch_order")
         copies = 1 if shared else E
         simulated = self.simulate(view, copies)
@@ -206,15 +206,15 @@ class DLFA(Attack):
             },
         ).or_failed(found.trouble)
 
-    def read_labels(self, view: View, generator: torch.Generator) -> Tensor:
+    def read_labels(self, view: View, generator: torch.Generator, watch: Watch) -> Tensor:
         """Granted labels in their order, else the counted ones in a random order, ``(N,)``."""
         N = view.num_examples
         if view.has("labels") or N == 1 or view.loss != PLAIN:
             return known_labels(view)
-        found = labels.labels_from_counts(self.count_labels(view, generator))
+        found = labels.labels_from_counts(self.count_labels(view, generator, watch))
         return found[torch.randperm(N, generator=generator).to(found.device)]
 
-    def count_labels(self, view: View, generator: torch.Generator) -> Tensor:
+    def count_labels(self, view: View, generator: torch.Generator, watch: Watch) -> Tensor:
         """Step 1: how often each class occurs, ``(K,)``, integers that sum to N."""
         model, g, N = view.model, mean_gradient(view), view.num_examples
         head = labels.find_head(model, example_input(model, view.input_shape))
@@ -222,8 +222,9 @@ class DLFA(Attack):
         noise = init.normal((self.dummies, *view.input_shape), generator=generator, like=like)
         before = {n: p.detach() for n, p in model.named_parameters()}
         moved = {n: before[n] - change for n, change in local_change(view).items()}
-        start = labels.head_pass(model, head, noise)
-        end = labels.head_pass(model, head, noise, weights={**before, **moved})
+        start = labels.head_pass(model, head, noise, watch=watch)
+        noise = noise[: len(start.logits)]
+        end = labels.head_pass(model, head, noise, weights={**before, **moved}, watch=watch)
         steps = view.protocol.steps(N)
         try:
             raw = labels.dimitrov(like, start, end, steps=steps, samples=N, points=self.count_at)
