@@ -177,9 +177,7 @@ def inversion_psnr(
     z = torch.zeros(len(x), *prior.latent, dtype=x.dtype, device=x.device, requires_grad=True)
     optimizer = torch.optim.Adam([z], lr=lr)
     with torch.enable_grad():
-        for _ in range(steps):
-            if watch is not None and watch.stopped:
-                break
+        for _ in (watch or Watch()).steps(steps):
             optimizer.zero_grad()
             torch.autograd.backward((decode(z) - x).square().flatten(1).mean(1).sum())
             optimizer.step()

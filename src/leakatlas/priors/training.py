@@ -139,7 +139,8 @@ def train(
     )
     seen = fingerprints(images[:kept], shape).unique()
     prior = wrapped(network, card, seen)
-    if measure and not watch.stopped:
+    left = watch.remaining()
+    if measure and (left is None or left > 0):
         figures = _figures(prior, images[kept:], labels[kept:], images[:kept].mean(0), watch)
         card.figures.update({**figures, "steps": made, "cpu_seconds": round(seconds)})
     return prior

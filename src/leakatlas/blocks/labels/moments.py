@@ -69,10 +69,8 @@ def head_pass(
             # As many at once as fit in little memory: small inputs all, large photos a few.
             parts = inputs.split(max(1, AT_ONCE // max(inputs[0].numel(), 1)))
             logits = list[Tensor]()
-            for part in parts:
-                if watch is not None and watch.stopped and logits:
-                    break
-                logits.append(functional_call(model, weights or {}, (part,)))
+            for step in (watch or Watch()).steps(len(parts)):
+                logits.append(functional_call(model, weights or {}, (parts[step.index],)))
     finally:
         hook.remove()
     return HeadPass(

@@ -14,6 +14,7 @@ from leakatlas.attacks.optimization.basic.dlfa import DLFA
 from leakatlas.bench import harness
 from leakatlas.blocks import epochs, labels, priors
 from leakatlas.blocks.observed import mean_gradient
+from leakatlas.blocks.watch import Watch
 from leakatlas.fl import FedAVG, FedSGD, Stage, View, task_loss
 from leakatlas.threat import Grant
 from tests.attacks.case import Case
@@ -178,7 +179,7 @@ def test_epochs_are_put_into_one_order_and_averaged() -> None:
 def test_counts_sum_to_the_batch_and_are_exact_from_the_batchs_own_statistics() -> None:
     view, x, y, _ = seen(protocol=FedAVG(epochs=1, batch_size=3, lr=0.05), examples=3)
     attack = replace(SHORT, dummies=200)
-    counts = attack.count_labels(view, torch.Generator().manual_seed(0))
+    counts = attack.count_labels(view, torch.Generator().manual_seed(0), Watch())
     assert int(counts.sum()) == 3 and int(counts.min()) >= 0
     model, g = view.model, mean_gradient(view)
     head = labels.find_head(model)
