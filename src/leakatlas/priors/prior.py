@@ -134,6 +134,30 @@ def linear_schedule(T: int = 1_000, first: float = 1e-4, last: float = 0.02) -> 
     return (1 - torch.linspace(first, last, T, dtype=torch.float64)).cumprod(0)
 
 
+def empirical(images: Tensor, kept: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    r"""The exact denoiser of a set of images: no training, and no other image comes out of it.
+
+    .. math:: \hat x_0 = \sum_n \mathrm{softmax}_n\Bigl(-\frac{\lVert x_t - \sqrt{\bar\alpha_t}
+              x_n \rVert^2}{2 (1 - \bar\alpha_t)}\Bigr)\, x_n, \qquad
+              \epsilon = \frac{x_t - \sqrt{\bar\alpha_t}\, \hat x_0}{\sqrt{1 - \bar\alpha_t}}
+
+    Args:
+        images: ``(M, C, H, W)`` in [-1, 1].
+        kept: ``(T,)`` shares of variance, :math:`\bar\alpha_t`.
+    """
+
+    def noise(x: Tensor, t: Tensor) -> Tensor:
+        share = kept.to(x)[t][:, None]
+        known = images.to(x).flatten(1)
+        apart = (x.flatten(1)[:, None] - share.sqrt()[:, None] * known).square().sum(2)
+        weights = (-apart / (2 * (1 - share))).softmax(1)
+        clean = (weights @ known).reshape(x.shape)
+        share = share[:, :, None, None]
+        return (x - share.sqrt() * clean) / (1 - share).sqrt()
+
+    return noise
+
+
 def fingerprints(pixels: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """``(N,)`` int32 of images ``(N, C, H, W)`` in [0, 1]: a hash at ``shape`` and 8 bits."""
     fitted = fit_pixels(pixels.detach().float().cpu(), shape)

@@ -12,15 +12,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from leakatlas import models, priors
+from leakatlas import models
 from leakatlas.attacks.api import Outlook, learned
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import ImageSet
 from leakatlas.errors import InvalidParameter
 from leakatlas.fl import View
-from leakatlas.models import Card, Generator
-from leakatlas.priors import Prior, inversion_psnr, kept, training
+from leakatlas.models import Card, Denoiser, Generator
+from leakatlas.priors import Diffusion, Prior, inversion_psnr, kept, training
 from leakatlas.priors.learning import drawn_shape, widths
+from leakatlas.priors.prior import empirical, linear_schedule
 
 AUTO = "auto"
 SURROGATE = "surrogate"
@@ -80,6 +81,84 @@ def prior_of(prior: str, view: View, *, steps: int, latent: int = 128, watch: Wa
     return made.at(like)
 
 
+IMAGES = "images"
+"""The exact denoiser of the surrogate images."""
+
+DENOISERS: Mapping[tuple[int, ...], str] = {(3, 32, 32): "ddpm32-s"}
+"""The shipped diffusion model for inputs of a shape."""
+
+
+def named_diffusion(prior: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """As :func:`named`, for an attack that guides a diffusion model."""
+    if prior in (SURROGATE, IMAGES):
+        return ()
+    if prior == AUTO:
+        return tuple(n for n in (DENOISERS.get(shape),) if n in kept.shipped())
+    return (prior,)
+
+
+def diffusion_of(prior: str, view: View, *, steps: int, watch: Watch) -> Diffusion:
+    """The diffusion model that an attack guides, on the device and in the dtype of the update.
+
+    Args:
+        prior: ``auto``, ``surrogate`` (learned), ``images`` (exact, of the surrogate images
+            themselves), the name of a shipped one, or a folder.
+        view: The adversary's side.
+        steps: Of learning one.
+        watch: Budget and progress; learning takes a part of it.
+
+    Raises:
+        InvalidInput: If there is no such prior, or it is no diffusion model.
+    """
+    like = next(iter(view.update.tensors.values()))
+    names = named_diffusion(prior, tuple(view.input_shape))
+    if prior == IMAGES:
+        images = view.surrogate.images
+        shares = linear_schedule()
+        channels, height, width = view.surrogate.shape
+        return Diffusion(
+            empirical(2 * images - 1, shares), _card(view.surrogate.name, {}),
+            (channels, height, width), shares,
+        )  # fmt: skip
+    if names:
+        found = kept.diffusion(names[0])
+    else:
+        found = _taught_diffusion(view.surrogate, steps=steps, watch=watch)
+    assert isinstance(found.network, Denoiser)
+    found.network.to(like).eval().requires_grad_(False)
+    return found
+
+
+def _taught_diffusion(images: ImageSet, *, steps: int, watch: Watch) -> Diffusion:
+    shape = drawn_shape(images.shape)
+    recipe = training.Recipe(kind="ddpm", size=shape[1], steps=steps)
+
+    def learn(generator: torch.Generator, watch: Watch) -> dict[str, Tensor]:
+        del generator  # the recipe has a seed of its own
+        share = next(watch.share((LEARNING, 1 - LEARNING)))
+        made = training.train(
+            images.to(torch.device("cpu")), recipe, name=SURROGATE, license="", command="",
+            watch=share, measure=False,
+        )  # fmt: skip
+        assert isinstance(made.network, Denoiser)
+        return dict(made.network.state_dict())
+
+    found = learned("denoiser", [images.fingerprint(), steps, 1], learn, watch=watch)
+    network = Denoiser(channels=shape[0], size=shape[1])
+    models.apply_state(network, found, source="the learned denoiser")
+    made = kept.wrapped(network, _card(images.name, {}))
+    assert isinstance(made, Diffusion)
+    return made
+
+
+def _card(data: str, figures: dict[str, float]) -> Card:
+    """Of a prior that was learned here."""
+    return Card(
+        name=SURROGATE, model="generator", settings={}, box=None, data=data, split="", recipe="",
+        seed=0, epochs=0, figures=figures, date="", license="", sha256="",
+    )  # fmt: skip
+
+
 def _chosen(view: View, watch: Watch) -> str:
     """The shipped prior, unless it is of another shape or kind than the surrogate images."""
     name = SHIPPED.get(tuple(view.input_shape))
@@ -125,11 +204,8 @@ def taught(images: ImageSet, *, steps: int, latent: int, watch: Watch) -> Prior:
     network = Generator(latent=latent, channels=shape[0], size=shape[1], widths=widths(shape[1]))
     weights = {n: t for n, t in found.items() if not n.startswith("figures/")}
     models.apply_state(network, weights, source="the learned prior")
-    card = Card(
-        name=SURROGATE, model="generator", settings={}, box=None, data=images.name, split="",
-        recipe="", seed=0, epochs=0, figures=figures, date="", license="", sha256="",
-    )  # fmt: skip
-    made = priors.kept.wrapped(network, card)
+    card = _card(images.name, figures)
+    made = kept.wrapped(network, card)
     assert isinstance(made, Prior)
     return made
 

@@ -1,0 +1,156 @@
+"""GGDM: sampling, guidance, and the exact denoiser that needs no training."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from leakatlas.attacks.generative.latent import ggdm
+from leakatlas.attacks.generative.latent.ggdm import GGDM
+from leakatlas.bench import harness
+from leakatlas.blocks.watch import Watch
+from leakatlas.data import ImageSet, bundled
+from leakatlas.fl import Stage
+from leakatlas.priors import Diffusion
+from leakatlas.priors.prior import empirical, linear_schedule
+from leakatlas.threat import Grant
+from tests.attacks.case import LENET, Case
+from tests.conftest import build_stage
+from tests.priors.support import CARD
+
+CASE = Case(
+    {"steps": 3, "samples": 1, "prior": "images"}, {**LENET, "size": 8, "examples": 1}, boxed=True
+)
+
+SIZE, COUNT = 16, 12
+
+
+@functools.cache
+def _images() -> Tensor:
+    return 2 * bundled.patches(SIZE, COUNT).images.double() - 1
+
+
+def _exact() -> Diffusion:
+    kept = linear_schedule()
+    return Diffusion(empirical(_images(), kept), CARD, (3, SIZE, SIZE), kept)
+
+
+def _scene(index: int) -> Stage:
+    pixels = ((_images()[index : index + 1] + 1) / 2).float()
+    victims = ImageSet(pixels, torch.tensor([3]), tuple("0123456789"), "one of them")
+    return build_stage(
+        model="convnet", settings={"width": 8}, size=SIZE, letter="D", examples=1, victims=victims,
+        grants=frozenset({Grant.LABELS}), public=bundled.patches(SIZE, 20, part="surrogate"),
+    )  # fmt: skip
+
+
+def _nearest(x: Tensor) -> int:
+    return int((x - _images()).square().flatten(1).sum(1).argmin())
+
+
+def _sampled(attack: GGDM, index: int, seed: int) -> tuple[Tensor, float]:
+    scene = _scene(index)
+    view, _ = harness.observe(scene, attack)
+    replay, g = view.replayer(), dict(view.update.tensors)
+    y = torch.tensor([3])
+
+    def apart(x: Tensor) -> Tensor:
+        trial = replay(scene.box.normalize((x + 1) / 2), y)
+        return (
+            torch.stack([(trial[n] - g[n]).square().sum() for n in g]).sum().clamp_min(1e-30).sqrt()
+        )
+
+    draws = torch.Generator().manual_seed(seed)
+    start = torch.randn(1, 3, SIZE, SIZE, generator=draws, dtype=torch.float64)
+    x, _ = attack.sample(_exact(), start, apart, draws, Watch())
+    return x, float(apart(x).detach())
+
+
+VICTIMS = (1, 5, 8)
+
+
+@pytest.mark.parametrize("wrt", ["x0", "xt"])
+def test_guided_by_the_gradient_the_exact_denoiser_gives_the_victim(wrt: str) -> None:
+    attack = replace(GGDM(steps=80), wrt=wrt)
+    hits, losses, null = 0, [], []
+    for seed, index in enumerate(VICTIMS):
+        x, loss = _sampled(attack, index, seed)
+        blind, without = _sampled(replace(attack, guidance=0.0), index, seed)
+        hits += _nearest(x) == index
+        losses.append(loss)
+        null.append(without)
+        error = (x - _images()[index]).square().mean() / 4
+        if _nearest(x) == index:
+            assert float(-10 * error.log10()) > 30
+        assert float((blind - _images()).square().flatten(1).sum(1).min()) < 1e-2  # some image
+    # At the noisy image itself the slope is a rougher guide.
+    assert hits == len(VICTIMS) if wrt == "x0" else hits >= 1
+    assert sum(losses) < sum(null)
+
+
+def test_without_guidance_it_is_plain_sampling_bit_for_bit() -> None:
+    """Against the textbook recursion, with the same draws."""
+    prior, attack = _exact(), GGDM(steps=20, guidance=0.0)
+
+    def forbidden(x: Tensor) -> Tensor:
+        raise AssertionError("the update was looked at")
+
+    draws = torch.Generator().manual_seed(4)
+    start = torch.randn(1, 3, SIZE, SIZE, generator=draws, dtype=torch.float64)
+    found, made = attack.sample(prior, start, forbidden, draws, Watch())
+    assert made == 20
+    draws = torch.Generator().manual_seed(4)
+    x = torch.randn(1, 3, SIZE, SIZE, generator=draws, dtype=torch.float64)
+    times = [round(999 * (1 - i / 20)) for i in range(20)] + [-1]
+    for t, then in itertools.pairwise(times):
+        a = float(prior.kept[t])
+        b = float(prior.kept[then]) if then >= 0 else 1.0
+        noise = prior.noise(x, t)
+        clean = ((x - math.sqrt(1 - a) * noise) / math.sqrt(a)).clamp(-1, 1)
+        sigma = 1.0 * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
+        fresh = torch.randn(x.shape, generator=draws).to(x)
+        x = math.sqrt(b) * clean + sigma * fresh
+        x = x + math.sqrt(max(1 - b - sigma**2, 0.0)) * noise
+    assert torch.equal(found, x)
+
+
+def test_the_exact_denoiser_knows_its_images() -> None:
+    prior = _exact()
+    noise = torch.randn(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)).double()
+    kept = float(prior.kept[100])
+    x = math.sqrt(kept) * _images()[2:3] + math.sqrt(1 - kept) * noise
+    assert torch.allclose(prior.noise(x, 100), noise, atol=1e-6)
+    blurred = (x - prior.noise(x, 999)) / 1  # of pure noise it says little about any
+    assert torch.isfinite(blurred).all()
+
+
+def test_a_variance_that_is_predicted_too_is_left_out() -> None:
+    two = Diffusion(lambda x, t: torch.cat([x, 7 * x], 1), CARD, (3, SIZE, SIZE), linear_schedule())
+    x = torch.ones(1, 3, SIZE, SIZE)
+    assert torch.equal(two.noise(x, 3), x)
+
+
+def test_the_schedule_is_the_linear_one() -> None:
+    kept = linear_schedule()
+    assert len(kept) == 1000 and float(kept[0]) == pytest.approx(1 - 1e-4)
+    assert float(kept[-1]) == pytest.approx(4e-5, rel=0.05)
+
+
+def test_more_samples_never_end_further_away() -> None:
+    scene = _scene(1)
+    attack = GGDM(steps=8, samples=1, prior="images", wrt="xt")
+    view, _ = harness.observe(scene, attack)
+    one, three = attack(view), replace(attack, samples=3)(view)
+    assert three.notes["matching_loss"] <= one.notes["matching_loss"]
+    assert ggdm.UNIT == 0.1 and "surrogate" in one.reads
+
+
+def test_without_images_and_without_a_model_it_is_hopeless() -> None:
+    view, _ = harness.observe(build_stage(letter="D"), GGDM())
+    assert GGDM().outlook(view).verdict == "hopeless"
