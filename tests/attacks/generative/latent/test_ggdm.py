@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -76,7 +77,9 @@ VICTIMS = (1, 5, 8)
 
 
 @pytest.mark.parametrize("wrt", ["x0", "xt"])
-def test_guided_by_the_gradient_the_exact_denoiser_gives_the_victim(wrt: str) -> None:
+def test_guided_by_the_gradient_the_exact_denoiser_gives_the_victim(
+    wrt: Literal["x0", "xt"],
+) -> None:
     attack = replace(GGDM(steps=80), wrt=wrt)
     hits, losses, null = 0, [], []
     for seed, index in enumerate(VICTIMS):

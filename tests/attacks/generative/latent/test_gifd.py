@@ -6,8 +6,10 @@ import functools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from scipy import optimize
 from torch import Tensor
 
@@ -68,9 +70,12 @@ def test_the_projection_is_the_nearest_point_of_the_ball() -> None:
     for _ in range(3):
         v = 2 * torch.randn(5, generator=draws, dtype=torch.float64)
         target = v.numpy()
+
+        def apart(s: NDArray[np.float64], target: NDArray[np.float64] = target) -> float:
+            return float(((s[:5] - s[5:] - target) ** 2).sum())
+
         solved = optimize.minimize(
-            lambda s, target=target: float(((s[:5] - s[5:] - target) ** 2).sum()),
-            [0.1] * 10, bounds=[(0, None)] * 10, method="SLSQP", tol=1e-14,
+            apart, np.full(10, 0.1), bounds=[(0, None)] * 10, method="SLSQP", tol=1e-14,
             constraints={"type": "ineq", "fun": lambda s: 1.5 - s.sum()},
         )  # fmt: skip
         expected = torch.from_numpy(solved.x[:5] - solved.x[5:])

@@ -162,7 +162,7 @@ class GIFD(Attack):
             radii = self.radius * (1 + self.growth * (k - 1)) * h.flatten(1).abs().sum(1)
             draw = objective(prior.stages[k:])
             tuned = descent.descend(
-                lambda variables, t, draw=draw: value(draw(variables["h"])),
+                of_features(draw, value),
                 {"h": h},
                 optimizer=descent.adam(self.lr),
                 steps=self.steps,
@@ -186,6 +186,13 @@ class GIFD(Attack):
                 **chosen.notes(prior),
             },
         )
+
+
+def of_features(
+    draw: Callable[[Tensor], Tensor], value: Callable[[Tensor], descent.Value]
+) -> descent.Objective:
+    """The objective of features ``h``."""
+    return lambda variables, t: value(draw(variables["h"]))
 
 
 def through(stages: tuple[nn.Module, ...], h: Tensor) -> Tensor:
