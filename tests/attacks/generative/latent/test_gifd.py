@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,7 +75,8 @@ def test_the_projection_is_the_nearest_point_of_the_ball() -> None:
         def apart(s: NDArray[np.float64], target: NDArray[np.float64] = target) -> float:
             return float(((s[:5] - s[5:] - target) ** 2).sum())
 
-        solved = optimize.minimize(
+        minimize: Any = optimize.minimize  # its overloads know no constraint as a lambda
+        solved = minimize(
             apart, np.full(10, 0.1), bounds=[(0, None)] * 10, method="SLSQP", tol=1e-14,
             constraints={"type": "ineq", "fun": lambda s: 1.5 - s.sum()},
         )  # fmt: skip
