@@ -21,7 +21,12 @@ from leakatlas.attacks.analytic.isolation import mkor as mkor_row
 from leakatlas.attacks.analytic.isolation.scale_mia import Parts, write_bins
 from leakatlas.attacks.analytic.isolation.seer import SEER, schedule
 from leakatlas.attacks.analytic.sparsification.fishing import CLASS, CUT, Move, set_head
+from leakatlas.attacks.generative.direct.fgla import separate
+from leakatlas.attacks.generative.direct.grnn import GRNN, TwoBranches
+from leakatlas.attacks.generative.direct.grnn import tv as smoothness
 from leakatlas.attacks.generative.direct.lti import LTI
+from leakatlas.attacks.generative.latent import ggl as ggl_row
+from leakatlas.attacks.generative.latent.gifd import project_l1, ramp
 from leakatlas.attacks.optimization.augmented.gi_pip import Autoencoder, anomaly
 from leakatlas.attacks.optimization.augmented.mjolnir import flat, padded, reverse, unflat
 from leakatlas.attacks.optimization.augmented.rog import enlarged
@@ -214,6 +219,12 @@ def e2egi() -> Figures:
     }
 
 
+def fgla() -> Figures:
+    """Features of five examples of nine classes, from rows drawn at random, with and without."""
+    W, b, y = draw(300, 9, 12), draw(301, 9), torch.tensor([4, 0, 7, 2, 8])
+    return {"features": separate(W, b, y, 5, "official")}
+
+
 def fishing() -> Figures:
     """The head after one round of class fishing, and after one cut of a feature."""
     figures: dict[str, Tensor | float] = {}
@@ -272,6 +283,64 @@ def flower_clipping() -> Figures:
         "bound after a share of 0.8": defense.moved(0.1, 0.8),
         "deviation on the mean of 100": plain.multiplier(100) * plain.clipping_norm / 100,
     }
+
+
+def ggl() -> Figures:
+    """The loss of a latent under a linear generator, plain and through three estimated defenses."""
+    model = models.build("fc", size=8, widths=(12,), act="tanh").double()
+    y, lines = torch.tensor([3]), 0.1 * draw(310, 10, 3 * 64)
+    z = draw(311, 1, 10)
+    g = gradient(model, uniform(312, 1, 3, 8, 8), y)
+    trial = gradient(model, (z @ lines).reshape(1, 3, 8, 8), y)
+    small = {n: t * 0.01 for n, t in g.items()}
+    sparse = {n: t * kept(t, 0.5, 0.0) for n, t in g.items()}
+    masked = {**g, "fc.weight": g["fc.weight"] * (torch.arange(12) % 3 > 0)}
+    kl = 0.1 * float(ggl_row.kl(z))
+    defenses = {
+        "plain": (g, lambda t: t),
+        "clipping": (small, ggl_row.clipping(small)),
+        "pruning": (sparse, ggl_row.pruning(sparse)),
+        "soteria": (masked, ggl_row.soteria(masked, "fc.weight")),
+    }
+    return {
+        f"loss, {name}": ggl_row.sq_mean(through(trial), seen) + kl
+        for name, (seen, through) in defenses.items()
+    }
+
+
+def gifd() -> Figures:
+    """Points projected onto an l1 ball, and the step size along a stage."""
+    points = project_l1(draw(320, 6, 40), torch.full((6,), 7.5))
+    return {
+        "projected points": points,
+        "step sizes": torch.tensor([ramp(i / 50) for i in range(50)], dtype=torch.float64),
+    }
+
+
+def grnn() -> Figures:
+    """Images, labels and objective of a network with given weights, and after five steps."""
+    model = models.build("lenet", width=4, size=16).double()
+    g = gradient(model, uniform(330, 2, 3, 16, 16), torch.tensor([3, 7]))
+    network = TwoBranches((3, 16, 16), 10, seed=0).double()
+    for index, p in enumerate(network.parameters()):
+        p.data = 0.1 * draw(331 + index, *p.shape)
+    v = draw(330, 2, 128)
+    names = [n for n, _ in model.named_parameters()]
+    optimizer = torch.optim.RMSprop(network.parameters(), lr=1e-4, momentum=0.99)
+    figures: dict[str, Tensor | float] = {}
+    for step in range(6):
+        pixels, y = network(v)
+        loss = -(y * model(pixels).log_softmax(1)).sum(1).mean()
+        slopes = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        trial = dict(zip(names, slopes, strict=True))
+        total = GRNN().measure(trial, g) + 1e-3 * smoothness(pixels)
+        if step in (0, 5):
+            figures |= {f"images, step {step}": pixels, f"labels, step {step}": y,
+                        f"objective, step {step}": total.detach()}  # fmt: skip
+        optimizer.zero_grad()
+        torch.autograd.backward(total, inputs=list(network.parameters()))
+        optimizer.step()
+    return figures
 
 
 def gi_pip() -> Figures:
