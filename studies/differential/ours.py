@@ -296,8 +296,8 @@ def ggl() -> Figures:
     sparse = {n: t * kept(t, 0.5, 0.0) for n, t in g.items()}
     masked = {**g, "fc.weight": g["fc.weight"] * (torch.arange(12) % 3 > 0)}
     kl = 0.1 * float(ggl_row.kl(z))
-    defenses = {
-        "plain": (g, lambda t: t),
+    defenses: dict[str, tuple[dict[str, Tensor], ggl_row.Transform]] = {
+        "plain": (g, dict),
         "clipping": (small, ggl_row.clipping(small)),
         "pruning": (sparse, ggl_row.pruning(sparse)),
         "soteria": (masked, ggl_row.soteria(masked, "fc.weight")),
