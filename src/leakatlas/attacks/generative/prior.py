@@ -210,6 +210,13 @@ def taught(images: ImageSet, *, steps: int, latent: int, watch: Watch) -> Prior:
     return made
 
 
+def untrained(network: Generator) -> Prior:
+    """A prior that nothing was learned for."""
+    made = kept.wrapped(network, _card("nothing", {}))
+    assert isinstance(made, Prior)
+    return made
+
+
 def outlook(prior: str, view: View, *, leaves: bool) -> Outlook:
     """What a search in a prior may expect: its ceiling, where that is known.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from leakatlas import models
 from leakatlas.attacks.api import Reconstruction
 from leakatlas.attacks.generative import prior as chosen
+from leakatlas.attacks.generative.latent import gias
 from leakatlas.attacks.generative.latent.gias import GIAS
 from leakatlas.bench import harness
 from leakatlas.blocks import matching, watch
@@ -230,3 +231,32 @@ def test_a_letter_without_surrogate_data_is_refused() -> None:
     view, _ = harness.observe(build_stage(letter="C"), QUICK)
     with pytest.raises(NotGranted, match="GIAS needs SURROGATE"):
         QUICK(view)
+
+
+# -- learned from rounds -------------------------------------------------------------------------
+
+
+def test_a_reptile_step_goes_towards_the_copies() -> None:
+    network = torch.nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        network.weight.copy_(torch.tensor([[1.0, 0.0]]))
+    copies = {"weight": torch.tensor([[[3.0, 0.0]], [[5.0, -2.0]]])}
+    gias.reptile(network, copies, torch.optim.SGD(network.parameters(), lr=0.25))
+    # 2 (2 w - sum of copies) = (-12, 4), a quarter of it back: the mean of the copies.
+    assert network.weight.tolist() == [[4.0, -1.0]]
+
+
+def test_the_meta_learned_prior_needs_rounds_and_no_public_image() -> None:
+    attack = GIAS(
+        prior="meta", latent_steps=6, generator_steps=12, restarts=1, prior_latent=8, meta_lr=1e-3
+    )
+    scene = build_stage(
+        model="lenet", examples=1, letter="B", rounds=3, dtype=torch.float32, public=None
+    )
+    view, _ = harness.observe(scene, attack)
+    assert len(view.rounds) == 3 and "3 rounds" in attack.outlook(view).reason
+    found = attack(view)
+    assert "surrogate" not in found.reads and "labels" not in found.reads
+    assert found.notes["matching_loss"] <= found.notes["latent_loss"]
+    only = view.with_rounds(view.rounds[-1:], {})
+    assert not torch.equal(attack(only).images, found.images)  # earlier rounds taught something

@@ -20,6 +20,12 @@ plausible image and moves in the directions that G's architecture makes easy. Th
 
 The cosine sees no scale: an update that was clipped to a norm is matched as well as a free one.
 
+**Meta-learned** (``prior="meta"``): no public image is needed, but many rounds of the same
+population. A generator that is shared by all rounds starts untrained; every round is attacked with
+it as above, which gives weights :math:`w_i` for each image, and then moves towards them (Reptile):
+an Adam step on :math:`\sum_i \lVert w - w_i \rVert^2`. The last round is attacked with what was
+learned.
+
 Labels: the paper takes them as known; here ``Grant.LABELS`` gives them. Without it the sign rule
 finds the label of a single example and the count identity at uniform class probabilities those of
 a batch, which fits a network early in training.
@@ -33,7 +39,8 @@ Departures:
     - The best iterate by D of either search is kept, not its last one.
     - The defaults are the row "ImageNet 32"; the released script's default row for ImageNet 64
       (7 and 6 steps) is a leftover and no setting of the paper.
-    - The meta-learned variant, which needs many rounds instead of surrogate data, is not here.
+    - In the meta-learned variant the model of the received states is used as it was in every round;
+      released code makes steps of its own between them.
 
 Released code: ``ml-postech/gradient-inversion-generative-image-prior``,
 ``inversefed/reconstruction_algorithms.py``.
@@ -41,21 +48,41 @@ Released code: ``ml-postech/gradient-inversion-generative-image-prior``,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
 from leakatlas.attacks.generative import prior as chosen
 from leakatlas.blocks import descent, latent, matching, observed, priors
 from leakatlas.blocks.watch import Watch
 from leakatlas.fl import View
+from leakatlas.models import Generator
 from leakatlas.params import NonNegative, NonNegativeInt, Positive, PositiveInt
+from leakatlas.priors import Prior
+from leakatlas.priors.learning import drawn_shape, widths
 from leakatlas.threat import Knowledge
 
 MILESTONES = (3 / 8, 5 / 8, 7 / 8)
+META = "meta"
+"""The prior that is learned from the rounds themselves."""
+
+
+@dataclass(frozen=True)
+class Met:
+    """One round, attacked.
+
+    Args:
+        found: What came out.
+        weights: The generators' weights by name, one image after the other along a new first
+            dimension; empty without a generator search.
+    """
+
+    found: Reconstruction
+    weights: Mapping[str, Tensor]
 
 
 @attack("gias", needs=Knowledge.UPDATES | Knowledge.BASIC | Knowledge.SURROGATE)
@@ -74,7 +101,8 @@ class GIAS(Attack):
         restarts: Latent batches R that are searched at once.
         top: Match only so many tensors of largest norm, as for ImageNet 128 (50); all if None.
         prior: ``auto``, ``surrogate`` (learned on the surrogate images), the name of a shipped
-            prior, or the folder of one.
+            prior, the folder of one, or ``meta`` (learned from the rounds themselves).
+        meta_lr: Step size of the shared generator from round to round, with ``meta``.
         prior_steps: Steps of learning one.
         prior_latent: Length of the latent of one that is learned.
         labels: Labels that were read from this update beforehand, where none are granted; the
@@ -96,21 +124,54 @@ class GIAS(Attack):
     prior: str = chosen.AUTO
     prior_steps: PositiveInt = 1_000
     prior_latent: PositiveInt = 128
+    meta_lr: Positive = 1e-2
     labels: tuple[NonNegativeInt, ...] = ()
 
+    def knowledge(self) -> Knowledge:
+        """Without public images where the rounds themselves teach the prior."""
+        if self.prior == META:
+            return Knowledge.UPDATES | Knowledge.BASIC
+        return self.needs
+
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
-        """Latent search, selection by D, generator search."""
-        g = dict(view.update.tensors)
-        if not any(bool(tensor.any()) for tensor in g.values()):
+        """The prior, and the attack on the last round with it."""
+        if not any(bool(tensor.any()) for tensor in view.update.tensors.values()):
             return nothing_found(view.input_shape, "the update is zero; it has no direction")
-        like = next(iter(g.values()))
-        y = observed.known_labels(view, self.labels)
-        prior = chosen.prior_of(
-            self.prior, view, steps=self.prior_steps, latent=self.prior_latent, watch=watch
+        if self.prior == META:
+            prior = self.fresh_prior(view)
+            parts = watch.share(len(view.rounds))
+            optimizer = torch.optim.Adam(prior.network.parameters(), lr=self.meta_lr)
+            for number in range(len(view.rounds) - 1):
+                met = self.attack_round(view, number, prior, generator, next(parts, watch))
+                if met.weights:
+                    reptile(prior.network, met.weights, optimizer)
+            last = next(parts, watch)
+        else:
+            prior = chosen.prior_of(
+                self.prior, view, steps=self.prior_steps, latent=self.prior_latent, watch=watch
+            )
+            last = watch
+        return self.attack_round(view, -1, prior, generator, last).found
+
+    def fresh_prior(self, view: View) -> Prior:
+        """An untrained generator of the client's images, whose weights do not depend on the run."""
+        like = next(iter(view.update.tensors.values()))
+        channels, size, _ = drawn_shape(view.input_shape)
+        network = Generator(
+            latent=self.prior_latent, channels=channels, size=size, widths=widths(size)
         )
+        return chosen.untrained(network).at(like)
+
+    def attack_round(
+        self, view: View, number: int, prior: Prior, generator: torch.Generator, watch: Watch
+    ) -> Met:
+        """Latent search, selection by D, generator search, on the update of one round."""
+        g = dict(view.update_at(number).tensors)
+        like = next(iter(g.values()))
+        y = self.labels_of(view, number)
         decode = prior.decoder(y)
         images = latent.to_model_space(view.input_shape, view.box)
-        replay = view.replayer()
+        replay = view.replayer(round=number)
         distance: matching.Distance = matching.cosine
         if self.top is not None:
             distance = matching.subset(distance, matching.largest(g, self.top))
@@ -132,6 +193,7 @@ class GIAS(Attack):
             watch=next(parts),
         )
         z = found.best["z"][int(found.criterion.argmin())]
+        weights: dict[str, Tensor] = {}
         x_hat, loss, iterations = images(decode(z)), float(found.criterion.min()), found.steps
         for part in parts:
             tuned = latent.search_weights(
@@ -143,11 +205,11 @@ class GIAS(Attack):
                 schedule=descent.step_decay(MILESTONES),
                 watch=part,
             )
-            iterations += tuned.steps
+            iterations, weights = iterations + tuned.steps, tuned.best
             if float(tuned.criterion) <= loss:
                 drawn = latent.drawn(prior.network, tuned.best, prior.inputs(z, y))
                 x_hat, loss = images(drawn), float(tuned.criterion)
-        return Reconstruction(
+        claim = Reconstruction(
             images=view.box.clip(x_hat.detach()),
             labels=y,
             confidence=torch.full((len(y),), -loss, dtype=torch.float64),
@@ -160,16 +222,44 @@ class GIAS(Attack):
                 **chosen.notes(prior),
             },
         ).or_failed(found.trouble)
+        return Met(claim, weights)
+
+    def labels_of(self, view: View, number: int) -> Tensor:
+        """The labels of the last round as granted or read; of an earlier one, by the same rules."""
+        rounds = view.rounds
+        if number in (-1, len(rounds) - 1):
+            return observed.known_labels(view, self.labels)
+        seen = view.with_rounds(rounds[: number + 1], {})
+        return observed.known_labels(seen.without("labels"))
 
     def priors(self, shape: tuple[int, ...]) -> tuple[str, ...]:
         """The prior that is kept, if it takes one."""
-        return chosen.named(self.prior, shape)
+        return () if self.prior == META else chosen.named(self.prior, shape)
 
     def outlook(self, view: View) -> Outlook:
         """Whether there is a prior of images of the victims' shape, and how far it reaches."""
+        if self.prior == META:
+            count = len(view.rounds)
+            return Outlook("unknown", f"{count} rounds teach its prior; the paper has hundreds")
         return chosen.outlook(self.prior, view, leaves=self.generator_steps > 0)
 
     @classmethod
     def tuned(cls) -> Self:
         """Our setting for a minute instead of an hour; chosen on bundled surrogate photos."""
         return cls(latent_steps=150, generator_steps=350, latent_lr=0.1, tv_weight=1e-4, restarts=2)
+
+
+def reptile(
+    network: nn.Module, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    """One step of a network's weights towards those of several copies, in place.
+
+    Args:
+        network: Whose parameters the optimizer moves.
+        weights: Of the copies, ``(N, ...)`` by name.
+        optimizer: Steps along the slope of the summed squared distances.
+    """
+    for name, p in network.named_parameters():
+        p.grad = 2 * (p.detach() - weights[name]).sum(0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
