@@ -8,8 +8,10 @@ import torch
 from leakatlas.bench import secrets
 from leakatlas.blocks import matching
 from leakatlas.data import Box, digits
+from leakatlas.defenses.heuristic.learning.dcs2 import DCS2
 from leakatlas.defenses.heuristic.model.fedkl import FedKL
 from leakatlas.defenses.heuristic.model.precode import PRECODE
+from leakatlas.defenses.heuristic.model.spn import SPN
 from leakatlas.defenses.heuristic.perturbation.clipping import Clipping
 from leakatlas.fl import Defense, FedSGD, ModelRef, Scenario, View, stage
 from leakatlas.threat import Grant
@@ -27,7 +29,10 @@ def view_of(defense: Defense) -> View:
     return live.view([live.federation.play_round()])
 
 
-@pytest.mark.parametrize("defense", [PRECODE(sigma_scale=0.5), FedKL(locked=0.5)])
+@pytest.mark.parametrize(
+    "defense",
+    [PRECODE(sigma_scale=0.5), FedKL(locked=0.5), SPN(code_length=8), DCS2(iterations=3)],
+)
 def test_more_steps_match_the_update_better(
     defense: Defense, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,8 @@
 """Attacks on the secret of a defense, for defenses that their mirror alone does not undo.
 
-PRECODE's draws and FedKL's locks are unknown to the server, but everything else of the client's
-computation is known: they are fitted together with the image, by gradient matching.
+PRECODE's draws, FedKL's locks, SPN's branch and codes and the samples that DCS-2 conceals others
+with are unknown to the server, but everything else of the client's computation is known: they are
+fitted together with the image, by gradient matching.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 from leakatlas.blocks import descent, init, matching, priors
 from leakatlas.blocks.watch import Watch
+from leakatlas.defenses.heuristic.learning.dcs2 import DCS2
 from leakatlas.defenses.heuristic.model.fedkl import FedKL, merged
 from leakatlas.defenses.heuristic.model.precode import PRECODE, Bottleneck
+from leakatlas.defenses.heuristic.model.spn import SPN, Polarised, polarisation
 from leakatlas.fl import Defense, View, replay, stream
 
 Replay = Callable[[Tensor, Mapping[str, Tensor]], Mapping[str, Tensor]]
@@ -97,6 +100,51 @@ def _fit_locks(view: View, seed: int, steps: int) -> Tensor:
     return _joint(view, seed, steps, start, sent)
 
 
+def _fit_branch(view: View, seed: int, steps: int) -> Tensor:
+    """Against SPN: a branch of one's own, and codes between -1 and 1."""
+    model, y, shared = view.model, view.labels, view.update.tensors
+    (defense,) = (d for d in view.defenses if isinstance(d, SPN))
+    ((path, place),) = ((n, m) for n, m in model.named_modules() if isinstance(m, Polarised))
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+    branch = {"weight": f"{path}.branch.weight", "bias": f"{path}.branch.bias"}
+
+    def sent(x: Tensor, secret: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        def loss(logits: Tensor, target: Tensor) -> Tensor:
+            pull = polarisation(place.take(), secret["codes"].tanh(), target)
+            return nn.functional.cross_entropy(logits, target) + defense.alpha * pull
+
+        held = {**parameters, **{name: secret[part] for part, name in branch.items()}}
+        found = replay.gradient(model, held, buffers, x, y, loss=loss)
+        return {name: found[name] for name in shared}
+
+    start = {part: parameters[name] for part, name in branch.items()}
+    return _joint(view, seed, steps, {**start, "codes": place.codes.detach()}, sent)
+
+
+def _fit_twins(view: View, seed: int, steps: int) -> Tensor:
+    """Against DCS-2: the concealed samples, and how likely their classes are."""
+    model, y = view.model, view.labels
+    (defense,) = (d for d in view.defenses if isinstance(d, DCS2))
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+    hidden = defense.sensitive(len(y))
+    own = nn.functional.one_hot(y, view.classes).to(next(iter(parameters.values())))
+    y_s = own[-hidden:].repeat_interleave(defense.per_image, 0)
+
+    def sent(x: Tensor, secret: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        def loss(logits: Tensor, target: Tensor) -> Tensor:
+            return defense.mixed_loss(nn.functional.cross_entropy, logits, target, y_s)
+
+        both = torch.cat([x, secret["twins"]])
+        targets = torch.cat([own, secret["classes"].softmax(1)])
+        return replay.gradient(model, parameters, buffers, both, targets, loss=loss)
+
+    shape = (len(y_s), *view.batch_shape[1:])
+    twins = init.normal(shape, generator=stream("twins", seed), like=own)
+    return _joint(view, seed, steps, {"twins": twins, "classes": torch.zeros_like(y_s)}, sent)
+
+
 ADAPTIVE: dict[type[Defense], Callable[[View, int, int], Tensor]] = {
-    PRECODE: _fit_noise, FedKL: _fit_locks
+    PRECODE: _fit_noise, FedKL: _fit_locks, SPN: _fit_branch, DCS2: _fit_twins
 }  # fmt: skip
