@@ -20,7 +20,7 @@ from leakatlas.fl.state import model_state
 from leakatlas.integrations.guard import Guard
 from leakatlas.integrations.loops import capture
 
-SECONDS, LEAST = 12.0, 3
+SECONDS, LEAST = 4.0, 3
 """Processor seconds that plain rounds take together, and how many turns there are at least."""
 
 LOOKED_AT = 8

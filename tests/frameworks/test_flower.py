@@ -390,10 +390,11 @@ def _run(
 ) -> str:
     texts = {"leakatlas-folder": str(folder), **config}
     words = " ".join([*(f'{n}="{v}"' for n, v in texts.items()), f"num-server-rounds={rounds}"])
-    done = subprocess.run(
-        ["flwr", "run", str(app), "local", "--stream", "--run-config", words],
-        env=engine, text=True, capture_output=True, check=False,
-    )  # fmt: skip
+    command = ["flwr", "run", str(app), "local", "--stream", "--run-config", words]
+    for _ in range(10):  # Flower gives its superlink 15 seconds, which a busy machine has not
+        done = subprocess.run(command, env=engine, text=True, capture_output=True, check=False)
+        if "Failed to start local SuperLink" not in done.stdout + done.stderr:
+            break
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     print(done.stdout)  # pytest shows it where a test fails
     return done.stdout
@@ -511,9 +512,14 @@ def test_under_secure_aggregation_there_is_the_mean_alone(
         task.net(), (torch.cat(images), torch.cat(labels)), protocol=protocol, clients=NODES,
         captured=recording.capture(task.net()), threat="B",
     ).replay  # fmt: skip
-    # What separates them is SecAgg+'s own quantisation, one part in 2^22 of its range of 16.
+    # What separates them is SecAgg+'s own rounding: 2^22 steps between -8 and 8.
     assert found.residual is not None
-    assert found.residual <= 1e-3
+    assert found.residual <= 0.05
+    clients = {p.stem.split("-", 1)[1] for p in folder.glob("*/raw-*.safetensors")}
+    raw = [read_recording(folder, place="raw", client=c).last.sent for c in sorted(clients)]
+    for name, tensor in recording.last.sent.items():
+        mean = sum(sent[name] for sent in raw) / NODES
+        torch.testing.assert_close(tensor.float(), mean, atol=16 / 2**22, rtol=0)
 
 
 def test_the_example_runs_and_audits_itself(engine: dict[str, str], tmp_path: Path) -> None:

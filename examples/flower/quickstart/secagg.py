@@ -20,7 +20,7 @@ from leakatlas.integrations.flower import (
     capture_raw_mod,
     capture_wire_mod,
 )
-from quickstart.task import load_data, net, train
+from quickstart.task import EXAMPLES, load_data, net, train
 
 
 class Client(NumPyClient):
@@ -71,5 +71,9 @@ def main(grid: Grid, context: Context):
     strategy = CapturingLegacyStrategy(strategy, config["leakatlas-folder"])
     rounds = ServerConfig(num_rounds=config["num-server-rounds"])
     legacy = LegacyContext(context=context, config=rounds, strategy=strategy)
-    workflow = SecAggPlusWorkflow(num_shares=1.0, reconstruction_threshold=1.0)
+    # What clients send is scaled by examples / max_weight before it is rounded: the default of 1000
+    # would leave rounding errors as large as the update of eight examples.
+    workflow = SecAggPlusWorkflow(
+        num_shares=1.0, reconstruction_threshold=1.0, max_weight=float(EXAMPLES)
+    )
     DefaultWorkflow(fit_workflow=workflow)(grid, legacy)
