@@ -20,8 +20,8 @@ from leakatlas.fl.state import model_state
 from leakatlas.integrations.guard import Guard
 from leakatlas.integrations.loops import capture
 
-SECONDS, LEAST = 4.0, 3
-"""Processor seconds that plain rounds take together, and how many turns there are at least."""
+SECONDS, LEAST = 5.0, 2
+"""Processor seconds that a cell's turns take together, and how many there are at least."""
 
 LOOKED_AT = 8
 """Images that the guard may look at."""
@@ -50,7 +50,8 @@ def measure(cell: Cell) -> dict[str, float]:
             call()
         plain: list[float] = []
         ratios: dict[str, list[float]] = {name: [] for name in ways}
-        while len(plain) < LEAST or sum(plain) < SECONDS:
+        begun = time.process_time()
+        while len(plain) < LEAST or time.process_time() - begun < SECONDS:
             alone = meter.least(lambda: _train(agreed, x, y, protocol), 1, time.process_time)
             plain.append(alone)
             for name, call in ways.items():
