@@ -69,7 +69,7 @@ def main():
             print(f"Job in scope {scope!r}: {found['status']}; {found['job_deploy_detail']}")
         session.close()
     finally:
-        poc("stop")
+        poc("stop", "--no-wait")
 
 
 if __name__ == "__main__":
