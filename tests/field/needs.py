@@ -105,4 +105,9 @@ NEEDS: dict[str, tuple[str, ...]] = {
         "test_public_threads.test_parametrisations_by_hooks_are_refused_with_their_successor",
         "test_public_threads.test_tied_weights_come_under_each_of_their_names",
     ),
+    "clipped updates, with and without noise": (
+        "test_clipped_updates.test_a_clip_of_the_whole_gradient_is_replayed_to_the_last_digit",
+        "test_clipped_updates.test_a_clip_of_every_example_is_named_with_its_norm",
+        "test_clipped_updates.test_local_differential_privacy_is_named_as_far_as_noise_allows",
+    ),
 }

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from leakatlas.audit.described import Described, attempted, residual_of, tolerance_of
 from leakatlas.audit.estimates import (
     dropout,
+    example_clipping,
     learning_rate,
     looks_like,
     moving,
+    noise_on,
     parameter_order,
     weight_decay,
 )
@@ -122,7 +124,7 @@ def check_replay(
     for culprit, words, changed, found in scalable:
         if found.scaled <= tolerance_of(changed):
             return wrong(*factor_in_words(found.factor, words if culprit else ""))
-    for estimate in (learning_rate, weight_decay, parameter_order):
+    for estimate in (learning_rate, weight_decay, parameter_order, example_clipping):
         if (guess := estimate(described)) is not None:
             return wrong(*guess)
     if (together := several(described, box, first)) is not None:
@@ -163,7 +165,7 @@ def _known_beforehand(
         return (
             "defense",
             f"{noisy[0]} adds noise, which is {size:.1%} of the upload's norm if all else "
-            "is as described; nobody can check that any closer",
+            f"is as described; nobody can check that any closer. {_as_noise(described)}",
         )
     if described.protocol.augment and described.seeds is None:
         names = ", ".join(one.name for one in described.protocol.augment)
@@ -177,6 +179,17 @@ def _known_beforehand(
     if words := moving(described):
         return "moving buffers", words
     return None
+
+
+def _as_noise(described: Described) -> str:
+    """Whether what is left over behaves as noise does, for people who know theirs."""
+    deviation = noise_on(described)
+    if deviation is None:
+        return (
+            "What is left over differs from tensor to tensor, as one noise for all does not: if "
+            "the defense adds such a one, something else is not as described"
+        )
+    return f"What is left over has the deviation {deviation:.3g} in every tensor: compare yours"
 
 
 def _computed_here(update: Update, model: nn.Module) -> bool:

@@ -16,9 +16,44 @@ from leakatlas.audit.described import (
     tolerance_of,
     with_protocol,
 )
-from leakatlas.fl import FedAVG
+from leakatlas.fl import FedAVG, FedSGD
 from leakatlas.fl.draws import draws_anything, moving_buffers
 from leakatlas.fl.state import trained
+
+
+def example_clipping(d: Described) -> tuple[str, str] | None:
+    """Every example's gradient clipped to one norm before the mean, as DP-SGD does it.
+
+    The norm follows from that of the update, which grows with it; whether it explains the update
+    is then a matter of directions, so that nothing is fitted.
+    """
+    N = len(d.x)
+    if not isinstance(d.protocol, FedSGD) or d.clients > 1 or N < 2 or d.drawn or d.seeds:
+        return None
+    names = list(d.update.tensors)
+    each = [replace(d, x=d.x[i : i + 1], y=d.y[i : i + 1]).send() for i in range(N)]
+    one = 1 if d.update.reduction == "sum" else N
+    g = torch.stack([torch.cat([e[n].double().flatten() for n in names]) for e in each]) / one
+    norms = g.norm(dim=1) * one / d.update.scale
+    seen = torch.cat([d.update.tensors[n].double().flatten() for n in names])
+
+    def clipped(bound: float) -> Tensor:
+        found: Tensor = (bound / norms).clamp(max=1.0) @ g
+        return found
+
+    low, high = 0.0, float(norms.max())
+    for _ in range(60):
+        bound = (low + high) / 2
+        low, high = (bound, high) if clipped(bound).norm() < seen.norm() else (low, bound)
+    left = float((clipped(high) - seen).norm() / seen.norm().clamp(min=1e-300))
+    if left > tolerance_of(d) or float(norms.max()) <= high * (1 + 1e-6):
+        return None
+    return (
+        "example clipping",
+        f"every example's gradient was clipped to norm {high:.4g} before the mean, as DP-SGD does "
+        "it, and no noise was added: a defense without noise, which no budget of privacy describes",
+    )
+
 
 STILL = 0.05
 """Largest residual that buffers held still are blamed for."""
@@ -166,11 +201,30 @@ def looks_like(d: Described) -> str:
         )
     if len(whole.abs().unique()) <= max(2, 2 * len(observed)):
         return "The update has one size per tensor: it looks sign-compressed"
-    large = [n for n, t in observed.items() if t.numel() >= 64]
-    spread = torch.tensor([float((observed[n] - sent[n]).double().std()) for n in large])
-    if len(large) > 1 and float(spread.std() / spread.mean().clamp(min=1e-30)) < 0.15:
-        return (
-            f"What is left over has the same deviation ({float(spread.mean()):.2g}) in every "
-            "tensor: it looks like added noise (declare the defense)"
-        )
+    factor = residual_of(d).factor
+    scaled = "" if abs(factor - 1) < 0.02 else f", on {factor:.3g} times what the client sends"
+    for words, times in (("", 1.0), (scaled, factor)):
+        if (deviation := noise_on(d, times, sent)) is not None:
+            return (
+                f"What is left over has the same deviation ({deviation:.2g}) in every tensor: it "
+                f"looks like added noise{words} (declare the defense)"
+            )
     return ""
+
+
+def noise_on(
+    d: Described, factor: float = 1.0, sent: Mapping[str, Tensor] | None = None
+) -> float | None:
+    """The deviation of what is left over, if it is the same in every tensor, as noise's is.
+
+    Args:
+        d: The description.
+        factor: Of what its client sends.
+        sent: That, if it is at hand.
+    """
+    sent, observed = d.send() if sent is None else sent, d.update.tensors
+    large = [n for n, t in observed.items() if t.numel() >= 64]
+    spread = torch.tensor([float((observed[n] - factor * sent[n]).double().std()) for n in large])
+    if len(large) > 1 and float(spread.std() / spread.mean().clamp(min=1e-30)) < 0.15:
+        return float(spread.mean())
+    return None

@@ -215,5 +215,6 @@ def factor_in_words(factor: float, words: str) -> tuple[str, str]:
         "sign" if turned else "scale",
         f"the update is {factor:.6g} times what the described client sends: "
         + ("the sign is reversed" if turned else "a factor is missing")
-        + f" (learning rate, step count, clipping or weighting){also}",
+        + " (learning rate, step count, weighting, or a clip to the norm that the update has)"
+        + also,
     )
