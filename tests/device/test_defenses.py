@@ -23,14 +23,17 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def _view(defense: Defense, protocol: Protocol, device: torch.device) -> View:
-    """The second round of a federation that applies the first, as seen after aggregation."""
+    """The second round of a federation that applies the first, as seen after aggregation.
+
+    By a member of the cohort, where nobody else reads the mean.
+    """
     scenario = Scenario(
         model=ModelRef("object", "network"),
         clients=CLIENTS,
         protocol=protocol,
         defenses=(defense,),
         letter="C",
-        vantage=Vantage.AGGREGATE,
+        vantage=Vantage.PEER if defense.key == "homomorphic_encryption" else Vantage.AGGREGATE,
     )
     live = stage(
         scenario, model=network(), victims=photos(EXAMPLES * CLIENTS, SIZE), box=BOX,

@@ -89,10 +89,11 @@ class OpacusDPSGD(Defense):
         summed = isinstance(protocol, FedSGD) and protocol.reduction == "sum"
         each = per_example_gradients(step, "sum" if summed else "mean", self.key)
         leaves: dict[str, Any] = {
-            name: nn.Parameter(torch.zeros_like(g[0])) for name, g in each.items()
+            name: nn.Parameter(torch.zeros_like(g[0], device="cpu")) for name, g in each.items()
         }
         for name, leaf in leaves.items():
-            leaf.grad_sample = each[name]  # where Opacus' hooks put it
+            # Where Opacus' hooks put it; on the CPU, whose generator draws the noise.
+            leaf.grad_sample = each[name].cpu()
         optimizer = DPOptimizer(
             torch.optim.SGD(leaves.values(), lr=1.0),
             noise_multiplier=self.noise_multiplier,
@@ -105,8 +106,8 @@ class OpacusDPSGD(Defense):
         divisor = 1 if summed else len(step.x)
         made, noise = {}, {}
         for name, leaf in leaves.items():
-            made[name] = leaf.grad.detach()
-            noise[name] = made[name] - leaf.summed_grad.detach() / divisor
+            made[name] = leaf.grad.detach().to(each[name].device)
+            noise[name] = made[name] - leaf.summed_grad.detach().to(made[name]) / divisor
         if isinstance(protocol, FedSGD):
             step.context.memory["noise"] = noise
         return made
