@@ -31,6 +31,8 @@ from leakatlas.blocks.labels.estimates import dimitrov as dimitrov
 from leakatlas.blocks.labels.estimates import dimitrov_bias as dimitrov_bias
 from leakatlas.blocks.labels.estimates import zlg as zlg
 from leakatlas.blocks.labels.estimates import zlg_bias as zlg_bias
+from leakatlas.blocks.labels.factors import Factored as Factored
+from leakatlas.blocks.labels.factors import factored as factored
 from leakatlas.blocks.labels.greedy import bias_corrected as bias_corrected
 from leakatlas.blocks.labels.greedy import e2egi as e2egi
 from leakatlas.blocks.labels.greedy import llg as llg

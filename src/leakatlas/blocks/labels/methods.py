@@ -21,6 +21,7 @@ from leakatlas.blocks.labels import (
     bridge,
     equations,
     estimates,
+    factors,
     greedy,
     profiles,
     rank,
@@ -245,6 +246,14 @@ def _fixed_point(e: Evidence) -> Counts:
     return replace(_rounded(found.counts, e.size), settled=found.converged)
 
 
+def _factored(e: Evidence) -> Counts:
+    found = factors.factored(
+        e.weight_grad, e.bias_grad, _held(e.weight, "weight"), _held(e.bias, "bias"), e.size,
+        generator=_held(e.generator, "generator"),
+    )  # fmt: skip
+    return Counts(values=found.counts, settled=found.settled)
+
+
 def _gdbr(e: Evidence) -> Counts:
     return _rounded(bridge.gdbr(e.gradients, _held(e.bridge, "bridge"), e.size), e.size)
 
@@ -323,6 +332,7 @@ METHODS: Mapping[str, Method] = {
         ),
         _method("rlg", "set", _rlg),
         _method("ilrg", "counts", _ilrg, _R.BIAS, _R.BATCH_SIZE, _R.WEIGHTS),
+        _method("factored", "counts", _factored, _R.BIAS, _R.BATCH_SIZE, _R.WEIGHTS),
         _method(
             "rlu", "counts", _rlu,
             _R.BIAS, _R.BATCH_SIZE, _R.WEIGHTS, _R.ARCHITECTURE, _R.AUX_DATA, _R.TRAINING,
