@@ -8,7 +8,7 @@ CHROMIUM := $(shell command -v chromium || command -v chromium-browser || comman
 .PHONY: audit test touched check types lint unit fuzz compat test-flower test-nvflare test-lightning test-huggingface test-mlflow generate clean
 
 audit: $(STAMP) ## Attack bundled photos in four set-ups; writes leak-report/report.html
-	$(BIN)/leakatlas audit --out leak-report --allow-undecided # a tour, no gate: what time did not reach is a warning
+	$(BIN)/leakatlas audit --out leak-report
 
 test: $(STAMP) browser ## The whole gate: style, types, architecture, tests with coverage
 	$(BIN)/python scripts/check.py

@@ -249,12 +249,18 @@ def _rehearsal(run: Run) -> str:
     if rule := told.get("labels"):
         words += (
             f"; labels by {rule['rule']!r}, which read {100 * rule['overlap']:.0f} % of the "
-            f"rehearsal's labels and {100 * rule['right']:.0f} % of its batches (trained networks "
-            "let it read fewer of the victims')"
+            f"rehearsal's labels and {100 * rule['right']:.0f} % of its batches"
+            + ("" if rule["rule"] == CERTIFIED else GUESSED)
         )
     if told["psnr"] <= told["null"]:
         words += "; no better than the mean image, hence tried last"
     return words
+
+
+CERTIFIED = "factored"
+"""The label rule that answers only where one set of labels explains the update."""
+
+GUESSED = " (trained networks let it read fewer of the victims')"
 
 
 def _galleries(report: Report, most: int = 8) -> list[tuple[str, list[dict[str, Any]]]]:
