@@ -37,9 +37,12 @@ from leakatlas.blocks.labels import _checks
 from leakatlas.blocks.labels.equations import class_embeddings
 from leakatlas.errors import InvalidInput
 
-EXPLAINED = 3e-6
+EXPLAINED = 1e-4
 """Residual, relative to the gradient's norm, below which labels explain a gradient in float32: the
-right ones leave 1e-7 or a little more, the best wrong ones 1e-2 on trained networks."""
+right ones leave 1e-7, or 1e-5 where all samples are fitted well."""
+
+APART = 30.0
+"""The best other labels leave so many times as much, or neither is certain."""
 
 LARGEST = 6
 """Samples beyond which descent does not find the right features from these starts: all batches of
@@ -79,7 +82,7 @@ class Factored:
     @property
     def settled(self) -> bool:
         """Whether these labels, and no others, explain the gradient."""
-        return self.residual < EXPLAINED <= self.runner_up
+        return self.residual < EXPLAINED and self.residual * APART < self.runner_up
 
 
 def factored(
