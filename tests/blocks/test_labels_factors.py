@@ -27,7 +27,8 @@ def head_of(classes: int, features: int, *, sure: float = 1.0) -> tuple[Tensor, 
 def gradient(W: Tensor, b: Tensor, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Of the mean loss, from its definition."""
     W, b = W.clone().requires_grad_(), b.clone().requires_grad_()
-    return torch.autograd.grad(F.cross_entropy(h @ W.T + b, y), (W, b))
+    of_weight, of_bias = torch.autograd.grad(F.cross_entropy(h @ W.T + b, y), (W, b))
+    return of_weight, of_bias
 
 
 def features(batch: int, width: int, seed: int = 0) -> Tensor:

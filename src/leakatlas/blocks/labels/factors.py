@@ -224,7 +224,8 @@ class Problem:
             off = torch.randn(t.shape, generator=generator, dtype=torch.float64)
             t = t + OFF[start % len(OFF)] * spread * off
             best = torch.minimum(best, self.descend(t, labels, iterations))
-        return best.sqrt() / self.target.norm()
+        relative: Tensor = best.sqrt() / self.target.norm()
+        return relative
 
     def descend(self, t: Tensor, labels: Tensor, iterations: int) -> Tensor:
         """The squared residual ``(S,)`` that Levenberg-Marquardt reaches from ``t``."""
