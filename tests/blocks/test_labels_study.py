@@ -62,10 +62,11 @@ def test_set_rules_say_nothing_once_the_batch_exceeds_the_classes(irec: dict[str
         assert irec[f"column-min/{setting}"] == 0  # refused
 
 
-def test_no_rule_beats_the_even_spread_on_large_batches_of_a_trained_network(
+def test_no_rule_beats_the_even_spread_on_large_batches_of_trained_relu_and_silu(
     irec: dict[str, float],
 ) -> None:
-    for activation in ("relu", "silu", "tanh"):
+    """Rules that know the mean outputs of every class do on tanh, by a tenth."""
+    for activation in ("relu", "silu"):
         setting = f"digits/{activation}/trained/B=32/random"
         found = {k: v for k, v in irec.items() if k.endswith(setting)}
         assert max(found.values()) < irec[f"even-spread/{setting}"] + 0.05

@@ -29,6 +29,9 @@ from leakatlas.fl import View, stream
 BATCHES = 16
 """Updates of the adversary's own: half of them choose the rules, half judge the choice."""
 
+CERTIFIED = "factored"
+"""Answers only where one set of labels explains the update."""
+
 HELD = frozenset(
     {Requirement.BIAS, Requirement.NONNEG_FEATURES, Requirement.BATCH_SIZE, Requirement.WEIGHTS,
      Requirement.ARCHITECTURE, Requirement.AUX_DATA}
@@ -84,7 +87,8 @@ class Reader:
                 shared = int(torch.minimum(counts, wanted).sum())
                 overlap[key] += shared
                 right[key] += shared == own.num_examples
-        return sorted(overlap, key=lambda key: (-overlap[key], -right[key]))
+        # Among equals, the one that knows when it is wrong.
+        return sorted(overlap, key=lambda key: (-overlap[key], -right[key], key != CERTIFIED))
 
     def _shared(self, own: View, wanted: Tensor) -> int:
         """How many labels of a batch are read."""
