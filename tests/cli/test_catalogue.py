@@ -252,7 +252,7 @@ def test_site_build_writes_the_pages(tmp_path: Path) -> None:
     assert Path(document["index"]).is_file()
     chapters = guide.pages(ROOT)
     assert chapters
-    expected = 7 + ROWS + len(catalogue.threat_models()) + len(chapters)
+    expected = 8 + ROWS + len(catalogue.threat_models()) + len(chapters)
     assert document["pages"] == expected
     path = tmp_path / "file"
     path.touch()
