@@ -147,7 +147,7 @@ def test_attacks_that_say_so_replay_the_client() -> None:
     replaying = {
         key
         for key in registry.attack_keys()
-        if "view.replayer()" in inspect.getsource(registry.load_attack(key).run)
+        if "view.replayer(" in inspect.getsource(registry.load_attack(key).run)
     }
     said = {attack.key for attack in presets(None, {}, published=False) if attack.replays}
     assert {"dlg", "inverting_gradients", "gias"} <= said <= replaying

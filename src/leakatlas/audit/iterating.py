@@ -179,7 +179,8 @@ class Iterating:
                 continue
             share = shares([known[i] for i in order[position:]])[0]
             free = max(left - own - others - self._slower * beyond, 0.0)
-            allowance = own * min(1.0, left / (own + others)) + free * share
+            fits = 1.0 if own + others <= left else left / (own + others)
+            allowance = own * fits + free * share
             yield job, self._run(job, self._ready[key_of(job)], max(allowance, least), main)
         for job in sorted(put_off, key=self._least):
             if self.stop.stopped:

@@ -274,13 +274,16 @@ def draws_of(model: nn.Module, x: Tensor) -> Draws:
 def draws_anything(model: nn.Module, x: Tensor) -> bool:
     """Whether a forward pass in the model's present mode draws anything.
 
-    Asked without arithmetic, of tensors that have shapes and no values; a network that looks at its
-    values, or brings tensors of its own, is run instead.
+    A network of many parameters is asked without arithmetic, by tensors that have shapes and no
+    values; a small one, for which loading what that takes would be dearer, or one that looks at its
+    values or brings tensors of its own, is run instead.
 
     Args:
         model: Left as it was.
         x: Any inputs of the right shape.
     """
+    if not is_large(model):
+        return bool(draws_of(model, x))
     mode = _Recording()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), mode:
@@ -288,6 +291,14 @@ def draws_anything(model: nn.Module, x: Tensor) -> bool:
     except NEEDS_VALUES:
         return bool(draws_of(model, x))
     return bool(mode.found)
+
+
+MANY = 20_000_000
+
+
+def is_large(model: nn.Module) -> bool:
+    """Whether a pass without values (:func:`without_values`) is cheaper than one with them."""
+    return sum(parameter.numel() for parameter in model.parameters()) >= MANY
 
 
 NEEDS_VALUES = (RuntimeError, TypeError, ValueError)

@@ -263,7 +263,8 @@ class _Run:
         for name, leaf in self.leaves.items():
             step = gradients[name]
             step = self.transforms[name](step) if name in self.transforms else step
-            leaf.grad = torch.where(_rows(self.alive, leaf), step, 0.0)
+            # Optimizers take it apart; channels-last layers would give it another layout.
+            leaf.grad = torch.where(_rows(self.alive, leaf), step, 0.0).contiguous()
         return total.sum()
 
     @torch.no_grad()

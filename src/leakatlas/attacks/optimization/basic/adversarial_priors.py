@@ -209,7 +209,9 @@ class AdversarialPriors(Attack):
 
     def features(self, activation: Tensor) -> Tensor:
         """What is compared of ``(N, C, ...)``: every place, or the mean over places."""
-        return activation if self.aligned else activation.flatten(2).mean(2)
+        if self.aligned or activation.dim() == 2:
+            return activation
+        return activation.flatten(2).mean(2)
 
 
 # -- what the shared network makes of images -------------------------------------------------------

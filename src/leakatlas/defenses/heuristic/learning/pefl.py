@@ -154,7 +154,8 @@ def balanced(W: Tensor, factors: int, inner: int) -> list[Tensor]:
         factors: m.
         inner: Width h between factors; below W's rank the product is W's best approximation.
     """
-    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    # On the CPU, where the turns are drawn and double precision is at hand.
+    U, S, Vh = torch.linalg.svd(W.detach().cpu().double(), full_matrices=False)
     r = min(inner, len(S))
     root = S[:r].pow(1 / factors)
     turns = [_orthonormal(inner, r) for _ in range(factors - 1)]
