@@ -13,7 +13,8 @@ from torch import nn
 from leakatlas import data
 from leakatlas.audit import Plan, Setting, carry_out
 from leakatlas.audit.budget import COMPARISONS, OTHER_SIDE, REPORT, Budget, other_side
-from leakatlas.audit.realism import EVAL, ORACLES, cautions_of, pair_of, record_of
+from leakatlas.audit.listener import Silent
+from leakatlas.audit.realism import EVAL, ORACLES, cautions_of, other_sides, pair_of, record_of
 from leakatlas.blocks.watch import Watch
 from leakatlas.catalogue import registry
 from leakatlas.data import Box
@@ -178,3 +179,16 @@ def test_labels_that_were_read_give_way_to_granted_ones() -> None:
     for name in same:
         ours, theirs = (r.recipe["attack"]["parameters"][name] for r in (run, repeated))
         assert ours == theirs, name
+
+
+def test_a_budget_that_is_spent_asks_nothing_of_the_other_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def asked(*_: object) -> list[object]:
+        raise AssertionError("no attack is asked whether it may start")
+
+    monkeypatch.setattr("leakatlas.audit.realism._jobs", asked)
+    pairs = [pair_of(a_setting(), wanted=True)]
+    plan = Plan(settings=(pairs[0].setting,), letters=("B",), seconds=30.0)
+    (found,) = other_sides(pairs, plan, [], [], Watch(0.0), None, Silent(), Watch())
+    assert found.runs == () and found.reason == "the budget ended before it"

@@ -216,8 +216,10 @@ def other_sides(
         stop: Ends it early.
     """
     jobs: list[Job] = []
+    left = watch.remaining()
+    spent = left is not None and left <= 0  # asking what may start takes time as well
     for pair in pairs:
-        if pair.other is not None and not stop.stopped:
+        if pair.other is not None and not stop.stopped and not spent:
             mine = [run for run in runs if run.setting == pair.setting.name]
             idle = {run.attack for run in barred if run.setting == pair.setting.name}
             jobs += _jobs(pair, pair.other, plan, mine, sorted(idle))
@@ -229,7 +231,7 @@ def other_sides(
     for run in spend(jobs, plan, watch, out, listener, stop):
         made.setdefault(run.setting, []).append(run)
         listener.done(run)
-    silent = STOPPED if stop.stopped else NOTHING_TO_ADD
+    silent = STOPPED if stop.stopped else OVER if spent else NOTHING_TO_ADD
     return tuple(
         realism_of(pair, made.get(pair.other.name, []) if pair.other else [], silent)
         for pair in pairs
@@ -261,6 +263,7 @@ def realism_of(pair: Pair, runs: Sequence[Run] = (), silent: str = "") -> Realis
 
 NOT_YET = "the audit has not come to it"
 STOPPED = "the audit was stopped before it"
+OVER = "the budget ended before it"
 NOTHING_TO_ADD = (
     "no attack was left to repeat: none ran, or those that did brought out every image exactly"
 )
