@@ -39,6 +39,7 @@ Released code: ``zhuohangli/GGL``, ``reconstructor.py`` and ``defense.py``.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -297,7 +298,8 @@ def evolve(
         seed: Positive.
         watch: Budget and progress.
     """
-    with needing("GGL's search", "cma"):
+    with needing("GGL's search", "cma"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Could not import matplotlib")  # nothing is drawn
         import cma
     options = {"popsize": max(population, 2), "seed": seed, "verbose": -9, "tolx": 0, "tolfun": 0,
                "tolfunhist": 0, "tolstagnation": rounds + 1, "maxiter": rounds + 1}  # fmt: skip
