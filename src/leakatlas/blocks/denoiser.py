@@ -56,12 +56,16 @@ def fit(
     watch: Watch,
     batch: int = 16,
     lr: float = 1e-3,
+    fall: float = 0.1,
 ) -> None:
-    """Squared error from ``damaged`` to ``originals`` ``(M, C, H, W)`` by Adam, in place."""
+    """Squared error from ``damaged`` to ``originals`` ``(M, C, H, W)`` by Adam, in place.
+
+    The last quarter of the epochs runs at ``fall`` times ``lr``.
+    """
     engine = torch.optim.Adam(network.parameters(), lr=lr)
     for step in watch.steps(epochs):
         for group in engine.param_groups:
-            group["lr"] = lr * (1.0 if step.progress < 0.75 else 0.1)
+            group["lr"] = lr * (1.0 if step.progress < 0.75 else fall)
         for places in torch.randperm(len(damaged), generator=generator).split(batch):
             loss = F.mse_loss(network(damaged[places]), originals[places])
             engine.zero_grad()

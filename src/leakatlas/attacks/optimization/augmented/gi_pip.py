@@ -47,7 +47,7 @@ from torch.nn import functional as F
 
 from leakatlas import models
 from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
-from leakatlas.blocks import descent, init, matching, observed, priors
+from leakatlas.blocks import denoiser, descent, init, matching, observed, priors
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import ImageSet
 from leakatlas.fl import View
@@ -131,7 +131,11 @@ class GIPIP(Attack):
         images = surrogate.images[order].float()
         held = max(1, int(HELD_OUT * len(images)))
         network = Autoencoder(images.shape[1], self.width).to(images.device)
-        learn(network, images[held:], epochs=self.epochs, generator=generator, watch=watch)
+        mine = images[held:]
+        denoiser.fit(
+            network, mine, mine, epochs=self.epochs, generator=generator, watch=watch,
+            batch=32, lr=2e-3, fall=0.2,
+        )  # fmt: skip
         with torch.no_grad():
             tau = errors(network, images[:held]).median()
         return {**network.state_dict(), "tau": tau}
@@ -235,28 +239,6 @@ class Autoencoder(nn.Module):
         network = cls(channels, width)
         models.apply_state(network, weights, source="the learned autoencoder")
         return network.to(like).eval().requires_grad_(False)
-
-
-def learn(
-    network: nn.Module,
-    images: Tensor,
-    *,
-    epochs: int,
-    generator: torch.Generator,
-    watch: Watch,
-    batch: int = 32,
-    lr: float = 2e-3,
-) -> None:
-    """Squared error on ``images`` ``(M, C, H, W)`` in [0, 1] by Adam, in place."""
-    engine = torch.optim.Adam(network.parameters(), lr=lr)
-    for step in watch.steps(epochs):
-        for group in engine.param_groups:
-            group["lr"] = lr * (1.0 if step.progress < 0.75 else 0.2)
-        for places in torch.randperm(len(images), generator=generator).split(batch):
-            loss = F.mse_loss(network(images[places]), images[places])
-            engine.zero_grad()
-            loss.backward()
-            engine.step()
 
 
 def errors(network: nn.Module, u: Tensor) -> Tensor:
