@@ -8,9 +8,9 @@ from leakatlas.attacks.api import Attack
 from leakatlas.attacks.optimization.basic.fedleak import FedLeak
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.audit.rehearsed import Contest
-from leakatlas.bench import examine as look
 from leakatlas.bench.cells import Cell
 from leakatlas.bench.harness import Trial
+from leakatlas.bench.looks import Look
 from leakatlas.data import strangers
 from leakatlas.fl import Stage
 
@@ -22,8 +22,7 @@ ATTACKS: dict[str, type[Attack]] = {
 
 def examine(trial: Trial, stage: Stage) -> dict[str, Any]:
     """PSNR of every image under the best assignment."""
-    del stage
-    return {"quality": look.reached(trial.images, trial.truth.images)}
+    return {"quality": Look.psnr(trial, stage)}
 
 
 def measure(cell: Cell) -> dict[str, Any]:

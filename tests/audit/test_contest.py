@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from leakatlas.attacks.api import Reconstruction
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.audit.rehearsed import Contest
+from leakatlas.bench import scene
 from leakatlas.bench.cells import Cell
 from leakatlas.bench.schema import Case
+from leakatlas.fl import View
+from leakatlas.metrics.baselines import mean_image
 from leakatlas.metrics.images import psnr
 
 
@@ -44,6 +48,18 @@ def test_a_constant_image_is_scored_against_every_victim(contest: Contest) -> No
     truths = torch.cat([contest.stage.victims[client].images for client in (0, 1)])
     grey = torch.full_like(truths[0], 0.5)
     assert contest.constant(grey) == psnr(grey.expand_as(truths), truths).tolist()
+
+
+def test_an_image_without_a_candidate_counts_as_the_mean_public_image(
+    contest: Contest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(attack: InvertingGradients, view: View, **_: object) -> Reconstruction:
+        del attack
+        return Reconstruction(images=torch.zeros(0, *view.input_shape))
+
+    monkeypatch.setattr(InvertingGradients, "__call__", nothing)
+    public = scene.public_images(contest.stage)[0]
+    assert contest.runs(InvertingGradients()).psnr == contest.constant(mean_image(public))
 
 
 def test_the_variant_that_rebuilds_own_images_is_taken(contest: Contest) -> None:

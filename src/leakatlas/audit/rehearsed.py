@@ -18,6 +18,7 @@ from leakatlas.bench.cells import Cell
 from leakatlas.blocks.watch import Conduct, Watch
 from leakatlas.data import ImageSet, strangers
 from leakatlas.fl import View
+from leakatlas.metrics.baselines import mean_image
 from leakatlas.metrics.images import psnr
 
 
@@ -127,7 +128,7 @@ class Contest:
         return best_of(view, variants, public, iterations=iterations, seed=seed)
 
     def runs(self, attack: Attack, *, without: str | None = None, count: int | None = None) -> Runs:
-        """Attack every client; an image without a candidate counts as mid-grey.
+        """Attack every client; an image without a candidate counts as the mean public image.
 
         Args:
             attack: Who attacks.
@@ -141,11 +142,17 @@ class Contest:
             made = attack(held, seed=self.seed, watch=quiet())
             runs.cpu_seconds.append(time.process_time() - begun)
             images = self.stage.box.denormalize(made.images)
-            runs.psnr.extend(examine.reached(images, self.stage.victims[client].images))
+            truth = self.stage.victims[client].images
+            null = _held_against(mean_image(scene.public_images(self.stage)[0]), truth)
+            runs.psnr.extend(examine.reached(images, truth, null=null))
             runs.found.append(made)
         return runs
 
     def constant(self, image: Tensor) -> list[float]:
         """DB of one image ``(C, H, W)`` held against every victim's."""
         truths = torch.cat([self.stage.victims[client].images for client in self.clients])
-        return [float(value) for value in psnr(image.expand_as(truths).to(truths), truths)]
+        return _held_against(image, truths)
+
+
+def _held_against(image: Tensor, truths: Tensor) -> list[float]:
+    return [float(value) for value in psnr(image.expand_as(truths).to(truths), truths)]

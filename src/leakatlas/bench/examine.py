@@ -12,7 +12,7 @@ from leakatlas.bench.harness import Trial
 from leakatlas.blocks import readout
 from leakatlas.errors import InvalidInput
 from leakatlas.metrics.assignment import assign, pairwise_mse
-from leakatlas.metrics.images import psnr, psnr_of_mse
+from leakatlas.metrics.images import psnr_of_mse
 
 EXACT = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Root mean square error, in pixels of [0, 1], below which an image counts as exact."""
@@ -37,16 +37,15 @@ def errors(trial: Trial) -> Tensor:
     return error
 
 
-def reached(found: Tensor, truth: Tensor, null: Sequence[float] | None = None) -> list[float]:
+def reached(found: Tensor, truth: Tensor, *, null: Sequence[float]) -> list[float]:
     """PSNR in dB of every original, against the candidate that the best assignment gives it.
 
     Args:
         found: Candidates ``(M, C, H, W)`` in pixels of [0, 1], clipped here.
         truth: Originals ``(N, C, H, W)``.
-        null: What an original without a candidate scores; that of mid-grey if None.
+        null: What an original without a candidate scores: the mean public image, held against it.
     """
-    grey = torch.full_like(truth, 0.5)
-    scores = psnr(grey, truth).tolist() if null is None else list(null)
+    scores = list(null)
     cost = pairwise_mse(found.to(truth).clamp(0, 1), truth)
     for original, candidate in enumerate(assign(cost).of_original):
         if candidate is not None:

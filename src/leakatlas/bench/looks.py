@@ -18,6 +18,7 @@ from leakatlas.data import ImageSet
 from leakatlas.fl import ClientContext, Defense, Stage, Update, View
 from leakatlas.fl import stage as staged
 from leakatlas.metrics.assignment import pairwise_mse
+from leakatlas.metrics.baselines import mean_image
 from leakatlas.metrics.images import psnr_of_mse
 from leakatlas.vulnerability import Case as VulnerabilityCase
 from leakatlas.vulnerability import assess
@@ -194,14 +195,14 @@ def _alone(model: nn.Module, images: Tensor) -> tuple[list[float], list[float]]:
 def _any_turn(look: Look) -> list[float]:
     """DB of the candidate nearest to every victim, turned as suits best.
 
-    A copy may come back for the original; whoever sees it sees the image. The grey image is among
-    the candidates, so that nothing found is no infinite error.
+    A copy may come back for the original; whoever sees it sees the image. The mean public image is
+    among the candidates: nothing found counts as that.
     """
     truth = look.trial.truth.images
-    grey = torch.full_like(truth[:1], 0.5)
-    found = look.trial.images.to(grey).clamp(0, 1)
+    null = mean_image(scene.public_images(look.stage)[0]).to(truth)[None]
+    found = look.trial.images.to(null).clamp(0, 1)
     turned = [found.rot90(quarters, (-2, -1)) for quarters in range(4)]
-    cost = pairwise_mse(torch.cat([grey, *turned]), truth).min(0).values
+    cost = pairwise_mse(torch.cat([null, *turned]), truth).min(0).values
     return [float(value) for value in psnr_of_mse(cost).clamp(max=100.0)]
 
 
