@@ -6,6 +6,7 @@ import inspect
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from leakatlas import data, models
 from leakatlas.audit import Plan, Setting, Watch, carry_out, examine, presets
 from leakatlas.audit.jobs import Job, run_job
 from leakatlas.audit.listener import Silent
-from leakatlas.audit.start import can_start
+from leakatlas.audit.start import Adversaries, can_start
+from leakatlas.blocks.watch import MORE_TIME
 from leakatlas.catalogue import registry
 from leakatlas.data import Box
-from leakatlas.fl import FedAVG, FedSGD, ModelRef, Protocol, unrolled
+from leakatlas.fl import FedAVG, FedSGD, ModelRef, Protocol, Stage, View, unrolled
 from leakatlas.threat import LETTERS, Vantage
 
 FC = ModelRef("builtin", "fc", {"in_channels": 3, "size": 32, "classes": 8, "widths": [16]})
@@ -52,10 +54,10 @@ def test_what_may_start_is_not_refused_afterwards(name: str) -> None:
     chosen = replace(SETTINGS[name], surrogate=few)
     plan = Plan(settings=(chosen,), letters=tuple(LETTERS), seconds=1.0, rehearsal=False)
     started = 0
+    stage = chosen.stage(letter="A", seed=0)
+    adversaries = Adversaries(stage, stage.federation.play_round())
     for attack in presets(None, {}, published=False):
-        stage = chosen.stage(letter="A", seed=0)
-        record = stage.federation.play_round()
-        start = can_start(stage, attack, plan.letters, record)
+        start = can_start(adversaries, attack, plan.letters)
         if start.obstacle is not None:
             assert start.obstacle in ("refused", "not applicable") and start.outlook.reason
             continue
@@ -85,15 +87,15 @@ def test_a_letter_that_theory_rules_out_does_not_hide_a_stronger_one() -> None:
 
     stage = SETTINGS["linear, gradients"].stage(letter="F", seed=0)
     tuned = TrapWeights(scaling=None)
-    assert can_start(stage, tuned, ("F",)).word == "not applicable"
-    assert can_start(stage, tuned, ("F", "G")).letter == "G"
+    assert can_start(Adversaries(stage), tuned, ("F",)).word == "not applicable"
+    assert can_start(Adversaries(stage), tuned, ("F", "G")).letter == "G"
 
 
 def test_the_refusal_is_that_of_the_letter_that_lacks_least() -> None:
     from leakatlas.attacks.analytic.isolation.sybils import Sybils
 
     stage = SETTINGS["linear, gradients"].stage(letter="A", seed=0)
-    start = can_start(stage, Sybils(), ("A", "B", "G"))
+    start = can_start(Adversaries(stage), Sybils(), ("A", "B", "G"))
     assert start.obstacle == "refused" and start.letter == ""
     assert "needs SELECTION, which threat model G" in start.outlook.reason
 
@@ -152,3 +154,39 @@ def test_attacks_that_say_so_replay_the_client() -> None:
     }
     said = {attack.key for attack in presets(None, {}, published=False) if attack.replays}
     assert {"dlg", "inverting_gradients", "gias"} <= said <= replaying
+
+
+def test_attacks_are_asked_one_after_the_other_about_the_same_views(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What one of them read is not held against the next, and nobody's answer hangs on the others'.
+
+    A view of a large model takes seconds: there is one a letter, before a round and after it.
+    """
+    stage = SETTINGS["linear, gradients"].stage(letter="A", seed=0)
+    record = stage.federation.play_round()
+    attacks = presets(None, {}, published=False)
+    alone = [can_start(Adversaries(stage, record), attack, tuple(LETTERS)) for attack in attacks]
+    made: list[str] = []
+    view = Stage.view
+
+    def counted(self: Stage, *args: Any, **kwargs: Any) -> View:
+        made.append(self.scenario.letter)
+        return view(self, *args, **kwargs)
+
+    monkeypatch.setattr(Stage, "view", counted)
+    adversaries = Adversaries(stage, record)
+    together = [can_start(adversaries, attack, tuple(LETTERS)) for attack in reversed(attacks)]
+    assert together[::-1] == alone
+    assert len(made) <= 2 * len(LETTERS) < len(attacks)
+    assert adversaries.view("C", passive=True).reads == frozenset()
+
+
+def test_an_examination_ends_with_its_time() -> None:
+    stage = SETTINGS["linear, gradients"].stage(letter="A", seed=0)
+    found = examine(
+        stage, presets(None, {}, published=False), letters=tuple(LETTERS), watch=Watch(0.0)
+    )
+    assert found.replay.consistent and not found.measures and "budget" in found.left_out
+    for start in found.outlooks.values():
+        assert start.obstacle == "refused" and start.wants == MORE_TIME

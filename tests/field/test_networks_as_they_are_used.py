@@ -21,7 +21,7 @@ import leakatlas
 from leakatlas.audit import Plan, Setting, Watch, presets
 from leakatlas.audit.jobs import Job, run_job
 from leakatlas.audit.listener import Silent
-from leakatlas.audit.start import can_start
+from leakatlas.audit.start import Adversaries, can_start
 from leakatlas.data import IMAGENET, ImageSet
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import FedAVG, FedSGD, ModelRef, Protocol
@@ -117,9 +117,9 @@ def test_whatever_may_start_runs(name: str, tmp_path: object, cache: object) -> 
     )  # fmt: skip
     plan = Plan(settings=(setting,), letters=tuple(LETTERS), seconds=1.0, rehearsal=False)
     live = setting.stage(letter="A", seed=0)
-    record = live.federation.play_round()
+    adversaries = Adversaries(live, live.federation.play_round())
     for attack in presets(None, {}, published=False):
-        start = can_start(live, attack, plan.letters, record)
+        start = can_start(adversaries, attack, plan.letters)
         if start.obstacle is None:
             job = Job(setting, attack, start.letter, 0, 1.0)
             run = run_job(job, plan, 1e-9, None, Silent(), Watch())

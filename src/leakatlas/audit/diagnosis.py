@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from leakatlas.attacks.api import Attack
+from leakatlas.attacks.api import Attack, Outlook
 from leakatlas.audit.consistency import ReplayCheck, check_replay
 from leakatlas.audit.facts import facts_of
 from leakatlas.audit.formal import doubts
-from leakatlas.audit.start import Start, can_start
+from leakatlas.audit.start import Adversaries, Start, can_start
+from leakatlas.blocks.watch import MORE_TIME, Watch
 from leakatlas.errors import UnsupportedModel
 from leakatlas.fl import RoundRecord, Stage, Update
 from leakatlas.fl.capture import Capture, Replayed
@@ -36,6 +37,19 @@ WITHOUT_IMAGES = (
     "Measures that run the private images through the model are left out: they are not at hand."
 )
 """Why a capture without its images gets static measures alone."""
+
+OUT_OF_TIME = (
+    "No measure was taken: the examination had used its part of the budget. leakatlas doctor takes "
+    "them without one."
+)
+
+NOT_ASKED = Start(
+    "",
+    Outlook("unknown", "the examination's part of the budget ended before it was asked"),
+    "refused",
+    MORE_TIME,
+)
+"""An attack whose turn to be asked did not come."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,7 @@ def examine(
     *,
     letters: Sequence[str] = (),
     captured: Capture | Update | None = None,
+    watch: Watch | None = None,
 ) -> Diagnosis:
     """Check a stage and judge every attack, in seconds.
 
@@ -92,10 +107,12 @@ def examine(
         attacks: To be judged.
         letters: Threat models to choose from, weakest first.
         captured: What a real client sent, instead of the simulated one.
+        watch: After the end of its time no further attack is asked, and no measure taken.
 
     Raises:
         InvalidInput: If the captured update does not fit the model or is not finite.
     """
+    watch = watch or Watch()
     target = min(stage.victims)
     if captured is not None:
         stage = copy.copy(stage)
@@ -141,7 +158,13 @@ def examine(
         findings.insert(0, f"The update cannot be checked to the last digit: {replay.explanation}.")
     elif not replay.expected:
         findings.insert(0, f"The update is not consistent with this set-up: {replay.explanation}.")
-    outlooks = {attack.key: can_start(stage, attack, letters, record) for attack in attacks}
+    adversaries = Adversaries(stage, record)
+    outlooks = {
+        attack.key: NOT_ASKED if watch.over else can_start(adversaries, attack, letters)
+        for attack in attacks
+    }
+    if watch.over:
+        return Diagnosis(replay, facts, tuple(findings), outlooks, (), OUT_OF_TIME)
     case = Case.of_stage(stage, target=target, record=record)
     informed = best_informed(letters) if letters else case.letter
     measures, left_out = measured(replace(case, letter=informed), known=stage.known)

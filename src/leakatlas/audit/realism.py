@@ -19,7 +19,7 @@ from leakatlas.audit.effort import spend
 from leakatlas.audit.jobs import Job
 from leakatlas.audit.listener import Listener
 from leakatlas.audit.plan import Plan, Setting, cost_weight, presets
-from leakatlas.audit.start import can_start
+from leakatlas.audit.start import Adversaries, can_start
 from leakatlas.blocks.watch import Watch
 from leakatlas.fl import FedAVG, draws
 from leakatlas.fl.losses import PLAIN
@@ -282,9 +282,9 @@ def _jobs(
         chosen.append((attack, run.letter))
     if idle and not other.hides_updates:  # a round behind masks may take minutes
         live = other.stage(letter=plan.letters[0], seed=plan.seed)
-        record = live.federation.play_round()
+        adversaries = Adversaries(live, live.federation.play_round())
         for attack in presets(idle, plan.attack_parameters, published=published):
-            start = can_start(live, attack, plan.letters, record)
+            start = can_start(adversaries, attack, plan.letters)
             if start.obstacle is None:
                 chosen.append((attack, start.letter))
     return [

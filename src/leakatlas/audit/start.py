@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from leakatlas.attacks.api import ActiveAttack, Attack, Outlook
 from leakatlas.errors import InvalidParameter, LeakAtlasError, NotGranted
-from leakatlas.fl import RoundRecord, Stage, unrolled
+from leakatlas.fl import RoundRecord, Stage, View, unrolled
 from leakatlas.fl.capture import Replayed
 from leakatlas.report import Status
 from leakatlas.threat import threat_model
@@ -42,17 +42,58 @@ class Start:
         return self.obstacle or self.outlook.verdict
 
 
-def can_start(
-    stage: Stage, attack: Attack, letters: Sequence[str], record: RoundRecord | None = None
-) -> Start:
-    """Ask an attack under each letter, weakest first, until it may start.
+@dataclass(frozen=True)
+class Adversaries:
+    """Those of one stage, by letter: a view of a large model takes seconds, so each is made once.
 
     Args:
         stage: The set-up.
-        attack: With its parameters.
-        letters: Threat models to choose from, weakest first.
         record: A round of honest clients, which a passive attack is shown.
     """
+
+    stage: Stage
+    record: RoundRecord | None = None
+    _views: dict[tuple[str, bool], View] = field(default_factory=dict, repr=False)
+    _replays: dict[str, LeakAtlasError | None] = field(default_factory=dict, repr=False)
+
+    def view(self, letter: str, *, passive: bool) -> View:
+        """What one of them holds, nothing of it read yet; before any round, if it is active."""
+        records = [self.record] if passive and self.record is not None else []
+        place = letter, bool(records)
+        if place not in self._views:
+            seen = copy.copy(self.stage)
+            seen.scenario = replace(self.stage.scenario, letter=letter)
+            self._views[place] = seen.view(records, target=min(self.stage.victims))
+        self._views[place].forget_reads()
+        return self._views[place]
+
+    def replays(self, letter: str) -> None:
+        """Ask whether one of them can repeat the client's computation.
+
+        Raises:
+            LeakAtlasError: Why not.
+        """
+        if letter not in self._replays:
+            try:
+                self.view(letter, passive=True).replayer()
+            except LeakAtlasError as problem:
+                self._replays[letter] = problem
+            else:
+                self._replays[letter] = None
+        refusal = self._replays[letter]
+        if refusal is not None:
+            raise refusal
+
+
+def can_start(adversaries: Adversaries, attack: Attack, letters: Sequence[str]) -> Start:
+    """Ask an attack under each letter, weakest first, until it may start.
+
+    Args:
+        adversaries: Of the set-up.
+        attack: With its parameters.
+        letters: Threat models to choose from, weakest first.
+    """
+    stage = adversaries.stage
     if isinstance(attack, ActiveAttack) and isinstance(stage.federation, Replayed):
         over = "the captured round is over: nothing can be sent to its client any more"
         return Start("", Outlook("hopeless", over), "not applicable")
@@ -63,19 +104,18 @@ def can_start(
         held = threat_model(letter).knowledge
         return len(attack.lacks(held, stage.scenario.grants).names())
 
-    # A view of a large model takes seconds: none is made for letters that hold too little, unless
-    # all do. The one that lacks least gives the most useful reason.
+    # Letters that hold too little are not asked, unless all do. The one that lacks least gives the
+    # most useful reason.
     for letter in [one for one in letters if not lack(one)] or [min(letters, key=lack)]:
-        seen = copy.copy(stage)
-        seen.scenario = replace(stage.scenario, letter=letter)
-        records = [] if isinstance(attack, ActiveAttack) or record is None else [record]
-        view = seen.view(records, target=min(stage.victims))
+        passive = not isinstance(attack, ActiveAttack)
+        view = adversaries.view(letter, passive=passive)
+        shown = passive and adversaries.record is not None
         try:
             attack.check(view)
-            if records and view.update.kind == "delta":
+            if shown and view.update.kind == "delta":
                 _ = view.protocol
-            if records and attack.replays:
-                view.replayer()
+            if shown and attack.replays:
+                adversaries.replays(letter)
             outlook = attack.outlook(view)
         except NotGranted as problem:
             outlook = Outlook("hopeless", str(problem))

@@ -190,6 +190,12 @@ class Watch:
         own = self.deadline - time.perf_counter()
         return own if above is None else min(own, above)
 
+    @property
+    def over(self) -> bool:
+        """Whether its time has ended."""
+        left = self.remaining()
+        return left is not None and left <= 0
+
     def again(self) -> Watch:
         """A watch with the same budget, from now; stopping this one stops it too.
 
