@@ -83,7 +83,7 @@ from leakatlas.fl import (
     replay,
     stream,
 )  # fmt: skip
-from leakatlas.priors.learning import noised
+from leakatlas.priors.ddpm import noised
 from leakatlas.priors.prior import linear_schedule
 
 

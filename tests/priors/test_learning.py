@@ -14,8 +14,23 @@ from leakatlas.data import ImageSet
 from leakatlas.errors import InvalidInput
 from leakatlas.models import Generator
 from leakatlas.models.parts import seeded
-from leakatlas.priors import CEILING, Diffusion, Prior, inversion_psnr, learning, training
-from leakatlas.priors.learning import Adversaries, Autoencoder, Critic, Denoising, Kind
+from leakatlas.priors import (
+    CEILING,
+    Diffusion,
+    Prior,
+    ddpm,
+    gan,
+    inversion_psnr,
+    learning,
+    lesson,
+    training,
+    vae,
+)
+from leakatlas.priors.ddpm import Denoising
+from leakatlas.priors.gan import Adversaries, Critic
+from leakatlas.priors.learning import Kind
+from leakatlas.priors.lesson import Draws, Lesson
+from leakatlas.priors.vae import Autoencoder
 from tests.priors.support import prior
 
 
@@ -23,7 +38,11 @@ def _digits(count: int = 256) -> ImageSet:
     return data.digits(8).subset(range(count))
 
 
-def _taught(kind: Kind, steps: int, **more: object) -> tuple[learning.Lesson, Tensor]:
+def _draws(seed: int) -> Draws:
+    return Draws(torch.Generator().manual_seed(seed), torch.device("cpu"))
+
+
+def _taught(kind: Kind, steps: int, **more: object) -> tuple[Lesson, Tensor]:
     images = _digits().images
     with seeded(0):
         taught = learning.lesson(kind, (1, 8, 8), latent=8)
@@ -60,7 +79,7 @@ def test_the_denoiser_learns_to_tell_noise_from_digits() -> None:
     errors = []
     for taught in (before, after):
         assert isinstance(taught, Denoising)
-        x = learning.noised(2 * images - 1, noise, taught.kept[t])
+        x = ddpm.noised(2 * images - 1, noise, taught.kept[t])
         with torch.no_grad():
             errors.append(float((taught.network(x, t) - noise).square().mean()))
     assert errors[1] < 0.6 * errors[0]
@@ -124,36 +143,55 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(kind: Kind, tmp_path: Path)
 
 def test_augmented_images_keep_their_shape_and_lose_a_square() -> None:
     x = torch.full((4, 3, 24, 24), 0.5)
-    out = learning.augmented(x, torch.Generator().manual_seed(0))
+    out = gan.augmented(x, _draws(0))
     assert out.shape == x.shape
     assert bool((out == 0).flatten(1).any(1).all())
+
+
+def test_a_shift_moves_images_and_lets_zeros_in() -> None:
+    """Against padding and cutting; without brightness, contrast and a hole."""
+    x = torch.rand(3, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    class Still(Draws):
+        def uniform(self, *shape: int) -> Tensor:
+            return torch.full(shape, 2.0 if shape[0] == 2 else 0.5)  # the hole lies outside
+
+        def whole(self, low: int, high: int, *shape: int) -> Tensor:
+            assert (low, high) == (-2, 3)
+            return torch.tensor([[1, 0, -2], [-1, 2, 0]]).reshape(shape)
+
+    out = gan.augmented(x, Still(torch.Generator(), torch.device("cpu")))
+    for image, moved, down, right in zip(x, out, (1, 0, -2), (-1, 2, 0), strict=True):
+        expected = torch.zeros(2, 20, 20)
+        expected[:, 2 - down : 18 - down, 2 - right : 18 - right] = image
+        assert torch.allclose(moved, expected[:, 2:18, 2:18], atol=1e-6)
 
 
 def test_the_terms_of_the_recipe() -> None:
     x = torch.zeros(2, 1, 2, 2, dtype=torch.float64)
     x_hat = torch.full_like(x, 0.1)
-    assert float(learning.likelihood(x, x_hat)) == pytest.approx(0.5 * 4 * -4.605170185988091)
-    assert float(learning.divergence(torch.zeros(3, 5), torch.zeros(3, 5))) == 0
+    assert float(vae.likelihood(x, x_hat)) == pytest.approx(0.5 * 4 * -4.605170185988091)
+    assert float(vae.divergence(torch.zeros(3, 5), torch.zeros(3, 5))) == 0
     # One unit of mean in each of five latents: 5/2 nats.
-    assert float(learning.divergence(torch.ones(3, 5), torch.zeros(3, 5))) == pytest.approx(2.5)
-    assert learning.one_cycle(0.0) == pytest.approx(1 / 25)
-    assert learning.one_cycle(0.3) == pytest.approx(1.0)
-    assert learning.one_cycle(1.0) == pytest.approx(0.0)
+    assert float(vae.divergence(torch.ones(3, 5), torch.zeros(3, 5))) == pytest.approx(2.5)
+    assert vae.one_cycle(0.0) == pytest.approx(1 / 25)
+    assert vae.one_cycle(0.3) == pytest.approx(1.0)
+    assert vae.one_cycle(1.0) == pytest.approx(0.0)
 
 
 def test_noised_images_keep_unit_variance() -> None:
     draws = torch.Generator().manual_seed(0)
     x, noise = (torch.randn(3, 1, 50, 50, generator=draws) for _ in range(2))
     kept = torch.tensor([1.0, 0.4, 0.0])
-    out = learning.noised(x, noise, kept)
+    out = ddpm.noised(x, noise, kept)
     assert torch.equal(out[0], x[0]) and torch.equal(out[2], noise[2])
     assert float(out[1].var()) == pytest.approx(1.0, abs=0.1)
 
 
 def test_odd_sizes_get_a_generator_that_covers_them() -> None:
-    assert learning.drawn_shape((3, 28, 28)) == (3, 32, 32)
-    assert learning.drawn_shape((1, 8, 8)) == (1, 8, 8)
-    assert learning.drawn_shape((3, 20, 40)) == (3, 40, 40)
+    assert lesson.drawn_shape((3, 28, 28)) == (3, 32, 32)
+    assert lesson.drawn_shape((1, 8, 8)) == (1, 8, 8)
+    assert lesson.drawn_shape((3, 20, 40)) == (3, 40, 40)
 
 
 # -- a prior and its card ------------------------------------------------------------------------

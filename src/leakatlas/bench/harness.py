@@ -12,6 +12,7 @@ from torch import nn
 
 from leakatlas.attacks.api import CUT, ActiveAttack, Attack, Reconstruction, Tampering
 from leakatlas.bench.adversary import Adversary, Here, Request
+from leakatlas.bench.strangers import require_strangers
 from leakatlas.bench.task import code_of
 from leakatlas.blocks.watch import MORE_TIME, Trail, Watch
 from leakatlas.errors import InvalidInput, NotGranted, ProtocolError, Unavailable, shown
@@ -246,28 +247,6 @@ def run_trial(
         found = replace(found, notes={**found.notes, **notes})
     truth = truth_of(stage, target, records)
     return Trial(view, truth, records, found, stage.box.denormalize(found.images))
-
-
-def require_strangers(stage: Stage, attack: Attack) -> None:
-    """Refuse victims that a kept prior of the attack has seen: it would score what it memorised.
-
-    Raises:
-        InvalidInput: Naming the prior and the number of victims.
-    """
-    names = attack.priors(tuple(stage.input_shape))
-    if not names:
-        return
-    from leakatlas import priors  # few attacks have one
-
-    for name in names:
-        prior = priors.load(name)
-        known = sum(int(prior.knows(images.images).sum()) for images in stage.victims.values())
-        if known:
-            raise InvalidInput(
-                f"The prior {shown(name)} of {attack.key} was trained on {known} of the victims, "
-                "so its result would be a memory; take other victims, or another prior "
-                "(prior='surrogate' learns one from the surrogate images)."
-            )
 
 
 def _travelling(stage: Stage, adversary: Adversary) -> bytes | None:

@@ -34,7 +34,13 @@ ALWAYS = (
 WITHOUT_ATTACK = {"utility": "leakatlas.bench.utility", "labelling": "leakatlas.bench.labelling"}
 """What runs in place of an attack, by the key of the case."""
 
-UNSEEN = ("leakatlas.errors", "leakatlas.limits", "leakatlas.reading", "leakatlas.catalogue")
+UNSEEN = (
+    "leakatlas.errors",
+    "leakatlas.limits",
+    "leakatlas.reading",
+    "leakatlas.catalogue",
+    "leakatlas.bench.strangers",
+)
 """Rooms that no figure depends on: texts, what is refused, facts of the literature."""
 
 NETWORKS, LOOKS = "leakatlas.models.registry", "leakatlas.bench.looks"

@@ -12,10 +12,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedCo
 from rich.table import Table
 
 from leakatlas.cli import plain
+from leakatlas.cli.options import DEVICE
 from leakatlas.cli.plain import escape
 
 if TYPE_CHECKING:
     from leakatlas.models import Card
+    from leakatlas.priors.training import Recipe
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -48,6 +50,10 @@ def train(
         bool, typer.Option("--conditional", help="Condition a gan on the labels.")
     ] = False,
     latent: Annotated[int, typer.Option(help="Length of the latent.", min=1, max=4096)] = 128,
+    width: Annotated[int, typer.Option(help="Factor on its feature maps.", min=1, max=64)] = 1,
+    batch: Annotated[
+        int | None, typer.Option(help="Images in a step; 32 or 64 if left out.", min=2)
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps of training.", min=1)] = 2_000,
     budget: Annotated[
         str | None, typer.Option(help="Time, such as 20m; fewer steps, under the whole schedule.")
@@ -58,9 +64,11 @@ def train(
     flips: Annotated[bool, typer.Option(help="Mirror images at random.")] = True,
     seed: Annotated[int, typer.Option(help="Of weights, order and noise.")] = 0,
     name: Annotated[str, typer.Option(help="Name of the prior.")] = "prior",
+    source: Annotated[str, typer.Option(help="What the images are, for the card.")] = "",
     license: Annotated[
         str, typer.Option(help="Licence of the weights, as the data allow.")
     ] = "unknown",
+    device: Annotated[str, typer.Option(help=DEVICE)] = "auto",
     out: Annotated[Path, typer.Option(help="Folder for weights and card.")] = Path("prior"),
 ) -> None:
     """Learn a prior on public images; a run that was stopped goes on where it was.
@@ -71,7 +79,7 @@ def train(
     """
     # torch takes a second to load; --help should not wait for it.
     from leakatlas import data as room
-    from leakatlas import priors
+    from leakatlas import devices, priors
     from leakatlas.blocks.watch import Watch, parse_budget
     from leakatlas.errors import InvalidParameter, UnknownName
     from leakatlas.priors import training
@@ -87,8 +95,8 @@ def train(
         raise InvalidParameter(f"--size {size}: expected a multiple of 8, 1024 at the most.")
     images = room.load(data, limit=limit)
     recipe = training.Recipe(
-        kind=kind, size=size, grey=grey, conditional=conditional, latent=latent, steps=steps,
-        flips=flips, seed=seed,
+        kind=kind, size=size, grey=grey, conditional=conditional, latent=latent, width=width,
+        batch=batch, steps=steps, flips=flips, seed=seed,
     )  # fmt: skip
     console = plain.console(stderr=True)
     checkpoint = out / f".{name}.training"
@@ -102,38 +110,23 @@ def train(
         watch = Watch(parse_budget(budget), listen)
         prior = training.train(
             images, recipe, name=name, license=license, watch=watch, checkpoint=checkpoint,
-            command=_command(
-                data, kind, size, grey, conditional, latent, steps, budget, limit, flips, seed, name
-            ),
+            command=_command(data, limit, name, recipe), source=source, device=devices.chosen(device),
         )  # fmt: skip
     card = priors.save(prior, out)
     checkpoint.unlink(missing_ok=True)
     _show(card, out, watch.planned, steps)
 
 
-def _command(
-    data: str,
-    kind: str,
-    size: int | None,
-    grey: bool,
-    conditional: bool,
-    latent: int,
-    steps: int,
-    budget: str | None,
-    limit: int | None,
-    flips: bool,
-    seed: int,
-    name: str,
-) -> str:
-    """What makes the prior again."""
-    words = ["leakatlas", "prior", "train", data, "--kind", kind]
+def _command(data: str, limit: int | None, name: str, recipe: Recipe) -> str:
+    """What makes the prior again, but for the steps, which a budget may have made fewer."""
+    words = ["leakatlas", "prior", "train", data, "--kind", recipe.kind]
     for option, value in (
-        ("--size", size), ("--latent", latent), ("--steps", steps), ("--budget", budget),
-        ("--limit", limit), ("--seed", seed), ("--name", name),
+        ("--size", recipe.size), ("--latent", recipe.latent), ("--width", recipe.width),
+        ("--batch", recipe.batch), ("--limit", limit), ("--seed", recipe.seed), ("--name", name),
     ):  # fmt: skip
         words += [] if value is None else [option, str(value)]
-    words += ["--grey"] * grey + ["--conditional"] * conditional + ["--no-flips"] * (not flips)
-    return shlex.join(words)
+    words += ["--grey"] * recipe.grey + ["--conditional"] * recipe.conditional
+    return shlex.join(words + ["--no-flips"] * (not recipe.flips))
 
 
 def _show(card: Card, out: Path, planned: tuple[int, int] | None, asked: int) -> None:

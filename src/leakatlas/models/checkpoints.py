@@ -53,6 +53,7 @@ class Card:
         license: Licence of the weights.
         sha256: Of the safetensors file.
         seen: Name of the file with fingerprints of what a prior was trained on, if there is one.
+        device: Where it was trained, as the system names it.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Card:
     license: str
     sha256: str
     seen: str = ""
+    device: str = ""
 
 
 def shipped() -> tuple[str, ...]:

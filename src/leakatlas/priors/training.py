@@ -13,20 +13,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from leakatlas.blocks.watch import Watch
+from leakatlas import devices
+from leakatlas.blocks.watch import PACED, Watch
 from leakatlas.data import ImageSet
 from leakatlas.errors import InvalidInput
 from leakatlas.models import Card, Denoiser
 from leakatlas.models.parts import seeded
-from leakatlas.priors import learning
+from leakatlas.priors.ddpm import noised
 from leakatlas.priors.kept import settings_of, wrapped
-from leakatlas.priors.learning import Kind, drawn_shape, fitted, lesson, noised, teach
+from leakatlas.priors.learning import Kind, lesson, teach
+from leakatlas.priors.lesson import Draws, Lesson, drawn_shape
 from leakatlas.priors.prior import (
     CEILING,
     INVERTED,
     Diffusion,
     Prior,
     fingerprints,
+    fit_pixels,
     inversion_psnr,
     linear_schedule,
 )
@@ -36,6 +39,9 @@ HELD_OUT = 0.1
 
 FEWEST_IMAGES = 8
 """Images below which nothing is learned that could be called a population."""
+
+LEARNED = 0.92
+"""Share of a budget for learning; the rest measures what was learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +54,8 @@ class Recipe:
         grey: Whether colours are averaged away.
         conditional: Whether it is conditioned on the labels; a gan only.
         latent: Length of the latent.
+        width: Factor on the network's feature maps.
+        batch: Images in a step; as :func:`.learning.batch_of` if None.
         steps: Steps of training; a deadline makes them fewer, under the whole schedule.
         flips: Whether images are mirrored at random.
         seed: Of weights, order and noise.
@@ -58,6 +66,8 @@ class Recipe:
     grey: bool = False
     conditional: bool = False
     latent: int = 128
+    width: int = 1
+    batch: int | None = None
     steps: int = 2_000
     flips: bool = True
     seed: int = 0
@@ -70,9 +80,11 @@ def train(
     name: str,
     license: str,
     command: str,
+    source: str = "",
     watch: Watch,
     checkpoint: Path | None = None,
     measure: bool = True,
+    device: torch.device = devices.CPU,
 ) -> Prior | Diffusion:
     """A prior learned on images, with its card.
 
@@ -84,10 +96,12 @@ def train(
         recipe: How.
         name: Of the prior.
         license: Of its weights.
-        command: What makes it again, for the card.
+        command: What makes it again, for the card, without the number of steps.
+        source: What the images are, for the card; the name of the data if empty.
         watch: Budget and progress.
         checkpoint: A file to go on from, and to leave behind if stopped.
         measure: Whether the held-out figures are computed, if time is left.
+        device: Where it learns; what comes back lies on the CPU.
 
     Raises:
         InvalidInput: If there are too few images, or labels are missing.
@@ -100,49 +114,62 @@ def train(
     channels = 1 if recipe.grey else data.channels
     side = recipe.size or max(data.shape[1:])
     shape = drawn_shape((channels, side, side))
-    images = fitted(data.images, shape)
+    images = fit_pixels(data.images.detach().float().cpu(), shape)
     if recipe.conditional and data.labels.dim() != 1:
         raise InvalidInput(f"A conditional prior needs one label an image; {data.name} has none.")
     labels = data.labels if data.labels.dim() == 1 else torch.zeros(len(data), dtype=torch.int64)
     held = min(INVERTED, max(1, round(HELD_OUT * len(images))))
     kept = len(images) - held
     classes = len(data.classes) if recipe.conditional else 0
-    with seeded(recipe.seed):
-        taught = lesson(recipe.kind, shape, latent=recipe.latent, classes=classes)
-        begun = time.process_time()
-        made = teach(
-            taught,
-            images[:kept],
-            labels[:kept],
-            steps=recipe.steps,
-            generator=torch.Generator().manual_seed(recipe.seed),
-            watch=watch,
-            flips=recipe.flips,
-            checkpoint=checkpoint,
-        )
-        seconds = time.process_time() - begun
-    network = taught.result().requires_grad_(False)
+    x, y = images[:kept].to(device), labels[:kept].to(device)
+
+    def made(steps: int, watch: Watch, checkpoint: Path | None) -> tuple[Lesson, int]:
+        with seeded(recipe.seed):
+            taught = lesson(
+                recipe.kind, shape, latent=recipe.latent, classes=classes, width=recipe.width,
+                batch=recipe.batch,
+            )  # fmt: skip
+            draws = torch.Generator().manual_seed(recipe.seed)
+            return taught, teach(
+                taught, x, y, steps=steps, generator=draws, watch=watch, flips=recipe.flips,
+                checkpoint=checkpoint,
+            )  # fmt: skip
+
+    if device.type == "cuda":
+        made(PACED, Watch(), None)  # libraries load in the first steps; a budget is paced by others
+    begun, since = time.process_time(), time.perf_counter()
+    share = next(watch.share((LEARNED, 1 - LEARNED))) if measure else watch
+    taught, steps = made(recipe.steps, share, checkpoint)
+    seconds, passed = time.process_time() - begun, time.perf_counter() - since
+    network = taught.result().cpu().requires_grad_(False)
     card = Card(
         name=name,
         model="denoiser" if isinstance(network, Denoiser) else "generator",
         settings=settings_of(network),
         box=None,
-        data=f"{data.name} ({data.fingerprint()[:12]})",
+        data=f"{source or data.name} ({data.fingerprint()[:12]})",
         split=f"the first {kept:,} of {len(images):,} images; the last {held} held out",
-        recipe=command,
+        recipe=f"{command} --steps {steps}",
         seed=recipe.seed,
-        epochs=math.ceil(made * taught.batch / kept),
+        epochs=math.ceil(steps * min(taught.batch, kept) / kept),
         figures={},
         date=datetime.date.today().isoformat(),
         license=license,
         sha256="",
+        device=devices.in_words(device),
     )
     seen = fingerprints(images[:kept], shape).unique()
     prior = wrapped(network, card, seen)
     left = watch.remaining()
     if measure and (left is None or left > 0):
-        figures = _figures(prior, images[kept:], labels[kept:], images[:kept].mean(0), watch)
-        card.figures.update({**figures, "steps": made, "cpu_seconds": round(seconds)})
+        held_out = images[kept:].to(device), labels[kept:].to(device)
+        network.to(device)
+        figures = _figures(prior, *held_out, x.mean(0), watch)
+        network.cpu()
+        card.figures.update(figures)
+    card.figures.update(
+        {"steps": steps, "cpu_seconds": round(seconds), "wall_seconds": round(passed)}
+    )
     return prior
 
 
@@ -154,15 +181,12 @@ def _figures(
     null = {"held_out_psnr_db_of_mean_image": round(float(-10 * error.log10().mean()), 2)}
     if isinstance(prior, Prior):
         return {CEILING: round(inversion_psnr(prior, held, labels, watch=watch), 2), **null}
-    kept = linear_schedule()
-    generator = torch.Generator().manual_seed(0)
+    kept = linear_schedule().to(held.device)
+    draws = Draws(torch.Generator().manual_seed(0), held.device)
     errors = []
     for t in (50, 200, 500):
-        noise = torch.randn(held.shape, generator=generator)
-        x = noised(2 * held - 1, noise, kept[torch.full((len(held),), t)])
+        noise = draws.normal(*held.shape)
+        x = noised(2 * held - 1, noise, kept[t].expand(len(held)))
         with torch.no_grad():
             errors.append(float(F.mse_loss(prior.noise(x, t), noise)))
     return {"held_out_noise_error": round(sum(errors) / len(errors), 4), **null}
-
-
-__all__ = ["FEWEST_IMAGES", "HELD_OUT", "Recipe", "learning", "train"]

@@ -20,7 +20,7 @@ from leakatlas.errors import InvalidParameter
 from leakatlas.fl import View
 from leakatlas.models import Card, Denoiser, Generator
 from leakatlas.priors import Diffusion, Prior, inversion_psnr, kept, training
-from leakatlas.priors.learning import drawn_shape, widths
+from leakatlas.priors.lesson import drawn_shape, widths
 from leakatlas.priors.prior import empirical, linear_schedule
 
 AUTO = "auto"

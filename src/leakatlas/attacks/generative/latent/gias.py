@@ -63,7 +63,7 @@ from leakatlas.fl import View
 from leakatlas.models import Generator
 from leakatlas.params import NonNegative, NonNegativeInt, Positive, PositiveInt
 from leakatlas.priors import Prior
-from leakatlas.priors.learning import drawn_shape, widths
+from leakatlas.priors.lesson import drawn_shape, widths
 from leakatlas.threat import Knowledge
 
 MILESTONES = (3 / 8, 5 / 8, 7 / 8)

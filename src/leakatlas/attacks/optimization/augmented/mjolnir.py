@@ -55,7 +55,7 @@ from leakatlas.catalogue import registry
 from leakatlas.fl import View
 from leakatlas.models.denoiser import Denoiser
 from leakatlas.params import NonNegative, Positive, PositiveInt
-from leakatlas.priors.learning import noised
+from leakatlas.priors.ddpm import noised
 from leakatlas.priors.prior import linear_schedule
 from leakatlas.threat import Knowledge
 
