@@ -15,7 +15,7 @@ from leakatlas.bench.adversary import Adversary, Here, Request
 from leakatlas.bench.strangers import require_strangers
 from leakatlas.bench.task import code_of
 from leakatlas.blocks.watch import MORE_TIME, Trail, Watch
-from leakatlas.errors import InvalidInput, NotGranted, ProtocolError, Unavailable, shown
+from leakatlas.errors import InvalidInput, NotGranted, ProtocolError, Unavailable
 from leakatlas.fl import Federation, RoundRecord, Stage, TamperedModel, Truth, View
 from leakatlas.metrics import assign, pairwise_mse, psnr_of_mse
 from leakatlas.metrics.score import Scores, score

@@ -110,7 +110,8 @@ def train(
         watch = Watch(parse_budget(budget), listen)
         prior = training.train(
             images, recipe, name=name, license=license, watch=watch, checkpoint=checkpoint,
-            command=_command(data, limit, name, recipe), source=source, device=devices.chosen(device),
+            command=_command(data, limit, name, recipe), source=source,
+            device=devices.chosen(device),
         )  # fmt: skip
     card = priors.save(prior, out)
     checkpoint.unlink(missing_ok=True)
