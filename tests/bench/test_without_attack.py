@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
-from leakatlas.bench import labelling, run, utility
+from leakatlas.bench import labelling, run, scene, utility
 from leakatlas.bench import study as studies
 from leakatlas.bench.adversary import Here
 from leakatlas.bench.cells import Cell
 from leakatlas.bench.schema import Case
+from leakatlas.fl import state_hash
+from leakatlas.fl.state import model_state
 
-DIGITS = {
+DIGITS: dict[str, dict[str, Any]] = {
     "model": {"builtin": "fc", "kwargs": {"in_channels": 1, "size": 8, "widths": [16]}},
     "victims": {"set": "digits", "first": 1100, "count": 200},
     "surrogate": {"set": "digits", "first": 700, "count": 60},
@@ -35,6 +37,21 @@ def test_the_sign_of_the_bias_names_every_single_label() -> None:
     assert record.own["hits"] == [1.0] * 4 and record.own["refusals"] == [0.0] * 4
     assert sum(record.own["even-spread"]) < 4
     assert record.costs["cpu_seconds"] > 0
+
+
+def test_networks_that_train_differently_from_the_same_start_are_not_taken_for_one() -> None:
+    """Dropout is no part of a state; the first training of a process stood for all rates."""
+    trained = {"images": {"set": "digits", "count": 64}, "epochs": 2}
+
+    def weights(rate: float) -> str:
+        kwargs = {**DIGITS["model"]["kwargs"], "dropout": rate}
+        one = cell(
+            [{"name": "refusals"}], labelling={"batches": 1},
+            model={**DIGITS["model"], "kwargs": kwargs, "train": trained},
+        )  # fmt: skip
+        return state_hash(model_state(scene.network(one)[1]))
+
+    assert weights(0.25) != weights(0.5)
 
 
 def test_another_rule_is_another_cell_and_a_note_is_not() -> None:

@@ -256,7 +256,9 @@ def _trained(cell: Cell, training: Training, model: nn.Module) -> dict[str, Tens
     box = pixel_space(cell.case, int(next(model.parameters()).shape[1]))
     public = images(training.images, cell.data)
     start = state_hash(model_state(model))
-    key = f"{start}|{public.fingerprint()}|{box}|{training.model_dump_json(exclude={'images'})}"
+    built = (cell.case.model.builtin, sorted(cell.case.model.kwargs.items()))  # dropout, say
+    schedule = training.model_dump_json(exclude={"images"})
+    key = f"{start}|{built}|{public.fingerprint()}|{box}|{schedule}"
     if key not in _TRAINED:
         x = box.normalize(public.images)
         optimizer = torch.optim.Adam(model.parameters(), lr=training.lr)

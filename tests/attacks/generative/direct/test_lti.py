@@ -135,7 +135,7 @@ def test_an_imitated_client_sends_what_the_client_would_send() -> None:
     )  # fmt: skip
     view = _view(stage)
     attack = LTI(clients=3, bins=None)
-    u, x = attack.imitated(view, generator=stream("test"), watch=Watch())
+    u, x = attack.imitated(view, generator=stream("test"), watch=Watch()).values()
     assert u.shape[0] == 3 and x.shape == (3, 2, 3 * 8 * 8)
     rows = public.images.flatten(1)
     for row, pair in zip(u, x, strict=True):
@@ -154,7 +154,7 @@ def test_an_imitated_client_sends_what_the_client_would_send() -> None:
 
 def test_every_public_image_is_used_before_one_is_used_again() -> None:
     view = _view(_scene(examples=2))
-    _, x = LTI(clients=16).imitated(view, generator=stream("test"), watch=Watch())
+    x = LTI(clients=16).imitated(view, generator=stream("test"), watch=Watch())["images"]
     assert len({tuple(image.tolist()) for image in x.flatten(0, 1)}) == 32  # of 32
 
 

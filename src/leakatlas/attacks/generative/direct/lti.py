@@ -16,7 +16,8 @@ an update has no order. Whatever a defense does to an upload, the training data 
 too: that makes this the adaptive baseline of a defense. It differentiates through nothing, needs no
 mirror of the defense, and answers a victim with one forward pass.
 
-One lesson belongs to one state, protocol, defense and batch size; it is cached under them.
+One lesson belongs to one state, protocol, defense and batch size; it is cached under them, and so
+are the imitated clients, whatever is learned from them.
 
 Departures:
     * Released code draws the defense's noise and the composition of batches anew in every epoch,
@@ -47,7 +48,14 @@ import torch
 from torch import Tensor, nn
 
 from leakatlas import models
-from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
+from leakatlas.attacks.api import (
+    Attack,
+    Outlook,
+    Reconstruction,
+    attack,
+    learned,
+    nothing_found,
+)  # fmt: skip
 from leakatlas.blocks.watch import Watch
 from leakatlas.fl import View, stream
 from leakatlas.params import Positive, PositiveInt
@@ -82,6 +90,9 @@ class LTI(Attack):
         scaling: Entries as they are (``none``), or standardised over the imitated clients
             (``entry``).
     """
+
+    counts = ("epochs",)
+    draws_on_prior = True
 
     epochs: PositiveInt = 200
     hidden: PositiveInt = 3_000
@@ -130,26 +141,26 @@ class LTI(Attack):
         del generator  # nothing is random but the lesson, which has a seed of its own
         if not any(bool(tensor.any()) for tensor in view.update.tensors.values()):
             return nothing_found(view.input_shape, "the update is zero; there is nothing to invert")
-        learned = self.learned_once(
+        lesson = self.learned_once(
             [view.circumstances(), view.surrogate.fingerprint()],
             lambda draws, budget: self.lesson(view, generator=draws, watch=budget),
             watch=watch,
             device=next(iter(view.update.tensors.values())).device,
         )
-        inverter = Inverter.of(learned)
+        inverter = Inverter.of(lesson)
         u = hashed(flat(view, view.update.tensors), self.bins).to(inverter.mean.device)
         with torch.no_grad():
             pixels = inverter(u.unsqueeze(0))[0]
         like = next(iter(view.update.tensors.values()))
         images = view.box.normalize(pixels.to(like).reshape(view.batch_shape))
-        psnr = float(learned["held_out_psnr"])
+        psnr = float(lesson["held_out_psnr"])
         return Reconstruction(
             images=view.box.clip(images),
             confidence=torch.full((len(images),), psnr, dtype=torch.float64),
             notes={
                 "held_out_psnr": psnr,
-                "imitated_clients": float(learned["imitated_clients"]),
-                "epoch": float(learned["epoch"]),
+                "imitated_clients": float(lesson["imitated_clients"]),
+                "epoch": float(lesson["epoch"]),
             },
         )
 
@@ -160,7 +171,7 @@ class LTI(Attack):
 
         Args:
             view: Whose client is imitated.
-            generator: Of batches and of the order of training.
+            generator: Of the order of training.
             watch: Budget and progress.
 
         Returns:
@@ -168,9 +179,15 @@ class LTI(Attack):
             gives; ``held_out_psnr``, ``epoch`` and ``imitated_clients``.
         """
         parts = watch.share((IMITATION, 1 - IMITATION))
-        u, x = self.imitated(view, generator=generator, watch=next(parts))
+        pairs = learned(
+            "imitated-clients",
+            [view.circumstances(), view.surrogate.fingerprint(), self.clients, self.bins],
+            lambda draws, budget: self.imitated(view, generator=draws, watch=budget),
+            watch=next(parts),
+            device=next(iter(view.update.tensors.values())).device,
+        )
         left = next(parts, watch)  # out of time: a single step
-        return self.fit(u, x, generator=generator, watch=left)
+        return self.fit(pairs["uploads"], pairs["images"], generator=generator, watch=left)
 
     def fit(
         self, u: Tensor, x: Tensor, *, generator: torch.Generator, watch: Watch
@@ -219,8 +236,8 @@ class LTI(Attack):
 
     def imitated(
         self, view: View, *, generator: torch.Generator, watch: Watch
-    ) -> tuple[Tensor, Tensor]:
-        """Uploads ``(P, F)`` of imitated clients and their images ``(P, N, C * H * W)`` in [0, 1].
+    ) -> dict[str, Tensor]:
+        """``uploads`` ``(P, F)`` of imitated clients, their ``images`` ``(P, N, CHW)`` in [0, 1].
 
         Every public image is used before one is used again.
         """
@@ -241,7 +258,8 @@ class LTI(Attack):
             own = view.rehearse(inputs[chosen], y[chosen].to(like.device), seed=seed)
             uploads.append(hashed(flat(own, own.update.tensors), self.bins))
             images.append(public[chosen].flatten(1).float())
-        return torch.stack(uploads).to(like.device), torch.stack(images)
+        pairs = {"uploads": torch.stack(uploads), "images": torch.stack(images)}
+        return {name: tensor.to(like.device) for name, tensor in pairs.items()}
 
     def standard(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """What is subtracted from every entry, and what divides it."""
