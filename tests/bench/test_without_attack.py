@@ -46,7 +46,7 @@ def test_networks_that_train_differently_from_the_same_start_are_not_taken_for_o
     def weights(rate: float) -> str:
         kwargs = {**DIGITS["model"]["kwargs"], "dropout": rate}
         one = cell(
-            [{"name": "refusals"}], labelling={"batches": 1},
+            [{"name": "refusals"}], labelling={"batches": 1}, pixels={"mean": [0.5], "std": [0.5]},
             model={**DIGITS["model"], "kwargs": kwargs, "train": trained},
         )  # fmt: skip
         return state_hash(model_state(scene.network(one)[1]))
