@@ -51,26 +51,22 @@ def about_the_inputs(
         y: Labels ``(N,)``; vectors of targets are not judged.
         box: How ``x`` was normalised.
     """
-    pixels = box.denormalize(x)
     own = reading_of(model, x, y)
-    others = {
-        name: reading_of(model, other.normalize(pixels), y)
-        for name, other in _usual(box.channels).items()
-        if (other.mean, other.std) != (box.mean, box.std)
-    }
+    others = _under_others(model, x, y, box) if _may_be_wrong(own) else {}
     facts, findings = {}, []
     if own.right is not None:
         facts["accuracy on the batch"] = float(own.right.double().mean())
     if own.misfit is not None:
         facts["misfit of the running statistics (nats)"] = own.misfit
-        name, best = min(((n, r.misfit or 0.0) for n, r in others.items()), key=lambda one: one[1])
-        if own.misfit > MISFIT and own.misfit > BETTER * best:
+        fits = [(r.misfit or 0.0, name) for name, r in others.items()]
+        best, name = min(fits, default=(math.inf, ""))
+        if own.misfit > BETTER * best:
             findings.append(
                 "The inputs seem to be normalised otherwise than in training: they miss the "
                 f"running statistics of batch normalisation by {own.misfit:.2g} nats, by "
                 f"{best:.2g} {name}. {_WAY_OUT}"
             )
-    if own.right is not None and own.misfit is None:  # statistics say more than labels
+    if own.right is not None and own.misfit is None and others:  # statistics say more than labels
         gains = {n: r.right for n, r in others.items() if r.right is not None}
         name = max(gains, key=lambda n: int(gains[n].sum()))
         # Inputs far outside the training make a model say one class always, which may be theirs.
@@ -85,6 +81,23 @@ def about_the_inputs(
 
 
 _WAY_OUT = "Give the mean and std of the training (box=, or data.mean and data.std in YAML)."
+
+
+def _may_be_wrong(own: Reading) -> bool:
+    """Whether any other normalisation could be worth a warning: each costs a pass."""
+    if own.misfit is not None:
+        return own.misfit > MISFIT
+    return own.right is not None and _by_chance(own.right, torch.ones_like(own.right)) < CHANCE
+
+
+def _under_others(model: nn.Module, x: Tensor, y: Tensor, box: Box) -> dict[str, Reading]:
+    """How the model takes the batch under the other usual normalisations."""
+    pixels = box.denormalize(x)
+    return {
+        name: reading_of(model, other.normalize(pixels), y)
+        for name, other in _usual(box.channels).items()
+        if (other.mean, other.std) != (box.mean, box.std)
+    }
 
 
 def reading_of(model: nn.Module, x: Tensor, y: Tensor) -> Reading:

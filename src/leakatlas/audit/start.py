@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from leakatlas.attacks.api import ActiveAttack, Attack, Outlook
 from leakatlas.errors import InvalidParameter, LeakAtlasError, NotGranted
 from leakatlas.fl import RoundRecord, Stage, View, unrolled
 from leakatlas.fl.capture import Replayed
+from leakatlas.fl.granted import SOURCES
 from leakatlas.report import Status
 from leakatlas.threat import threat_model
 
@@ -54,7 +55,9 @@ class Adversaries:
     stage: Stage
     record: RoundRecord | None = None
     _views: dict[tuple[str, bool], View] = field(default_factory=dict, repr=False)
-    _replays: dict[str, LeakAtlasError | None] = field(default_factory=dict, repr=False)
+    _replays: dict[str, tuple[LeakAtlasError | None, frozenset[str]]] = field(
+        default_factory=dict, repr=False
+    )
 
     def view(self, letter: str, *, passive: bool) -> View:
         """What one of them holds, nothing of it read yet; before any round, if it is active."""
@@ -67,22 +70,34 @@ class Adversaries:
         self._views[place].forget_reads()
         return self._views[place]
 
-    def replays(self, letter: str) -> None:
+    def replays(self, letter: str) -> frozenset[str]:
         """Ask whether one of them can repeat the client's computation.
+
+        Returns:
+            The fields that the answer rests on.
 
         Raises:
             LeakAtlasError: Why not.
         """
         if letter not in self._replays:
+            view, problem = self.view(letter, passive=True), None
             try:
-                self.view(letter, passive=True).replayer()
-            except LeakAtlasError as problem:
-                self._replays[letter] = problem
-            else:
-                self._replays[letter] = None
-        refusal = self._replays[letter]
-        if refusal is not None:
-            raise refusal
+                view.replayer()
+            except LeakAtlasError as refusal:
+                problem = refusal
+            self._replays[letter] = problem, view.touched
+        refused, rests_on = self._replays[letter]
+        if refused is not None:
+            raise refused
+        return rests_on
+
+    def alike(self, letter: str, other: str, fields: Iterable[str]) -> bool:
+        """Whether two of them hold the same of some fields."""
+        held = [threat_model(one).knowledge for one in (letter, other)]
+        return all(
+            grant in self.stage.scenario.grants or bool(held[0] & source) == bool(held[1] & source)
+            for source, grant in (SOURCES[name] for name in fields)
+        )
 
 
 def can_start(adversaries: Adversaries, attack: Attack, letters: Sequence[str]) -> Start:
@@ -99,15 +114,18 @@ def can_start(adversaries: Adversaries, attack: Attack, letters: Sequence[str]) 
         return Start("", Outlook("hopeless", over), "not applicable")
     refusals: list[Start] = []
     ruled_out: Start | None = None
+    no: tuple[str, frozenset[str]] | None = None
 
     def lack(letter: str) -> int:
         held = threat_model(letter).knowledge
         return len(attack.lacks(held, stage.scenario.grants).names())
 
-    # Letters that hold too little are not asked, unless all do. The one that lacks least gives the
-    # most useful reason.
+    # Letters that hold too little are not asked, unless all do; the one that lacks least gives the
+    # most useful reason. Nor is one that holds the same of what the last answer rested on.
     for letter in [one for one in letters if not lack(one)] or [min(letters, key=lack)]:
-        passive = not isinstance(attack, ActiveAttack)
+        if no is not None and adversaries.alike(no[0], letter, no[1]):
+            continue
+        passive, rests_on = not isinstance(attack, ActiveAttack), frozenset[str]()
         view = adversaries.view(letter, passive=passive)
         shown = passive and adversaries.record is not None
         try:
@@ -115,7 +133,7 @@ def can_start(adversaries: Adversaries, attack: Attack, letters: Sequence[str]) 
             if shown and view.update.kind == "delta":
                 _ = view.protocol
             if shown and attack.replays:
-                adversaries.replays(letter)
+                rests_on = adversaries.replays(letter)
             outlook = attack.outlook(view)
         except NotGranted as problem:
             outlook = Outlook("hopeless", str(problem))
@@ -136,5 +154,6 @@ def can_start(adversaries: Adversaries, attack: Attack, letters: Sequence[str]) 
             return Start(letter, outlook, "error", trace=traceback.format_exc())
         if outlook.verdict != "hopeless":
             return Start(letter, outlook)
+        no = letter, rests_on | view.touched
         ruled_out = ruled_out or Start(letter, outlook, "not applicable")
     return ruled_out or refusals[0]

@@ -130,6 +130,7 @@ class Granted:
         self.vantage = vantage
         self.grants = grants
         self._reads: set[str] = set()
+        self._asked: set[str] = set()
         self._read_before: frozenset[str] = frozenset()
         self._fields = dict(fields)
         for name in self._fields:
@@ -151,7 +152,13 @@ class Granted:
         Args:
             name: A name of :data:`SOURCES`.
         """
+        self._asked.add(name)
         return name in self._fields
+
+    @property
+    def touched(self) -> frozenset[str]:
+        """The fields read, or asked after, since :meth:`forget_reads`."""
+        return frozenset(self._reads | self._asked)
 
     @property
     def reads(self) -> frozenset[str]:
@@ -161,12 +168,14 @@ class Granted:
     def forget_reads(self) -> None:
         """Start a new record of reads; what was remembered stays."""
         self._reads.clear()
+        self._asked.clear()
 
     def remember(self, reads: frozenset[str]) -> None:
         """Count ``reads`` of earlier views of the same adversary, such as those of tampering."""
         self._read_before |= reads
 
     def _get(self, name: str) -> Any:
+        self._asked.add(name)
         if name not in self._fields:
             knowledge, grant = SOURCES[name]
             ways = []
