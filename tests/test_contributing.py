@@ -7,6 +7,8 @@ on the copy as they are.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import re
 import shutil
@@ -15,6 +17,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from leakatlas.fl import Defense
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -43,6 +47,15 @@ weakness = "Nobody wrote a paper about it."
 planned = true
 """
 """A deployed defense without a paper: the kind of row that the guide only describes."""
+
+
+ROOMS = (
+    "", "leakatlas.", "leakatlas.attacks.", "leakatlas.blocks.", "leakatlas.bench.harness.",
+    "leakatlas.catalogue.", "leakatlas.fl.", "tests.conftest.", "tests.defenses.heuristic.probes.",
+)  # fmt: skip
+"""Where a short name of the guide may live."""
+LIKELY = {"view": "leakatlas.fl.View"}
+"""What the guide calls an instance of."""
 
 
 def files_of_the_guide() -> dict[str, str]:
@@ -95,6 +108,47 @@ def passes(root: Path, *arguments: str) -> str:
 def test_the_guide_adds_every_kind_of_file() -> None:
     rooms = {name.split("/")[0] for name in files_of_the_guide()}
     assert rooms == {"src", "tests", "studies"}
+
+
+def named(name: str) -> object | None:
+    """What a name of the guide stands for, if anything."""
+    first, _, rest = name.partition(".")
+    whole = ".".join(filter(None, (LIKELY.get(first, first), rest)))
+    for room in ROOMS:
+        parts = (room + whole).split(".")
+        for length in range(len(parts), 0, -1):
+            try:
+                found: object = importlib.import_module(".".join(parts[:length]))
+                for attribute in parts[length:]:
+                    found = getattr(found, attribute)
+            except (ImportError, AttributeError):
+                continue
+            return found
+    return None
+
+
+def test_every_name_that_the_guide_offers_exists_and_takes_what_it_says() -> None:
+    offered = GUIDE.partition("## What is there already")[2].partition("\n## ")[0]
+    names = re.findall(r"`(\w[\w.]*)(?:\(([^`]*)\))?`", offered)
+    assert len(names) > 25
+    for name, arguments in names:
+        found = named(name)
+        assert found is not None, name
+        told = [part.strip() for part in arguments.split(",") if part.strip() not in ("", "...")]
+        assert not told or set(told) <= set(inspect.signature(found).parameters), name  # type: ignore[arg-type]  # a function, since the guide calls it
+
+
+def test_every_command_file_and_hook_that_the_guide_names_exists() -> None:
+    words = set(re.findall(r"`([^`\n]+)`", BLOCK.sub("", GUIDE)))
+    targets = {w.removeprefix("make ") for w in words if w.startswith("make ")}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert targets >= {"test", "touched", "generate"}
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets), targets
+    made_up = files_of_the_guide()
+    for path in (w for w in words if re.fullmatch(r"(docs|tests|src|scripts)/[\w./-]+", w)):
+        assert path in made_up or (ROOT / path).exists(), path
+    hooks = next(w for w in words if w.startswith("setup, "))
+    assert all(callable(getattr(Defense, hook)) for hook in hooks.split(", "))
 
 
 def test_rows_modules_and_results_have_no_problems(copy: Path) -> None:
