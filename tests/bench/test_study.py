@@ -109,6 +109,26 @@ def test_patterns_leave_many_combinations_out_at_once(tmp_path: Path) -> None:
     assert list(study.cases) == ["B/[0]", "B/[1]"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"attack": {"key": "rgap", "parameters": {"stepz": 5}}}, "RGAP has no parameter 'stepz'"),
+        ({"attack": {"key": "dlg", "preset": "quick"}}, "attack: Unknown preset of dlg 'quick'"),
+        ({"defenses": [{"key": "clipping", "maxnorm": 1.0}]}, "Clipping has no parameter 'max"),
+        ({"defenses": [{"key": "clipping", "max_norm": -1.0}]}, "should be greater than 0"),
+        ({"protocol": {"name": "fedavg"}}, "stands under 'algorithm'. Write algorithm: fedavg"),
+        ({"protocol": {"algorithm": "fedavg", "epochz": 2}}, "FedAVG has no parameter 'epochz'"),
+    ],
+    ids=["attack", "preset", "defense", "range", "algorithm", "protocol"],
+)  # fmt: skip
+def test_settings_that_no_class_takes_are_named_before_anything_is_computed(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        load(tmp_path, **setup(**changes))
+    assert said in str(refused.value) and "case main" in str(refused.value)
+
+
 def test_another_attack_does_not_inherit_the_parameters_of_the_first(tmp_path: Path) -> None:
     first = {"key": "dlg", "parameters": {"steps": 5}}
     study = load(tmp_path, **setup(attack=first), axes={"a": {"x": {}, "y": {"attack": "idlg"}}})

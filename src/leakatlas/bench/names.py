@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import functools
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from leakatlas.bench.measures import COSTS, MEASURES, known
 from leakatlas.bench.schema import REHEARSED, Beside, Case, OwnMeasure
 from leakatlas.catalogue import loader, registry
 from leakatlas.catalogue.problems import Problem, closest
+from leakatlas.errors import LeakAtlasError
 
 if TYPE_CHECKING:
     from leakatlas.bench.study import Study
@@ -25,6 +27,7 @@ def check(study: Study, shown: str) -> list[Problem]:
     for label, case in study.cases.items():
         for field, message, fix in (
             *_rows(case),
+            *_settings(case),
             *_rehearsed(study, case),
             *_beside(case.beside),
             *_measures(study, case),
@@ -61,6 +64,26 @@ def _rows(case: Case) -> list[Found]:
         if defense.get("key") not in registry.defense_keys():
             field = f"defenses[{number}].key"
             found.append(_unknown(field, str(defense.get("key")), registry.defense_keys()))
+    return found
+
+
+def _settings(case: Case) -> list[Found]:
+    """What the classes themselves refuse: parameters that they lack, or outside their range."""
+    from leakatlas.bench import scene  # brings torch
+
+    parts: list[tuple[str, Callable[[], object]]] = [("protocol", lambda: scene.protocol(case))]
+    if case.attack is not None and case.attack.key in registry.attack_keys():
+        parts.append(("attack", lambda: scene.attack_of(case)))
+    for number, defense in enumerate(case.defenses, 1):
+        if defense.get("key") in registry.defense_keys():
+            build = functools.partial(scene.defense_from_json, defense)
+            parts.append((f"defenses[{number}]", build))
+    found = []
+    for field, make in parts:
+        try:
+            make()
+        except LeakAtlasError as refused:
+            found.append((field, str(refused), "give only what it has, within its range."))
     return found
 
 
