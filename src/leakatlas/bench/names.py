@@ -70,13 +70,14 @@ def _rows(case: Case) -> list[Found]:
 def _settings(case: Case) -> list[Found]:
     """What the classes themselves refuse: parameters that they lack, or outside their range."""
     from leakatlas.bench import scene  # brings torch
+    from leakatlas.fl.plain import defense_from_json
 
     parts: list[tuple[str, Callable[[], object]]] = [("protocol", lambda: scene.protocol(case))]
     if case.attack is not None and case.attack.key in registry.attack_keys():
         parts.append(("attack", lambda: scene.attack_of(case)))
     for number, defense in enumerate(case.defenses, 1):
         if defense.get("key") in registry.defense_keys():
-            build = functools.partial(scene.defense_from_json, defense)
+            build = functools.partial(defense_from_json, defense)
             parts.append((f"defenses[{number}]", build))
     found = []
     for field, make in parts:
