@@ -82,6 +82,7 @@ def plan(small_plan: Plan, monkeypatch: pytest.MonkeyPatch, cache: Any) -> Itera
     load = registry.load_attack
     monkeypatch.setattr(registry, "load_attack", lambda key: OWN.get(key) or load(key))
     monkeypatch.setattr("time.perf_counter", lambda: MACHINE.now)
+    monkeypatch.setattr("signal.setitimer", MACHINE.set_alarm)
     monkeypatch.setattr("leakatlas.audit.compare.price_of", lambda *_, **__: Utility(0.9))
     setting = replace(
         small_plan.settings[0], victims=data.photos(32).subset(range(3)), clients=3,

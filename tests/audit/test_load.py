@@ -186,6 +186,7 @@ def audited(plan: Plan, monkeypatch: pytest.MonkeyPatch, cache: Any) -> Iterator
 
     monkeypatch.setattr(registry, "load_attack", lambda key: own.get(key) or load(key))
     monkeypatch.setattr("time.perf_counter", lambda: MACHINE.now)
+    monkeypatch.setattr("signal.setitimer", MACHINE.set_alarm)
     monkeypatch.setattr("leakatlas.fl.rounds.Federation.play_round", played)
     monkeypatch.setattr("leakatlas.audit.run.examine", examined)
     monkeypatch.setattr("leakatlas.audit.compare.price_of", price)

@@ -13,6 +13,7 @@ from torch import nn
 from leakatlas import data
 from leakatlas.audit import Plan, Setting, carry_out
 from leakatlas.audit.budget import COMPARISONS, OTHER_SIDE, REPORT, Budget, other_side
+from leakatlas.audit.deadline import Deadline
 from leakatlas.audit.listener import Silent
 from leakatlas.audit.realism import EVAL, ORACLES, cautions_of, other_sides, pair_of, record_of
 from leakatlas.blocks.watch import Watch
@@ -190,5 +191,7 @@ def test_a_budget_that_is_spent_asks_nothing_of_the_other_side(
     monkeypatch.setattr("leakatlas.audit.realism._jobs", asked)
     pairs = [pair_of(a_setting(), wanted=True)]
     plan = Plan(settings=(pairs[0].setting,), letters=("B",), seconds=30.0)
-    (found,) = other_sides(pairs, plan, [], [], Watch(0.0), None, Silent(), Watch())
+    (found,) = other_sides(
+        pairs, plan, [], [], Watch(0.0), None, Silent(), Watch(), Deadline(0.0, None)
+    )
     assert found.runs == () and found.reason == "the budget ended before it"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from leakatlas.attacks.api import Attack
 from leakatlas.audit import control
+from leakatlas.audit.deadline import Deadline
 from leakatlas.audit.effort import lacked_time
 from leakatlas.audit.iterating import REHEARSED, SLACK
 from leakatlas.audit.jobs import Job, finished, run_job, unreached, would_not_fit
@@ -44,6 +45,7 @@ def compare(
     stop: Watch,
     *,
     priced: bool = True,
+    deadline: Deadline | None = None,
 ) -> list[Comparison]:
     """The strongest attacks of the first setting again, under each set of defenses.
 
@@ -59,6 +61,7 @@ def compare(
         listener: Told about progress.
         stop: Ends the comparisons early.
         priced: Whether the accuracy under each set is measured, in a part of the time.
+        deadline: Of the whole audit; none if None.
     """
     if not plan.alternatives:
         return []
@@ -69,42 +72,54 @@ def compare(
     ]
     cases = {"as configured": first.defenses, **plan.alternatives}
     settings = {name: _alone(first, defenses) for name, defenses in cases.items()}
-    prices = _prices(plan, settings, watch, stop) if priced else {}
-    rounds = len({letter if letter in "FGH" else "" for _, letter in battery})
-    affordable, unplayed = _playable(plan, settings, rounds, watch)
+    prices: dict[str, Utility] = {}
     found: dict[str, list[Run]] = {name: [] for name in cases}
-    for position, (key, letter) in enumerate(battery):
-        left = watch.remaining()
-        seconds = None if left is None else max(left, 1.0) / (len(battery) - position)
-        duel = _Duel(plan, key, letter, Watch(seconds, parent=watch), out, listener, stop)
-        duels = [duel.fight(affordable), duel.left_out(settings, unplayed)]
-        for name, run in itertools.chain(*duels):
-            found[name].append(run)
-            listener.done(run)
+    with (deadline or Deadline(0.0, None)).ends():
+        if priced:
+            _price(prices, plan, settings, watch, stop)
+        rounds = len({letter if letter in "FGH" else "" for _, letter in battery})
+        affordable, unplayed = _playable(plan, settings, rounds, watch)
+        for position, (key, letter) in enumerate(battery):
+            left = watch.remaining()
+            seconds = None if left is None else max(left, 1.0) / (len(battery) - position)
+            duel = _Duel(plan, key, letter, Watch(seconds, parent=watch), out, listener, stop)
+            duels = [duel.fight(affordable), duel.left_out(settings, unplayed)]
+            for name, run in itertools.chain(*duels):
+                found[name].append(run)
+                listener.done(run)
+    if not stop.stopped:
+        for (key, letter), (name, setting) in itertools.product(battery, settings.items()):
+            if key not in {run.attack for run in found[name]}:
+                duel = _Duel(plan, key, letter, watch, out, listener, stop)
+                found[name].append(unreached(duel.job(setting)))
+    missing = Utility(None, "the budget ended before its price was measured")
     return [
         Comparison(
             name,
             tuple(defense_json(d) for d in cases[name]),
             tuple(found[name]),
-            *(vars(prices[name]).values() if priced else (None, "")),
+            *(vars(prices.get(name, missing)).values() if priced else (None, "")),
         )
         for name in cases
         if found[name] or not stop.stopped
     ]
 
 
-def _prices(
-    plan: Plan, settings: Mapping[str, Setting], watch: Watch, stop: Watch
-) -> dict[str, Utility]:
-    """Accuracy under each set, by name."""
+def _price(
+    prices: dict[str, Utility],
+    plan: Plan,
+    settings: Mapping[str, Setting],
+    watch: Watch,
+    stop: Watch,
+) -> None:
+    """Accuracy under each set, by name, as far as time goes."""
+    if watch.over:
+        return
     left = watch.remaining()
     allowed = Watch(None if left is None else max(MEASURING * left, 1.0), parent=stop)
-    prices: dict[str, Utility] = {}
     for (name, setting), share in zip(settings.items(), allowed.share(len(settings)), strict=False):
         local = not isinstance(setting.protocol, FedSGD)
         prices[name] = price_of(setting.defenses, local=local, seed=plan.seed, watch=share)
-    missing = Utility(None, "the budget ended before its price was measured")
-    return {name: prices.get(name, missing) for name in settings}
 
 
 def _alone(first: Setting, defenses: Sequence[Defense]) -> Setting:
@@ -139,6 +154,9 @@ def _playable(
     unplayed: dict[str, tuple[str, str]] = {}
     for name, setting in settings.items():
         left = watch.remaining()
+        if watch.over:
+            unplayed[name] = "the budget ended before it began", MORE_TIME
+            continue
         work = sum(defense.workload(setting.model) - 1 for defense in setting.defenses)
         if left is not None and work > 0:
             expected = rounds * work * setting.clients * _gradient_seconds(setting)
@@ -244,9 +262,9 @@ class _Duel:
 
     def _within(self, job: Job, waiting: int) -> Run:
         """A run with its part of what is left, of as many as are waiting."""
-        left = self.watch.remaining()
-        if left is not None and left <= 0:
+        if self.watch.over:
             return unreached(job)
+        left = self.watch.remaining()
         each = None if left is None else left / waiting
         return run_job(job, self.plan, each, self.out, self.listener, self.watch)
 
@@ -260,6 +278,9 @@ class _Duel:
         paces: dict[str, Timed] = {}
         for name, job in jobs.items():
             if self.stop.stopped:
+                return
+            if self.watch.over:  # an equal attacker is timed against every set, or none
+                yield from ((waiting, unreached(job)) for waiting, job in jobs.items())
                 return
             self.listener.run(f"{name}: {self.key}, timing", 0.0)
             paces[name] = timed(job, self.plan, stop=self.watch)

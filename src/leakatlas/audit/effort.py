@@ -136,7 +136,7 @@ def _divided(jobs: Sequence[Job], around: Iterating, pool: Watch) -> Iterator[tu
     for position, job in enumerate(jobs):
         if around.stop.stopped:
             return
-        if over(pool):
+        if pool.over:
             yield job, unreached(job)
         else:
             part = _part(job, len(jobs) - position)
@@ -147,7 +147,7 @@ def _divided(jobs: Sequence[Job], around: Iterating, pool: Watch) -> Iterator[tu
 def _again(job: Job, before: Run, around: Iterating, main: Watch) -> Run:
     """A job that lacked time, with all that is left; as it was if that is too little."""
     left = main.remaining()
-    if around.stop.stopped or (left is not None and left < AGAIN * before.seconds) or over(main):
+    if around.stop.stopped or (left is not None and left < AGAIN * before.seconds) or main.over:
         return before
     forget(job, around.plan, around.out)
     if iterates(job.attack) and left is not None:
@@ -176,12 +176,6 @@ def _part(job: Job, waiting: int) -> float:
 def _allowance(watch: Watch, share: float) -> float | None:
     left = watch.remaining()
     return None if left is None else max(left, 1.0) * share
-
-
-def over(watch: Watch) -> bool:
-    """Whether a budget has ended."""
-    left = watch.remaining()
-    return left is not None and left <= 0
 
 
 def _but_for(main: Watch, seconds: float) -> Watch:

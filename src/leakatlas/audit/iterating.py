@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from leakatlas.audit.jobs import Job, run_job, would_not_fit
+from leakatlas.audit.jobs import Job, run_job, unreached, would_not_fit
 from leakatlas.audit.listener import Listener
 from leakatlas.audit.plan import Plan
 from leakatlas.audit.ready import (
@@ -32,6 +32,10 @@ from leakatlas.blocks.watch import Watch
 from leakatlas.report import Run
 from leakatlas.threat import LETTERS
 
+TIMED = 0.25
+"""Share of the iterating attacks' time that finding out what they cost may take; on a large network
+a few iterations of each would take all of it. The most promising is timed in any case."""
+
 REHEARSED = 0.4
 """Share of the iterating attacks' time, beyond what tries take, that their rehearsals may take."""
 
@@ -41,6 +45,8 @@ DECENT = 2
 SLACK = 1.5
 """A planned run may take so many times its allowance before its schedule is hurried to its end:
 what it overruns, later runs are not given."""
+
+UNTIMED = "not tried: the budget left no time to find out what it costs here"
 
 JITTER = 1.0
 """Seconds that a run may take besides, for a machine that halts a short one for a moment."""
@@ -81,16 +87,33 @@ class Iterating:
             jobs: Of all settings.
             main: Their part of the budget.
         """
-        first = {key_of(job): job for job in reversed(jobs)}
-        for key, job in reversed(first.items()):
-            if self.stop.stopped:
-                return
-            self.listener.run(f"{job.setting.name}: {job.attack.key}, timing", 0.0)
-            self._paces[key] = timed(job, self.plan, stop=main)
-        self._rehearse(self._begun(jobs, main), main)
+        self._time(jobs, main)
+        timed_ones = [job for job in jobs if key_of(job) in self._paces]
+        self._rehearse(self._begun(timed_ones, main), main)
         if self.stop.stopped:
             return
-        yield from self._run_in_order(jobs, self._sure(jobs, main), main)
+        yield from self._run_in_order(timed_ones, self._sure(timed_ones, main), main)
+        if not self.stop.stopped:
+            untimed = (job for job in jobs if key_of(job) not in self._paces)
+            yield from ((job, unreached(job, UNTIMED)) for job in untimed)
+
+    def _time(self, jobs: Sequence[Job], main: Watch) -> None:
+        """What each attack costs, those with most to choose from first, as far as time goes."""
+        first = {key_of(job): job for job in reversed(jobs)}
+        share = Watch(TIMED * (main.remaining() or 0.0), parent=main)
+        # Of equals, the later set-ups come later: sorting keeps the order.
+        promising = sorted(
+            reversed(first), key=lambda key: -len(distinct_variants(first[key].attack, {}))
+        )
+        for key in promising:
+            watch = share if self._paces else main
+            if self.stop.stopped or watch.over:
+                return
+            self._time_one(first[key], watch)
+
+    def _time_one(self, job: Job, watch: Watch) -> None:
+        self.listener.run(f"{job.setting.name}: {job.attack.key}, timing", 0.0)
+        self._paces[key_of(job)] = timed(job, self.plan, stop=watch)
 
     def again(self, job: Job, main: Watch, *, keeping: float = 0.0) -> Run | None:
         """A job that did not fit, with what others left over; None if it still does not.
@@ -101,6 +124,8 @@ class Iterating:
             keeping: Seconds of that which it leaves to others if it can.
         """
         at = self._ready.get(key_of(job))
+        if key_of(job) not in self._paces:
+            self._time_one(job, main)
         if at is None:
             paced = self._paces[key_of(job)]
             at = carried_over(

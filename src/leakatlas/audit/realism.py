@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from leakatlas.attacks.api import ActiveAttack, Attack
+from leakatlas.audit.deadline import Deadline
 from leakatlas.audit.effort import spend
 from leakatlas.audit.jobs import Job
 from leakatlas.audit.listener import Listener
@@ -199,6 +200,7 @@ def other_sides(
     out: Path | None,
     listener: Listener,
     stop: Watch,
+    deadline: Deadline,
 ) -> tuple[Realism, ...]:
     """The realism records, with the runs of the side that was not configured.
 
@@ -214,24 +216,25 @@ def other_sides(
         out: Folder that keeps finished runs.
         listener: Told about progress.
         stop: Ends it early.
+        deadline: Of the whole audit.
     """
-    jobs: list[Job] = []
-    left = watch.remaining()
-    spent = left is not None and left <= 0  # asking what may start takes time as well
-    for pair in pairs:
-        if pair.other is not None and not stop.stopped and not spent:
-            mine = [run for run in runs if run.setting == pair.setting.name]
-            idle = {run.attack for run in barred if run.setting == pair.setting.name}
-            jobs += _jobs(pair, pair.other, plan, mine, sorted(idle))
+    made: dict[str, list[Run]] = {}
+    spent = watch.over  # asking what may start takes time as well
     # An attack keeps what was rehearsed for it: all its time goes to the victim. Without oracles it
     # has labels to read, which only a rehearsal teaches it.
     blind = any(pair.configured != "as deployed" for pair in pairs if pair.other is not None)
-    plan = replace(plan, rehearsal=plan.rehearsal and blind)
-    made: dict[str, list[Run]] = {}
-    for run in spend(jobs, plan, watch, out, listener, stop):
-        made.setdefault(run.setting, []).append(run)
-        listener.done(run)
-    silent = STOPPED if stop.stopped else OVER if spent else NOTHING_TO_ADD
+    with deadline.ends():
+        jobs: list[Job] = []
+        for pair in pairs:
+            if pair.other is not None and not stop.stopped and not spent:
+                mine = [run for run in runs if run.setting == pair.setting.name]
+                idle = {run.attack for run in barred if run.setting == pair.setting.name}
+                jobs += _jobs(pair, pair.other, plan, mine, sorted(idle))
+        again = replace(plan, rehearsal=plan.rehearsal and blind)
+        for run in spend(jobs, again, watch, out, listener, stop):
+            made.setdefault(run.setting, []).append(run)
+            listener.done(run)
+    silent = STOPPED if stop.stopped else OVER if watch.over else NOTHING_TO_ADD
     return tuple(
         realism_of(pair, made.get(pair.other.name, []) if pair.other else [], silent)
         for pair in pairs

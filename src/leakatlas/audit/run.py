@@ -14,19 +14,22 @@ import torch
 
 import leakatlas
 from leakatlas import devices
-from leakatlas.audit import kept
+from leakatlas.attacks.api import Outlook
+from leakatlas.audit import kept, process
 from leakatlas.audit.bounds import require_feasible
 from leakatlas.audit.budget import Budget, Writer, other_side
 from leakatlas.audit.compare import compare
+from leakatlas.audit.deadline import Deadline
 from leakatlas.audit.diagnosis import examine
 from leakatlas.audit.effort import once_more, spend
 from leakatlas.audit.formal import guarantees
-from leakatlas.audit.jobs import Job, not_run
+from leakatlas.audit.jobs import Job, not_run, unreached
 from leakatlas.audit.listener import Listener, Silent
 from leakatlas.audit.plan import Plan, Setting, cost_weight, presets
 from leakatlas.audit.ready import iterates
-from leakatlas.audit.realism import NOT_YET, other_sides, pair_of, realism_of
-from leakatlas.blocks.watch import Watch
+from leakatlas.audit.realism import NOT_YET, Pair, other_sides, pair_of, realism_of
+from leakatlas.audit.start import Start
+from leakatlas.blocks.watch import MORE_TIME, Watch
 from leakatlas.catalogue import registry
 from leakatlas.fl import Defense, model_state, state_hash
 from leakatlas.fl.capture import facts_of
@@ -41,6 +44,7 @@ def carry_out(
     out: Path | None = None,
     listener: Listener | None = None,
     stop: Watch | None = None,
+    begun: float | None = None,
 ) -> Report:
     """Run an audit.
 
@@ -53,48 +57,39 @@ def carry_out(
         listener: Told about progress.
         stop: Its :meth:`~leakatlas.blocks.watch.Watch.stop` ends the audit early; what was
             computed is reported.
+        begun: From when on the budget counts, by ``time.perf_counter``; from now if None.
 
     Raises:
         InvalidInput: If ``out`` cannot be written, another audit is writing there, or a setting
             does not fit its model.
         UnknownName: If an attack does not exist.
     """
+    begun = time.perf_counter() if begun is None else begun
+    told, halt = listener or Silent(), stop or Watch()
     if out is None:
-        return _carry_out(plan, None, listener or Silent(), stop or Watch())
+        return _carry_out(plan, None, told, halt, begun)
     check_writable(out)
     with kept.alone(out):
-        return _carry_out(plan, out, listener or Silent(), stop or Watch())
+        return _carry_out(plan, out, told, halt, begun)
 
 
-def _carry_out(plan: Plan, out: Path | None, listener: Listener, stop: Watch) -> Report:
-    begun = time.perf_counter()
-    published = plan.seconds is None
+def _carry_out(
+    plan: Plan, out: Path | None, listener: Listener, stop: Watch, begun: float
+) -> Report:
+    deadline = Deadline(begun, plan.seconds)
+    process.adversary(plan)  # it starts while the set-ups are being examined
     jobs: list[Job] = []
     runs: list[Run] = []
     diagnoses: dict[str, Mapping[str, Any]] = {}
+    with deadline.ends():
+        for setting in plan.settings:
+            _examine(setting, plan, jobs, runs, diagnoses)
     for setting in plan.settings:
-        attacks = presets(setting.attacks, plan.attack_parameters, published=published)
-        live = setting.stage(letter=plan.letters[0], seed=plan.seed)
-        require_feasible(live, attacks, plan.seconds)
-        diagnosis = examine(live, attacks, letters=plan.letters)
-        diagnoses[setting.name] = diagnosis.to_json()
-        for attack in attacks:
-            start = diagnosis.outlooks[attack.key]
-            if start.obstacle is not None:
-                runs.append(not_run(setting, attack, start))
-                continue
-            # A pooled reconstruction covers every client at once.
-            targets = setting.targets[:1] if _pooled(setting) else setting.targets
-            jobs.extend(
-                Job(setting, attack, start.letter, target, cost_weight(attack))
-                for target in targets
-            )
+        if setting.name not in diagnoses:
+            runs += _unexamined(setting, plan)
     listener.begin(len(jobs))
     pairs = [pair_of(setting, wanted=plan.upper_bound) for setting in plan.settings]
-    twofold = [pair.setting.name for pair in pairs if pair.other is not None]
-    among = sum(iterates(job.attack) for job in jobs)
-    share = other_side(among, len(twofold)) if twofold else 0.0
-    budget = Budget.of(plan, begun, other_side=share)
+    budget = Budget.of(plan, begun, other_side=_share_of_other_sides(jobs, pairs))
     written = Writer(out)
 
     def report(
@@ -116,18 +111,66 @@ def _carry_out(plan: Plan, out: Path | None, listener: Listener, stop: Watch) ->
 
     unmade = tuple(realism_of(pair, silent=NOT_YET) for pair in pairs)
     barred = tuple(runs)
-    for run in spend(jobs, plan, budget.attacks(stop), out, listener, stop):
-        runs.append(run)
-        listener.done(run)
-        written.now_and_then(lambda: report((), unmade, complete=False))
-    realism = other_sides(pairs, plan, runs, barred, budget.other_sides(stop), out, listener, stop)
-    comparisons = compare(plan, runs, budget.comparisons(stop), out, listener, stop)
+    with deadline.ends():
+        for run in spend(jobs, plan, budget.attacks(stop), out, listener, stop):
+            runs.append(run)
+            listener.done(run)
+            written.now_and_then(lambda: report((), unmade, complete=False))
+    if not stop.stopped:
+        ended = {_place(run) for run in runs}
+        runs += [unreached(job) for job in jobs if _of(job) not in ended]
+    realism = other_sides(
+        pairs, plan, runs, barred, budget.other_sides(stop), out, listener, stop, deadline
+    )
+    comparisons = compare(
+        plan, runs, budget.comparisons(stop), out, listener, stop, deadline=deadline
+    )
     made = [(job, run) for job in jobs for run in runs if _of(job) == _place(run)]
-    for run in once_more(made, plan, budget.rest(stop), out, listener, stop):
-        runs[:] = [run if _place(run) == _place(old) else old for old in runs]
-        listener.done(run)
+    with deadline.ends():
+        for run in once_more(made, plan, budget.rest(stop), out, listener, stop):
+            runs[:] = [run if _place(run) == _place(old) else old for old in runs]
+            listener.done(run)
     whole = report(comparisons, realism, complete=not stop.stopped)
     return written.finally_(whole)
+
+
+def _examine(
+    setting: Setting,
+    plan: Plan,
+    jobs: list[Job],
+    runs: list[Run],
+    diagnoses: dict[str, Mapping[str, Any]],
+) -> None:
+    """Diagnose a set-up: what is to be run there, and what cannot."""
+    attacks = presets(setting.attacks, plan.attack_parameters, published=plan.seconds is None)
+    live = setting.stage(letter=plan.letters[0], seed=plan.seed)
+    require_feasible(live, attacks, plan.seconds)
+    diagnosis = examine(live, attacks, letters=plan.letters, watch=watch)
+    diagnoses[setting.name] = diagnosis.to_json()
+    for attack in attacks:
+        start = diagnosis.outlooks[attack.key]
+        if start.obstacle is not None:
+            runs.append(not_run(setting, attack, start))
+            continue
+        # A pooled reconstruction covers every client at once.
+        targets = setting.targets[:1] if _pooled(setting) else setting.targets
+        jobs.extend(
+            Job(setting, attack, start.letter, target, cost_weight(attack)) for target in targets
+        )
+
+
+def _unexamined(setting: Setting, plan: Plan) -> list[Run]:
+    """The entries of attacks on a set-up that the budget did not reach."""
+    why = Outlook("unknown", "the budget ended before the set-up was examined")
+    start = Start("", why, "refused", MORE_TIME)
+    attacks = presets(setting.attacks, plan.attack_parameters, published=plan.seconds is None)
+    return [not_run(setting, attack, start) for attack in attacks]
+
+
+def _share_of_other_sides(jobs: Sequence[Job], pairs: Sequence[Pair]) -> float:
+    twofold = [pair.setting.name for pair in pairs if pair.other is not None]
+    among = sum(iterates(job.attack) for job in jobs)
+    return other_side(among, len(twofold)) if twofold else 0.0
 
 
 def _of(job: Job) -> tuple[str, str, int]:

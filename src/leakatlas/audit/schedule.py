@@ -89,10 +89,15 @@ def pace(
         found = run(probe, view, seed, quiet)
         return time.perf_counter() - begun, found.seconds, probe.length or 1
 
+    def fits(iterations: int) -> bool:
+        """Whether so many more can be timed: what a deadline cuts would seem fast."""
+        left = watch.remaining()
+        return left is None or whole - own + iterations * own / made < FILL * left
+
     whole, own, made = timed(1)
-    if own >= SLOW:  # perhaps only this once
+    if own >= SLOW and fits(1):  # perhaps only this once
         whole, own, made = timed(1)
-    if own < SLOW:
+    if own < SLOW and fits(PROBE):
         whole, own, made = timed(PROBE)
     view.forget_reads()
     return Pace(max(whole - own, 0.0), max(own / made, 1e-6))

@@ -82,7 +82,7 @@ class Spawned:
 
         Args:
             message: What was asked.
-            files: The view, by the names of its files.
+            files: What :func:`~leakatlas.bench.task.files_of` gave, by name.
 
         Raises:
             AttackCrashed: If the process ended.
@@ -128,6 +128,17 @@ class Spawned:
         return self._child
 
     def _answer(self, child: Child, message: Message, watch: Watch) -> Message:
+        """What the child answers; whatever interrupts the waiting ends the child.
+
+        Otherwise its answer to this question would be taken for that to the next.
+        """
+        try:
+            return self._awaited(child, message, watch)
+        except BaseException:
+            self.close()
+            raise
+
+    def _awaited(self, child: Child, message: Message, watch: Watch) -> Message:
         self._costs = {}
         child.send(message)
         deadline = None if self.seconds is None else time.monotonic() + self.seconds
@@ -141,13 +152,11 @@ class Spawned:
                     child.send({"stop": True})
                     told = True
                 if deadline is not None and time.monotonic() > deadline:
-                    self.close()
                     raise AttackCrashed(
                         f"the attack was killed after {self.seconds:g} s, the limit of its time"
                     ) from None
                 left = watch.remaining()
                 if left is not None and left < -grace:
-                    self.close()
                     raise AttackCrashed(
                         f"the attack was killed {-left:.0f} s after the end of its time; it does "
                         "not look at the clock often enough"

@@ -30,6 +30,7 @@ from leakatlas.fl import Stage, Tampering, View
 from leakatlas.fl.losses import PythonLoss
 
 VIEW = "view"
+CODE = "code.pickle"
 FOUND = "found.safetensors"
 SENT = "sent.safetensors"
 TENSORS = ("images", "labels", "label_counts", "confidence")
@@ -82,7 +83,9 @@ def asked(
     memory: float | None,
     device: str = "cpu",
 ) -> Message:
-    """Save the view into ``folder``, and the message about it.
+    """Save the view and its code into ``folder``, and the message about them.
+
+    What may be large lies in files: a pipe would keep the harness waiting until it is read.
 
     ``device`` is where the attack computes, as its process numbers devices.
     """
@@ -91,10 +94,12 @@ def asked(
     attack = type(request.attack).from_json(request.attack.to_json())
     conduct, draws, code = request.watch.conduct, request.draws, request.code
     checkpoints = conduct.checkpoints
+    if code is not None:
+        (folder / CODE).write_bytes(code)
     return {
         "do": what,
         "attack": _text(cloudpickle.dumps(attack)),
-        "code": None if code is None else _text(code),
+        "code": code is not None,
         "seed": request.seed,
         "turn": request.turn,
         "draws": None if draws is None else _text(draws.numpy().tobytes()),
@@ -110,8 +115,11 @@ def asked(
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """A saved view as bytes, for a process that does not share this machine's files."""
-    return {f"{VIEW}/{path.name}": path.read_bytes() for path in sorted((folder / VIEW).iterdir())}
+    """What :func:`asked` saved as bytes, for a process that does not share this machine's files."""
+    held = {f"{VIEW}/{path.name}": path for path in sorted((folder / VIEW).iterdir())}
+    code = folder / CODE
+    held |= {CODE: code} if code.is_file() else {}
+    return {name: path.read_bytes() for name, path in held.items()}
 
 
 # -- over there ----------------------------------------------------------------------------------
@@ -137,9 +145,9 @@ def perform(
         ),
     )
     attack: Attack = cloudpickle.loads(_bytes(message["attack"]))
-    model, loss = (None, None) if message["code"] is None else cloudpickle.loads(
-        _bytes(message["code"])
-    )  # fmt: skip
+    model, loss = (
+        cloudpickle.loads((folder / CODE).read_bytes()) if message["code"] else (None, None)
+    )
     try:
         device = devices.chosen(message["device"])
         view = View.load(folder / VIEW, model=model, loss=loss, device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from leakatlas.cli import audit, bench, capture, catalogue, init, lint, prior, recommend
+from leakatlas.cli import audit, bench, capture, catalogue, clock, init, lint, prior, recommend
 from leakatlas.cli.codes import Guarded
 
 app = typer.Typer(
@@ -26,4 +26,4 @@ catalogue.register(app)
 
 def main() -> None:
     """Run a command; :mod:`leakatlas.cli.codes` says what its exit code means."""
-    app()
+    app(obj=clock.began())

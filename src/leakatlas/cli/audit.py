@@ -36,6 +36,7 @@ def register(app: typer.Typer) -> None:
 
 
 def audit(
+    context: typer.Context,
     config: Annotated[
         Path | None, typer.Argument(help="YAML file; bundled photos and a small CNN if left out.")
     ] = None,
@@ -91,7 +92,9 @@ def audit(
     console = plain.console(stderr=True)
     report = with_bars(
         console,
-        lambda listener, stop: carry_out(plan, out=out, listener=listener, stop=stop),
+        lambda listener, stop: carry_out(
+            plan, out=out, listener=listener, stop=stop, begun=context.obj
+        ),
         silent=as_json,
     )
     failed = [gate for gate in gates if gate.holds(report.worst_case())]
