@@ -169,6 +169,7 @@ class Silence:
         self.killed = True
 
 
+@pytest.mark.own_process
 @pytest.mark.parametrize("budget", [30.0, 600.0])
 def test_a_process_that_hangs(
     plan: Plan, budget: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -185,7 +186,6 @@ def test_a_process_that_hangs(
     monkeypatch.setattr("leakatlas.audit.process._shared", lambda device: Spawned())
     report, spent = audited(replace(plan, in_process=False), budget)
     assert spent <= 1.1 * budget + 15
-    print([(r.status, r.reason, r.trace) for r in report.runs])
     assert children and all(child.killed for child in children)
     assert not any(run.tried for run in report.runs)
     told(report)

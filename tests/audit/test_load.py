@@ -172,7 +172,9 @@ def audited(plan: Plan, monkeypatch: pytest.MonkeyPatch, cache: Any) -> Iterator
         MACHINE.work(0.05 + masks)
         return play(self, **rest)
 
-    def examined(live: Stage, attacks: Sequence[Attack], *, letters: Sequence[str]) -> Diagnosis:
+    def examined(
+        live: Stage, attacks: Sequence[Attack], *, letters: Sequence[str], watch: Watch
+    ) -> Diagnosis:
         MACHINE.work(1.2)
         found = DIAGNOSES.get(str(live.scenario))
         if found is None:

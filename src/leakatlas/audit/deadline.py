@@ -38,6 +38,11 @@ class Deadline:
         self.begun = begun
         self.seconds = seconds
 
+    @property
+    def spent(self) -> float:
+        """Seconds since the budget began."""
+        return time.perf_counter() - self.begun
+
     @contextmanager
     def ends(self) -> Iterator[None]:
         """What is begun in this block ends soon after the budget, finished or not.
@@ -49,8 +54,8 @@ class Deadline:
             yield
             return
         previous = signal.signal(signal.SIGALRM, _interrupt)
-        left = self.begun + self.seconds + LATE - time.perf_counter()
-        signal.setitimer(signal.ITIMER_REAL, max(left, LAST))
+        left = max(self.seconds + LATE - self.spent, LAST)
+        signal.setitimer(signal.ITIMER_REAL, left)
         try:
             yield
         except OutOfTime:

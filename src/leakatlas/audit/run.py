@@ -37,6 +37,10 @@ from leakatlas.fl.view import defense_json
 from leakatlas.report import Comparison, Realism, Report, Run, check_writable
 from leakatlas.threat import Vantage
 
+EXAMINED = 0.6
+"""Share of the budget, start-up included, after which set-ups are examined no further than must be:
+measures are left out, attacks are not asked, and both is said."""
+
 
 def carry_out(
     plan: Plan,
@@ -82,8 +86,10 @@ def _carry_out(
     runs: list[Run] = []
     diagnoses: dict[str, Mapping[str, Any]] = {}
     with deadline.ends():
-        for setting in plan.settings:
-            _examine(setting, plan, jobs, runs, diagnoses)
+        for position, setting in enumerate(plan.settings):
+            left = None if plan.seconds is None else EXAMINED * plan.seconds - deadline.spent
+            part = None if left is None else max(left, 0.0) / (len(plan.settings) - position)
+            _examine(setting, plan, jobs, runs, diagnoses, watch=Watch(part))
     for setting in plan.settings:
         if setting.name not in diagnoses:
             runs += _unexamined(setting, plan)
@@ -140,6 +146,8 @@ def _examine(
     jobs: list[Job],
     runs: list[Run],
     diagnoses: dict[str, Mapping[str, Any]],
+    *,
+    watch: Watch,
 ) -> None:
     """Diagnose a set-up: what is to be run there, and what cannot."""
     attacks = presets(setting.attacks, plan.attack_parameters, published=plan.seconds is None)
