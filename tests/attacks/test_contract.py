@@ -348,6 +348,14 @@ def test_a_field_that_is_taken_away_is_missed_or_not_used(key: str) -> None:
             assert name not in found.reads
 
 
+@pytest.mark.parametrize("key", [key for key in TABLED if not ACTIVE.count(key)])
+def test_only_who_asks_for_the_other_clients_updates_sees_them(key: str) -> None:
+    several = {**CASES[key].scene, "clients": 3, "examples": 1}
+    stage = build_stage(letter="E", **several)
+    view, _ = harness.observe(stage, _make(key))
+    assert view.has("others") == type(_make(key)).watches_others
+
+
 @pytest.mark.parametrize("key", TABLED)
 def test_a_field_that_was_not_read_changes_nothing(key: str) -> None:
     played, found = _play(key), _found(key)

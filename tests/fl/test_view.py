@@ -35,7 +35,7 @@ ALL = frozenset(Grant)
 PASSIVE, NONE = frozenset("ABCDE"), frozenset[Grant]()
 
 # What each letter holds without grants, written out: the table that the code must agree with.
-GIVEN: dict[str, set[str]] = {"A": {"rounds", "num_examples", "input_shape", "classes"}}
+GIVEN: dict[str, set[str]] = {"A": {"rounds", "num_examples", "input_shape", "classes", "others"}}
 GIVEN["B"] = GIVEN["A"] | {"box"}
 GIVEN["C"] = GIVEN["B"] | {"protocol", "defenses"}
 GIVEN["D"] = GIVEN["C"] | {"surrogate"}
@@ -62,7 +62,7 @@ def _stage(letter: str = "C", grants: frozenset[Grant] = NONE, **more: Any) -> S
 
 def _view(letter: str = "C", grants: frozenset[Grant] = NONE, **more: Any) -> View:
     stage = _stage(letter, grants, **more)
-    return stage.view([stage.federation.play_round()], target=1)
+    return stage.view([stage.federation.play_round()], target=1, others=True)
 
 
 @pytest.mark.parametrize("letter", LETTERS)
@@ -185,6 +185,51 @@ def test_in_the_clear_wire_and_server_see_the_clients_update(vantage: Vantage) -
     view = stage.view([record], target=1)
     assert relative_error(view.update.tensors, record.updates[1].tensors) == 0
     assert view.num_examples == 3 and view.rounds[0].cohort == 2 and view.rounds[0].own is None
+
+
+def test_a_server_that_is_asked_to_also_sees_the_others_update_of_every_round() -> None:
+    stage = _stage("A", clients=3, examples=2)
+    records = [stage.federation.play_round(apply=True) for _ in range(2)]
+    assert not stage.view(records, target=1).has("others")
+    view = stage.view(records, target=1, others=True)
+    for number, record in enumerate(records):
+        assert view.others[number].keys() == {0, 2}
+        for client in (0, 2):
+            seen, sent = view.others[number][client], record.updates[client]
+            assert relative_error(seen.tensors, sent.tensors) == 0
+            beside = view.beside(client, number)
+            assert beside.update is seen and beside.num_examples == seen.num_examples
+            assert len(beside.rounds) == 1 and not beside.has("others")
+            assert _same(dict(beside.rounds[0].state), dict(record.states[client]))
+    with pytest.raises(NotGranted, match="Round 1 shows no update of client 1; it shows: 0, 2"):
+        view.beside(1, 1)
+
+
+@pytest.mark.parametrize("vantage", [v for v in Vantage if v is not Vantage.SERVER])
+def test_nobody_but_the_server_sees_the_others(vantage: Vantage) -> None:
+    stage = _stage(vantage=vantage, clients=3, examples=2)
+    view = stage.view([stage.federation.play_round()], target=1, others=True)
+    with pytest.raises(NotGranted, match=r"view\.others is absent .*the vantage 'server'"):
+        _ = view.others
+    with pytest.raises(InvalidInput, match=f"'others' are not seen at {vantage}, only at server"):
+        View(
+            letter="C", vantage=vantage, grants=NONE, fields={"others": ({},)},
+            architecture=stage.federation.model, model_ref=stage.scenario.model,
+        )  # fmt: skip
+
+
+def test_what_a_defense_encodes_shows_no_others() -> None:
+    stage = _stage("C", defenses=(_Sealed(),), clients=3, examples=2)
+    view = stage.view([stage.federation.play_round()], target=1, others=True)
+    assert not view.has("others")
+
+
+def test_what_was_granted_of_the_target_is_not_said_of_another_client() -> None:
+    view = _view("D", ALL)
+    beside = view.beside(0, 0)
+    for name in ("labels", "batch_bn", "batch_order", "secrets"):
+        assert view.has(name) and not beside.has(name)
+    assert beside.has("protocol") and beside.has("surrogate") and beside.has("box")
 
 
 @pytest.mark.parametrize("vantage", [Vantage.AGGREGATE, Vantage.PEER])
@@ -320,7 +365,9 @@ def test_a_saved_view_comes_back_with_every_field(
 ) -> None:
     stage = _stage(letter, ALL, vantage=vantage)
     records = [stage.federation.play_round(apply=True) for _ in range(2)]
-    view = stage.view(records, target=1, keys=[{"a": torch.ones(2)}, {"b": torch.zeros(1)}])
+    keys = [{"a": torch.ones(2)}, {"b": torch.zeros(1)}]
+    view = stage.view(records, target=1, keys=keys, others=True)
+    assert view.has("others") == (vantage is Vantage.SERVER)
     view.save(tmp_path)
     loaded = View.load(tmp_path)
     assert (loaded.letter, loaded.vantage, loaded.grants) == (letter, vantage, ALL)

@@ -178,6 +178,9 @@ class Attack(Configured, ABC):
     """Whether the method rests on plain softmax cross-entropy; it refuses other losses."""
     replays: ClassVar[bool] = False
     """Whether every run goes through the client's local steps, which may need much memory."""
+    watches_others: ClassVar[bool] = False
+    """Whether it also reads the other clients' updates, as a server sees them (``view.others``);
+    the view of an attack that does not say so has none."""
     departs_from_letter: ClassVar[str] = ""
     """Why ``needs`` differs from what the row's letter gives, if it does."""
     counts: ClassVar[tuple[str, ...]] = ("steps",)

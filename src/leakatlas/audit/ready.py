@@ -122,7 +122,7 @@ def timed(job: Job, plan: Plan, *, stop: Watch) -> Timed:
     fixed = job.attack.length if set(changes) & set(job.attack.counts) else None
     try:
         live, records = shown(job, plan)
-        view = live.view(records, target=job.target)
+        view = live.view(records, target=job.target, others=job.attack.watches_others)
         job.attack.check(view)
         run = process.attacker(plan, live)
         at = pace(job.attack, view, watch=stop, seed=plan.seed, run=run)
@@ -224,7 +224,7 @@ def labelled(attack: Attack, at: Readied, job: Job, plan: Plan) -> Attack:
     if at.reader is None:
         return attack
     live, records = shown(job, plan)
-    view = live.view(records, target=job.target)
+    view = live.view(records, target=job.target, others=job.attack.watches_others)
     return type(attack).from_json({**attack.to_json(), "labels": at.reader(view)})
 
 

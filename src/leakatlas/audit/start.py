@@ -54,19 +54,19 @@ class Adversaries:
 
     stage: Stage
     record: RoundRecord | None = None
-    _views: dict[tuple[str, bool], View] = field(default_factory=dict, repr=False)
+    _views: dict[tuple[str, bool, bool], View] = field(default_factory=dict, repr=False)
     _replays: dict[str, tuple[LeakAtlasError | None, frozenset[str]]] = field(
         default_factory=dict, repr=False
     )
 
-    def view(self, letter: str, *, passive: bool) -> View:
+    def view(self, letter: str, *, passive: bool, others: bool = False) -> View:
         """What one of them holds, nothing of it read yet; before any round, if it is active."""
         records = [self.record] if passive and self.record is not None else []
-        place = letter, bool(records)
+        place = letter, bool(records), others
         if place not in self._views:
             seen = copy.copy(self.stage)
             seen.scenario = replace(self.stage.scenario, letter=letter)
-            self._views[place] = seen.view(records, target=min(self.stage.victims))
+            self._views[place] = seen.view(records, target=min(self.stage.victims), others=others)
         self._views[place].forget_reads()
         return self._views[place]
 
@@ -126,7 +126,7 @@ def can_start(adversaries: Adversaries, attack: Attack, letters: Sequence[str]) 
         if no is not None and adversaries.alike(no[0], letter, no[1]):
             continue
         passive, rests_on = not isinstance(attack, ActiveAttack), frozenset[str]()
-        view = adversaries.view(letter, passive=passive)
+        view = adversaries.view(letter, passive=passive, others=attack.watches_others)
         shown = passive and adversaries.record is not None
         try:
             attack.check(view)

@@ -87,7 +87,7 @@ def observe(
                 continue
             records.append(federation.play_round(apply=not last))
             learn(federation, records[-1], begun)
-        return stage.view(records, target=target), tuple(records)
+        return stage.view(records, target=target, others=attack.watches_others), tuple(records)
     view = stage.view(target=target)
     attack.check(view)
     reads: frozenset[str] = frozenset()
@@ -134,7 +134,7 @@ def observe(
             )
             learn(federation, records[-1], begun)
         keys.append(dict(tampering.key))
-        view = stage.view(records, target=target, keys=keys)
+        view = stage.view(records, target=target, keys=keys, others=attack.watches_others)
 
 
 def _lean(
@@ -231,7 +231,7 @@ def run_trial(
     adversary = adversary or Here()
     watch = watch or Watch()
     if played is not None and not isinstance(attack, ActiveAttack):
-        view, records = stage.view(played, target=target), played
+        view, records = stage.view(played, target=target, others=attack.watches_others), played
     else:
         view, records = observe(
             stage, attack, target=target, seed=seed, watch=watch, adversary=adversary, lean=lean

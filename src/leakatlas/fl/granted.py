@@ -5,6 +5,7 @@ field                given by
 ===================  ==========================================================
 ``rounds``           UPDATES (and with it ``update``, ``model``, ``num_examples``,
                      ``input_shape``, ``classes``)
+``others``           UPDATES, from the vantage ``server`` alone, to attacks that ask for it
 ``box``              BASIC, or ``Grant.PIXEL_RANGE``
 ``protocol``         TRAINING
 ``defenses``         TRAINING
@@ -46,6 +47,7 @@ SOURCES: dict[str, tuple[Knowledge, Grant | None]] = {
     "num_examples": (Knowledge.UPDATES, None),
     "input_shape": (Knowledge.UPDATES, None),
     "classes": (Knowledge.UPDATES, None),
+    "others": (Knowledge.UPDATES, None),
     "box": (Knowledge.BASIC, Grant.PIXEL_RANGE),
     "protocol": (Knowledge.TRAINING, None),
     "defenses": (Knowledge.TRAINING, None),
@@ -119,7 +121,8 @@ class Granted:
         fields: The granted fields, by the names of :data:`SOURCES`.
 
     Raises:
-        InvalidInput: If a field is given that neither the letter nor a grant allows.
+        InvalidInput: If a field is given that neither the letter nor a grant allows, or one that
+            cannot be seen from the vantage.
     """
 
     def __init__(
@@ -136,6 +139,8 @@ class Granted:
         for name in self._fields:
             if not self._allowed(name):
                 raise InvalidInput(f"{name!r} is not given to {self.describe()}.")
+        if "others" in self._fields and vantage is not Vantage.SERVER:
+            raise InvalidInput(f"'others' are not seen at {vantage.value}, only at server.")
 
     def _allowed(self, name: str) -> bool:
         knowledge, grant = SOURCES[name]
@@ -217,6 +222,14 @@ class Granted:
         return self._get("classes")  # type: ignore[no-any-return]
 
     @property
+    def others(self) -> tuple[Mapping[int, Update], ...]:
+        """For every round, the readable updates of the clients that are not the target, by id.
+
+        They received what the target received.
+        """
+        return self._get("others")  # type: ignore[no-any-return]
+
+    @property
     def box(self) -> Box:
         """The pixel space."""
         return self._get("box")  # type: ignore[no-any-return]
@@ -292,6 +305,11 @@ def _absence(name: str) -> str:
     match name:
         case "surrogate":
             return "the scenario names no `surrogate` data"
+        case "others":
+            return (
+                "it takes the vantage 'server', a round with several clients whose own updates "
+                "can be read there, and an attack that asks for them"
+            )
         case "distribution":
             return "it takes other images of the population, or `surrogate` data; there are none"
         case _:

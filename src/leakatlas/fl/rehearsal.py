@@ -154,6 +154,8 @@ def own_fields(
     own = {n: v for n, v in fields.items() if n not in OWN | GONE}
     last = fields["rounds"][-1]
     own["rounds"] = (replace(last, update=played.update, payload={}, key={}),)
+    if "others" in fields:
+        own["others"] = fields["others"][-1:]
     if "labels" in fields:
         own["labels"] = y.clone()
     if "batch_order" in fields:

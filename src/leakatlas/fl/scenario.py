@@ -270,6 +270,7 @@ class Stage:
         *,
         target: int = 0,
         keys: Sequence[Mapping[str, Tensor]] = (),
+        others: bool = False,
     ) -> View:
         """What the scenario's adversary holds after these rounds.
 
@@ -277,6 +278,7 @@ class Stage:
             records: The rounds, oldest first.
             target: The client under attack.
             keys: What an active adversary noted for each round.
+            others: Whether a server also looks at every other client's update.
         """
         scenario, federation = self.scenario, self.federation
         knowledge = threat_model(scenario.letter).knowledge
@@ -301,6 +303,10 @@ class Stage:
             "clients": tuple(sorted(federation.clients)),
             "target": target,
         }
+        if others and scenario.vantage is Vantage.SERVER:
+            beside = tuple(self._others(record, target) for record in records)
+            if any(beside):
+                offered["others"] = beside
         if self.surrogate is not None:
             offered["surrogate"] = self.surrogate.to(self.device)
         client = federation.clients[target]
@@ -390,6 +396,15 @@ class Stage:
                     if opened is not None:
                         return opened
         return message.update
+
+    def _others(self, record: RoundRecord, target: int) -> dict[int, Update]:
+        """The honest clients' updates that the server can read, the target's left out."""
+        return {
+            client: update
+            for client in record.cohort
+            if client != target and client in record.messages and client not in record.sybils
+            if (update := self._readable(record, client)) is not None
+        }
 
     def _round_view(self, record: RoundRecord, target: int, key: Mapping[str, Tensor]) -> RoundView:
         message = record.messages[target]

@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -306,6 +307,28 @@ class View(Granted):
         if surrogate is not None and "surrogate" in own:
             own["surrogate"] = surrogate
         return self._copy(own)
+
+    def beside(self, client: int, round: int) -> View:
+        """The same server, had another client been the target of one round that it took part in.
+
+        What was granted about the target's batch is absent.
+
+        Args:
+            client: Whose update; one of :attr:`others`.
+            round: Which round.
+
+        Raises:
+            NotGranted: If that client's update was not seen.
+        """
+        update = self.others[round].get(client)
+        if update is None:
+            seen = ", ".join(map(str, self.others[round])) or "none"
+            raise NotGranted(f"Round {round} shows no update of client {client}; it shows: {seen}.")
+        gone = rehearsal.OWN | rehearsal.GONE | {"others", "target"}
+        fields = {n: v for n, v in self._fields.items() if n not in gone}
+        fields["rounds"] = (replace(self.rounds[round], update=update),)
+        fields["num_examples"] = update.num_examples
+        return self._copy(fields)
 
     def circumstances(self) -> dict[str, Any]:
         """What :meth:`rehearse` rests on besides the images, in plain JSON.

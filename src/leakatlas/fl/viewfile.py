@@ -168,6 +168,14 @@ def pack(fields: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
                             "own": put_update(f"{path}/own", seen.own),
                         }
                     )
+            case "others":
+                facts[name] = [
+                    {
+                        str(client): put_update(f"others/{number}/{client}", update)
+                        for client, update in updates.items()
+                    }
+                    for number, updates in enumerate(value)
+                ]
             case "num_examples" | "classes" | "target":
                 facts[name] = int(value)
             case "input_shape" | "clients":
@@ -231,6 +239,15 @@ def _unpack(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str
                         key=take(f"rounds/{number}/key"),
                     )
                     for number, seen in enumerate(value)
+                )
+            case "others":
+                fields[name] = tuple(
+                    {
+                        int(client): update
+                        for client, description in updates.items()
+                        if (update := take_update(f"others/{number}/{client}", description))
+                    }
+                    for number, updates in enumerate(value)
                 )
             case "num_examples" | "classes" | "target":
                 fields[name] = int(value)

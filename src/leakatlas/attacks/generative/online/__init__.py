@@ -1,0 +1,1 @@
+"""A generator is trained while the rounds go on."""
