@@ -311,9 +311,9 @@ class Stage:
             offered["surrogate"] = self.surrogate.to(self.device)
         client = federation.clients[target]
         if "distribution" in wanted and self.others is not None and len(self.others) > 1:
-            others = self.box.normalize(self.others.images.to(client.x))
+            population = self.box.normalize(self.others.images.to(client.x))
             offered["distribution"] = _distribution(
-                others, self.others.labels.to(self.device), self.classes
+                population, self.others.labels.to(self.device), self.classes
             )
         if not self.known:
             wanted -= {"labels", "batch_bn"}

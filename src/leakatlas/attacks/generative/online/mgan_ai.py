@@ -61,7 +61,7 @@ from leakatlas.fl import View, replay
 from leakatlas.models import Generator
 from leakatlas.models.structure import example_input
 from leakatlas.params import NonNegative, NonNegativeInt, Positive, PositiveInt
-from leakatlas.priors.learning import drawn_shape, widths
+from leakatlas.priors.lesson import drawn_shape, widths
 from leakatlas.threat import Knowledge
 
 LATENT = 100
