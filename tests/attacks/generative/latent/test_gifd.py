@@ -19,10 +19,11 @@ from leakatlas.attacks.generative.latent import gifd
 from leakatlas.attacks.generative.latent.gifd import GIFD, project_l1
 from leakatlas.bench import harness
 from leakatlas.blocks.watch import Step
+from leakatlas.defenses.heuristic.perturbation.gradient_pruning import GradientPruning
 from leakatlas.fl import Stage
 from leakatlas.threat import Grant
 from tests.attacks.case import LENET, Case
-from tests.conftest import build_stage
+from tests.conftest import build_stage, surrogate
 from tests.priors.support import SIZE, generator, held, prior
 
 CASE = Case(
@@ -155,6 +156,18 @@ def test_balls_hold_the_features_back() -> None:
     free, bound = _found(QUICK)[0], _found(replace(QUICK, radius=0.02))[0]
     assert free.notes["matching_loss"] < bound.notes["matching_loss"]
     assert bound.notes["matching_loss"] < bound.notes["stage_0_loss"]
+
+
+def test_an_oblivious_search_differs_where_a_defense_has_a_mirror() -> None:
+    for rate, equal in ((0.9, False), (0.0, True)):
+        scene = build_stage(
+            letter="D", examples=1, size=8, public=surrogate(8),
+            defenses=(GradientPruning(rate=rate, largest_share=0.0, error_feedback=False),),
+        )  # fmt: skip
+        oblivious = GIFD(steps=2, restarts=1, prior_steps=3, prior_latent=8, adaptive=False)
+        view, _ = harness.observe(scene, oblivious)
+        known, plain = (replace(oblivious, adaptive=told)(view) for told in (True, False))
+        assert torch.equal(known.images, plain.images) == equal
 
 
 def test_the_defaults_are_the_published_ones() -> None:

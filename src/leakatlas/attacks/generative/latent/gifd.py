@@ -75,6 +75,7 @@ class GIFD(Attack):
         growth: By how much of it the radius grows from stage to stage.
         restarts: Latents R that are searched at once.
         stages: Feature stages that are searched, from the first; all if None, 0 for none.
+        adaptive: Whether the trial update goes through the mirrors of the defenses in force.
         prior: ``auto``, ``surrogate`` (learned on the surrogate images), the name of a shipped
             prior, or the folder of one.
         prior_steps: Steps of learning one.
@@ -94,6 +95,7 @@ class GIFD(Attack):
     growth: NonNegative = 0.5
     restarts: PositiveInt = 4
     stages: NonNegativeInt | None = None
+    adaptive: bool = True
     prior: str = chosen.AUTO
     prior_steps: PositiveInt = 1_000
     prior_latent: PositiveInt = 128
@@ -132,7 +134,8 @@ class GIFD(Attack):
                 f"GIFD opens a generator stage by stage; the prior {prior.card.name!r} has none. "
                 "Take one that leakatlas prior train made."
             )
-        images, replay = latent.to_model_space(view.input_shape, view.box), view.replayer()
+        images = latent.to_model_space(view.input_shape, view.box)
+        replay = view.replayer(adaptive=self.adaptive)
         pixels = math.prod(view.input_shape[1:])
 
         def value(x: Tensor) -> descent.Value:
