@@ -12,6 +12,7 @@ from torch import Tensor
 
 from leakatlas.attacks.generative.direct import lti
 from leakatlas.attacks.generative.direct.lti import LTI, Inverter, hashed, unordered_mse
+from leakatlas.audit import control
 from leakatlas.bench import harness
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import ImageSet, bundled
@@ -215,6 +216,30 @@ def test_the_lesson_is_learned_once_and_anew_where_something_changes(
     assert lessons == [1, 1, 2, 1]
     attack(_view(_scene()), seed=5)  # a seed of the attack is none of the lesson
     assert len(lessons) == 4
+
+
+def test_audits_rehearse_it_and_hold_it_against_the_update_of_others() -> None:
+    """Its length is in epochs, and what it learned may draw pictures of anything."""
+    assert {v.lasting(20).length for v in LTI.variants().values()} == {20}
+    assert control.at_work(LTI())
+
+
+def test_what_is_imitated_is_shared_by_every_length(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    original = LTI.imitated
+
+    def counted(self: LTI, view: View, **rest: object) -> dict[str, Tensor]:
+        made.append(self.epochs)
+        return original(self, view, **rest)  # type: ignore[arg-type]  # passed on as it came
+
+    monkeypatch.setattr(LTI, "imitated", counted)
+    for epochs in (1, 2):
+        LTI(epochs=epochs, hidden=4, clients=4)(_view(_scene()))
+    assert made == [1]
+    LTI(epochs=1, hidden=4, clients=3)(_view(_scene()))
+    assert made == [1, 1]
 
 
 def test_a_lesson_that_was_cut_short_is_said_and_not_kept(cache: Path) -> None:
