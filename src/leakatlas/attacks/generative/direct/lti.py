@@ -92,6 +92,7 @@ class LTI(Attack):
     """
 
     counts = ("epochs",)
+    fewest = 5
     draws_on_prior = True
 
     epochs: PositiveInt = 200
