@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from leakatlas.attacks.optimization.augmented import hcgla
-from leakatlas.attacks.optimization.augmented.hcgla import HCGLA, RowGenerator
+from leakatlas.attacks.optimization.augmented.hcgla import HCGLA
+from leakatlas.attacks.optimization.augmented.hcgla._generator import RowGenerator
 from leakatlas.bench import harness
 from leakatlas.blocks import descent, init
 from leakatlas.blocks.watch import Watch

@@ -40,17 +40,21 @@ Released code: ``SuperX612/HCGLA``, ``Reconstruct_minibatch.py``, ``Reconstruct_
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from leakatlas import models
 from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
+from leakatlas.attacks.optimization.augmented.hcgla._generator import (
+    RowGenerator,
+    find_head,
+    fit,
+    part,
+    rows,
+)  # fmt: skip
 from leakatlas.blocks import denoiser, descent, init, labels, matching, observed
 from leakatlas.blocks.denoiser import Denoiser
 from leakatlas.blocks.watch import Watch
@@ -291,21 +295,11 @@ class HCGLA(Attack):
             made.append(rows(own, y))
             originals.append(view.box.denormalize(x))
         r, u = torch.cat(made), torch.cat(originals)
-        mean, size = r.mean(0), r.std(0, correction=0)
-        size = torch.where(size > 0, size, torch.ones_like(size))  # never sent: says nothing
-        r = (r - mean) / size
-        network = RowGenerator(r.shape[1], self.generator_width, view.input_shape).to(r)
-        engine = torch.optim.Adam(network.parameters(), lr=self.generator_lr)
-        for _ in next(parts, watch).steps(self.generator_epochs):
-            for places in torch.randperm(len(r), generator=generator).split(32):
-                if len(places) < 2:  # batch normalisation needs two
-                    continue
-                loss = F.binary_cross_entropy(network(r[places]), u[places].clamp(0, 1))
-                engine.zero_grad()
-                loss.backward()
-                engine.step()
-        state = {f"generator/{n}": t.detach() for n, t in network.state_dict().items()}
-        return {**state, "mean": mean, "size": size}
+        left = next(parts, watch)
+        return fit(
+            r, u, width=self.generator_width, lr=self.generator_lr, epochs=self.generator_epochs,
+            generator=generator, watch=left,
+        )  # fmt: skip
 
     def teach_denoiser(
         self,
@@ -353,54 +347,3 @@ def stretches(steps: int, every: int) -> list[int]:
         return [steps]
     whole, rest = divmod(steps, every)
     return [every] * whole + ([rest] if rest else [])
-
-
-def find_head(view: View) -> labels.Head:
-    """The layer that reads the features and gives the logits."""
-    return labels.find_head(view.model, example_input(view.model, view.input_shape))
-
-
-def rows(view: View, y: Tensor) -> Tensor:
-    """The row of the head's gradient ``(N, d)`` that belongs to each label (the likeliest)."""
-    chosen = y if y.dim() == 1 else y.argmax(1)
-    return find_head(view).weight_grad(observed.mean_gradient(view))[chosen]
-
-
-def part(learned: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """The tensors of one network of a lesson."""
-    prefix = f"{name}/"
-    return {n.removeprefix(prefix): t for n, t in learned.items() if n.startswith(prefix)}
-
-
-class RowGenerator(nn.Module):
-    """Rows ``(N, d)`` to images ``(N, C, H, W)`` in [0, 1], by transposed convolutions.
-
-    Args:
-        features: d.
-        width: Channels of the last inner layer; eight times as many come first.
-        shape: ``(C, H, W)``.
-    """
-
-    def __init__(self, features: int, width: int, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.side = tuple(shape[1:])
-        sizes = (features, 8 * width, 4 * width, 2 * width, width, shape[0])
-        layers: list[nn.Module] = []
-        for depth, (a, b) in enumerate(itertools.pairwise(sizes)):
-            step = (1, 0) if depth == 0 else (2, 1)
-            layers += [nn.ConvTranspose2d(a, b, 4, *step, bias=False), nn.BatchNorm2d(b)]
-            layers += [nn.Sigmoid() if depth == len(sizes) - 2 else nn.ReLU()]
-        self.body = nn.Sequential(*layers)
-
-    def forward(self, r: Tensor) -> Tensor:
-        """Images of rows."""
-        made: Tensor = self.body(r[:, :, None, None])
-        return F.adaptive_max_pool2d(made, self.side)
-
-    @classmethod
-    def of(cls, learned: Mapping[str, Tensor], shape: tuple[int, ...]) -> RowGenerator:
-        """The network of a lesson."""
-        features, wide = learned["body.0.weight"].shape[:2]
-        network = cls(features, wide // 8, shape)
-        models.apply_state(network, learned, source="the learned generator")
-        return network.eval()
