@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import graphlib
 from collections import defaultdict
 
 import grimp
+
+from leakatlas.catalogue.registry import PACKAGE
 
 SHARED = ("attacks", "attacks.optimization", "attacks.generative", "attacks.analytic")
 """Folders that are several rooms: the base classes, and each category of rows."""
@@ -29,3 +32,14 @@ def test_no_room_reaches_itself_through_another() -> None:
     order = list(graphlib.TopologicalSorter(reaches).static_order())  # raises on a cycle
     assert order.index("errors") < order.index("fl") < order.index("bench") < order.index("audit")
     assert "audit" not in reaches["bench"] and "report" not in reaches["bench"]
+
+
+def test_no_function_is_longer_than_a_hundred_lines() -> None:
+    """What does not fit on a screen falls into parts."""
+    long = [
+        f"{path.relative_to(PACKAGE)}: {node.name}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 100
+    ]
+    assert not long

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -315,44 +315,7 @@ class Stage:
             offered["distribution"] = _distribution(
                 population, self.others.labels.to(self.device), self.classes
             )
-        if not self.known:
-            wanted -= {"labels", "batch_bn"}
-        if "labels" in wanted:
-            summed = records and scenario.vantage is Vantage.AGGREGATE
-            members = (
-                [c for c in records[-1].cohort if c not in records[-1].sybils]
-                if summed
-                else [target]
-            )
-            offered["labels"] = torch.cat([federation.clients[c].y for c in members])
-        if records and "batch_bn" in wanted:
-            received = records[-1].received[target]
-            received.train(scenario.protocol.mode == "train")
-            offered["batch_bn"] = {
-                layer: (mean.detach(), variance.detach())
-                for layer, (mean, variance) in batchnorm_statistics(
-                    received, state.model_state(received), client.x
-                ).items()
-            }
-        if records and "batch_order" in wanted and target in records[-1].order:
-            offered["batch_order"] = tuple(i.clone() for i in records[-1].order[target])
-        if records and "dropout_masks" in wanted and target in records[-1].draws:
-            offered["dropout_masks"] = records[-1].draws[target]
-        if records and "augmentation" in wanted and target in records[-1].augmentation:
-            offered["augmentation"] = records[-1].augmentation[target]
-        if "secrets" in wanted:
-            offered["secrets"] = {
-                f"{defense.key}/{name}": tensor
-                for defense in federation.defenses
-                for name, tensor in defense.secrets(client.memories.get(defense.key, {})).items()
-            }
-            if records:
-                # As they were when the client began to train, not after its step.
-                began = state.model_state(agreed_part(records[-1].received[target])[1])
-                offered["secrets"] |= {
-                    f"private/{name}": began[name]
-                    for name in sorted(federation.private_names & began.keys())
-                }
+        offered |= self._granted(records, target, wanted)
         return View(
             letter=scenario.letter,
             vantage=scenario.vantage,
@@ -365,6 +328,51 @@ class Stage:
                 d for d in federation.defenses if type(d).model is not Defense.model
             ],
         )
+
+    def _granted(
+        self, records: Sequence[RoundRecord], target: int, wanted: Collection[str]
+    ) -> dict[str, Any]:
+        """What no column settles: the client's labels, statistics, draws and secrets."""
+        scenario, federation = self.scenario, self.federation
+        client = federation.clients[target]
+        found: dict[str, Any] = {}
+        if "labels" in wanted and self.known:
+            summed = records and scenario.vantage is Vantage.AGGREGATE
+            members = (
+                [c for c in records[-1].cohort if c not in records[-1].sybils]
+                if summed
+                else [target]
+            )
+            found["labels"] = torch.cat([federation.clients[c].y for c in members])
+        if records and "batch_bn" in wanted and self.known:
+            received = records[-1].received[target]
+            received.train(scenario.protocol.mode == "train")
+            found["batch_bn"] = {
+                layer: (mean.detach(), variance.detach())
+                for layer, (mean, variance) in batchnorm_statistics(
+                    received, state.model_state(received), client.x
+                ).items()
+            }
+        if records and "batch_order" in wanted and target in records[-1].order:
+            found["batch_order"] = tuple(i.clone() for i in records[-1].order[target])
+        if records and "dropout_masks" in wanted and target in records[-1].draws:
+            found["dropout_masks"] = records[-1].draws[target]
+        if records and "augmentation" in wanted and target in records[-1].augmentation:
+            found["augmentation"] = records[-1].augmentation[target]
+        if "secrets" in wanted:
+            found["secrets"] = {
+                f"{defense.key}/{name}": tensor
+                for defense in federation.defenses
+                for name, tensor in defense.secrets(client.memories.get(defense.key, {})).items()
+            }
+            if records:
+                # As they were when the client began to train, not after its step.
+                began = state.model_state(agreed_part(records[-1].received[target])[1])
+                found["secrets"] |= {
+                    f"private/{name}": began[name]
+                    for name in sorted(federation.private_names & began.keys())
+                }
+        return found
 
     def _public_architecture(self) -> nn.Module:
         """The global model in the clients' mode.
