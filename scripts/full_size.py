@@ -1,10 +1,11 @@
 """Doctor and a short audit of networks at their real sizes, as a user would run them.
 
-    python scripts/full_size.py [--only vit_b_16] [--budget 30s]
+    python scripts/full_size.py [--only vit_b_16] [--budget 30s] [--device cuda]
 
 The gate tries the blocks of these networks as small as they go (tests/field); here they are whole:
 224 pixels, 1,000 classes, random weights. Each is described by what ``leakatlas init`` writes. The
-figures, exit codes and words go to ``results/full_size.json``, network by network; a traceback or
+figures, exit codes and words go to ``results/full_size.json`` (``full_size_cuda.json`` of a GPU, or
+where ``--result`` says), network by network; a traceback or
 an exit code beyond those that the manual lists ends the script with 1.
 """
 
@@ -31,7 +32,6 @@ from torchvision import models
 from leakatlas.bench import machine
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "results" / "full_size.json"
 SEED, SIZE, CLASSES = 0, 224, 1000
 
 
@@ -65,6 +65,19 @@ class Mixer(nn.Module):
             h = h + block["tokens"](block["before"](h).transpose(1, 2)).transpose(1, 2)
             h = h + block["channels"](block["between"](h))
         out: Tensor = self.head(self.norm(h).mean(1))
+        return out
+
+
+class TwoInputs(nn.Module):
+    """An image and a vector beside it: no image classifier, and refused in words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head = models.resnet18(num_classes=64), nn.Linear(64 + 8, CLASSES)
+
+    def forward(self, x: Tensor, beside: Tensor) -> Tensor:
+        """Class logits of images ``(N, 3, 224, 224)`` with vectors ``(N, 8)``."""
+        out: Tensor = self.head(torch.cat([self.trunk(x), beside], dim=1))
         return out
 
 
@@ -106,6 +119,12 @@ def mixer_s_16() -> nn.Module:
     return Mixer()
 
 
+def two_inputs() -> nn.Module:
+    """Takes more than images."""
+    torch.manual_seed(SEED)
+    return TwoInputs()
+
+
 def _seeded(name: str) -> nn.Module:
     torch.manual_seed(SEED)
     made: nn.Module = models.get_model(name, weights=None)
@@ -116,6 +135,8 @@ NETWORKS = (
     "resnet18_group_norm", "efficientnet_b0", "mixer_s_16", "resnet50", "convnext_tiny", "swin_t",
     "vit_b_16",
 )  # fmt: skip
+REFUSED = ("two_inputs",)
+BUDGET = "30s"
 
 
 def command(*arguments: str) -> tuple[str, str, int, dict[str, float]]:
@@ -140,7 +161,7 @@ def measure(name: str, value: float, unit: str, case: str, note: str = "") -> di
             "interval": None, "n": 1, "note": note}  # fmt: skip
 
 
-def tried(name: str, budget: str) -> tuple[list[dict[str, Any]], list[str]]:
+def tried(name: str, budget: str, device: str) -> tuple[list[dict[str, Any]], list[str]]:
     """Figures of one network, and what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         config, wrong = f"{folder}/{name}.yaml", list[str]()
@@ -153,7 +174,7 @@ def tried(name: str, budget: str) -> tuple[list[dict[str, Any]], list[str]]:
 
         run("init", config, "--model", f"{Path(__file__).resolve()}:{name}",
             "--victims", f"photos:{SIZE}", expected=[0])  # fmt: skip
-        doctor, code, took = run("doctor", config, "--json", expected=[0])
+        doctor, code, took = run("doctor", config, "--json", "--device", device, expected=[0])
         found = list[dict[str, Any]]()
         if doctor:
             diagnosis = next(iter(doctor.values()))
@@ -164,8 +185,8 @@ def tried(name: str, budget: str) -> tuple[list[dict[str, Any]], list[str]]:
             found.append(measure("residual of the doctor", residual, "", name, _listed(words)))
             found.append(_cpu("doctor", code, took, name))
         report, code, took = run(
-            "audit", config, "--budget", budget, "--json", "--out", f"{folder}/out",
-            expected=[0, 3],
+            "audit", config, "--budget", budget, "--device", device, "--json",
+            "--out", f"{folder}/out", expected=[0, 1, 3],
         )  # fmt: skip
         if report:
             seconds = float(report["facts"]["budget_seconds"])
@@ -182,6 +203,21 @@ def tried(name: str, budget: str) -> tuple[list[dict[str, Any]], list[str]]:
         return found, wrong
 
 
+def refused(name: str, device: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Figures of a network that is not for LeakAtlas, and what went wrong with saying so."""
+    with tempfile.TemporaryDirectory() as folder:
+        config, found, wrong = f"{folder}/{name}.yaml", list[dict[str, Any]](), list[str]()
+        command("init", config, "--model", f"{Path(__file__).resolve()}:{name}",
+                "--victims", f"photos:{SIZE}")  # fmt: skip
+        for verb in ("doctor", "audit"):
+            output, errors, code, took = command(verb, config, "--device", device)
+            words = " ".join((output + errors).split())
+            if code != 2 or "Traceback" in words:
+                wrong.append(f"{name}: leakatlas {verb} ended with {code}: {words[-800:]}")
+            found.append(_cpu(verb, code, took, name, words[:300]))
+        return found, wrong
+
+
 def _cpu(what: str, code: int, took: dict[str, float], name: str, more: str = "") -> dict[str, Any]:
     note = f"exit code {code}, {took['wall']:.0f} s of wall time at load {took['load']:.1f}"
     return measure(f"CPU time of the {what}", took["cpu"], "s", name,
@@ -195,32 +231,42 @@ def _listed(words: Counter[str]) -> str:
 def main() -> int:
     """Try the networks, and keep the figures of those that were not asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=NETWORKS, action="append")
-    parser.add_argument("--budget", default="30s")
+    parser.add_argument("--only", choices=(*NETWORKS, *REFUSED), action="append")
+    parser.add_argument("--budget", default=BUDGET)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--result", type=Path)
     options = parser.parse_args()
-    held = json.loads(RESULT.read_text(encoding="utf-8"))["measures"] if RESULT.is_file() else []
+    kind = options.device.partition(":")[0]
+    key = "full_size" if kind == "cpu" else f"full_size_{kind}"
+    file = options.result or ROOT / "results" / f"{key}.json"
+    held = json.loads(file.read_text(encoding="utf-8"))["measures"] if file.is_file() else []
     failures = []
-    for name in options.only or NETWORKS:
-        found, wrong = tried(name, options.budget)
+    order = {name: place for place, name in enumerate((*NETWORKS, *REFUSED))}
+    for name in options.only or order:
+        if name in REFUSED:
+            found, wrong = refused(name, options.device)
+        else:
+            found, wrong = tried(name, options.budget, options.device)
         failures += wrong
-        held = [m for m in held if m["case"] != name] + found
+        case = name if options.budget == BUDGET else f"{name}, {options.budget}"
+        found = [{**one, "case": case} for one in found]
+        held = [m for m in held if m["case"] != case] + found
         for one in found:
-            print(f"{name}: {one['name']} {one['value']} {one['unit']} ({one['note']})", flush=True)
-        order = {name: place for place, name in enumerate(NETWORKS)}
+            print(f"{case}: {one['name']} {one['value']} {one['unit']} ({one['note']})", flush=True)
         result = {
             "schema": "leakatlas/result/1",
             "kind": "benchmark",
-            "key": "full_size",
+            "key": key,
             "code_version": 1,
             "recipe": {"image": SIZE, "batch": 2, "classes": CLASSES, "budget": options.budget,
-                       "machine": machine.facts()},
-            "hardware": machine.in_words(machine.facts()),
+                       "machine": machine.facts(options.device)},
+            "hardware": machine.in_words(machine.facts(options.device)),
             "seeds": [SEED],
             "command": "python scripts/full_size.py",
             "date": datetime.now(UTC).date().isoformat(),
-            "measures": sorted(held, key=lambda m: order[m["case"]]),
+            "measures": sorted(held, key=lambda m: order[m["case"].partition(",")[0]]),
         }  # fmt: skip
-        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print("\n".join(failures), file=sys.stderr)
     return bool(failures)
 

@@ -8,10 +8,16 @@ makes no tensor on the wrong device; what it computes must be what the CPU compu
 
 The name is that of a device type of torch which no kernel of this build serves; nothing of the real
 one is used.
+
+Where a real device is at hand, ``LEAKATLAS_TEST_DEVICE=cuda`` takes that instead: what is computed
+there must be what the CPU computes up to rounding (:func:`near`, :func:`alike`).
 """
 
 from __future__ import annotations
 
+import math
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +28,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from leakatlas import devices
+
 DEVICE = torch.device("lazy", 0)
+
+REAL = os.environ.get("LEAKATLAS_TEST_DEVICE", "")
+"""A device of this machine, by the name that a person gives it."""
+
+ROUNDING = 1e-4
+"""How far a real device may be off where nothing amplifies its rounding."""
 
 COPIES = {"copy_", "_to_copy", "_copy_from_and_resize", "set_"}
 """What may have a tensor of another device among its arguments."""
@@ -124,9 +138,39 @@ def _indices(index: Any) -> Any:
 
 @contextmanager
 def pretended() -> Iterator[torch.device]:
-    """A block in which the pretended device exists."""
+    """A block in which the pretended device exists, or the real one that takes its place."""
+    if REAL:
+        yield devices.chosen(REAL)
+        return
     with _Dispatch(), _Function():  # type: ignore[no-untyped-call]
         yield DEVICE
+
+
+def near(exact: float) -> float:
+    """A tolerance on the pretended device, on a real one at least that of its rounding."""
+    return max(exact, ROUNDING) if REAL else exact
+
+
+def alike(there: Any, here: Any) -> bool:
+    """Whether two findings in plain JSON are equal; on a real device, numbers up to rounding.
+
+    In words, numbers do not count there.
+    """
+    if not REAL:
+        return bool(there == here)
+    if isinstance(there, dict) and isinstance(here, dict):
+        return there.keys() == here.keys() and all(alike(there[n], here[n]) for n in here)
+    if isinstance(there, list | tuple) and isinstance(here, list | tuple):
+        return len(there) == len(here) and all(map(alike, there, here))
+    if isinstance(there, float) and isinstance(here, float):
+        both = math.isnan(there) and math.isnan(here)
+        return both or math.isclose(there, here, rel_tol=10 * ROUNDING, abs_tol=ROUNDING)
+    if isinstance(there, str) and isinstance(here, str):
+        return re.sub(NUMBER, "#", there) == re.sub(NUMBER, "#", here)
+    return bool(there == here)
+
+
+NUMBER = r"\d[\d.,]*(e[-+]?\d+)?"
 
 
 def _is_pretended(device: Any) -> bool:

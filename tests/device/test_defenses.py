@@ -22,7 +22,7 @@ from tests.defenses.test_contract import (
     network,
     usual,
 )
-from tests.device.elsewhere import pretended
+from tests.device.elsewhere import near, pretended
 
 PROTOCOLS: dict[str, Protocol] = {
     "fedsgd": FedSGD(),
@@ -83,7 +83,7 @@ def test_it_acts_where_the_model_is_and_does_what_it_does_on_the_cpu(
         there = _shown(_view(defense, protocol, device))
     here = _shown(_view(defense, protocol, CPU))
     assert there.keys() == here.keys()
-    near = 1e-5 if key in OWN_RANDOMNESS else 1e-9  # ciphertexts have a noise of their own
+    within = near(1e-5 if key in OWN_RANDOMNESS else 1e-9)  # ciphertexts have their own noise
     for name, tensor in here.items():
         assert bool(torch.isfinite(tensor).all())
-        torch.testing.assert_close(there[name], tensor, rtol=near, atol=near)
+        torch.testing.assert_close(there[name], tensor, rtol=within, atol=within)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.device.elsewhere import Elsewhere, Mixed, pretended
+from tests.device.elsewhere import REAL, Elsewhere, Mixed, pretended
+
+pytestmark = pytest.mark.skipif(bool(REAL), reason="a real device needs nobody to pretend")
 
 REFUSED: dict[str, Callable[[Tensor], object]] = {
     "a sum": lambda there: there + torch.ones(3),
