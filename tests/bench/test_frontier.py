@@ -1,4 +1,4 @@
-"""Points, prices and headlines of the frontier, from records made by hand."""
+"""Points, prices, colours and headlines of the frontier, from records made by hand."""
 
 from __future__ import annotations
 
@@ -6,24 +6,32 @@ from typing import Any
 
 import pytest
 
-from leakatlas.bench.frontier import points, summarise
+from leakatlas.bench.frontier import Point, points, summarise
 from leakatlas.bench.record import Record
-from leakatlas.bench.study import Study
 
 Cases = dict[str, list[Record]]
 
 
-def attacked(psnr: list[float], *, seed: int = 0, batch: int = 0, **own: Any) -> Record:
+def attacked(
+    psnr: list[float], *, seed: int = 0, batch: int = 0, letter: str = "C",
+    grants: tuple[str, ...] = (), protocol: str = "fedsgd", **own: Any,
+) -> Record:  # fmt: skip
     scores = {"images": [{"psnr": value, "candidate": 0} for value in psnr], "baselines": {}}
-    return made(seed=seed, batch=batch, scores=scores, own=own)
+    case = {
+        "letter": letter, "vantage": "server", "grants": list(grants),
+        "protocol": {"algorithm": protocol},
+    }  # fmt: skip
+    return made(seed=seed, batch=batch, scores=scores, own=own, recipe={"case": case})
 
 
-def trained(accuracy: float, *, seed: int = 0) -> Record:
-    return made(seed=seed, batch=0, scores=None, own={"accuracy": accuracy})
+def trained(accuracy: float, *, seed: int = 0, protocol: str = "fedsgd") -> Record:
+    recipe = {"case": {"protocol": {"algorithm": protocol}}}
+    return made(seed=seed, batch=0, scores=None, own={"accuracy": accuracy}, recipe=recipe)
 
 
 def made(**changes: Any) -> Record:
-    return Record(cell="", code="", study="", label="", status="complete", recipe={}, **changes)
+    plain: dict[str, Any] = {"cell": "", "code": "", "study": "", "label": "", "recipe": {}}
+    return Record(**{**plain, "status": "complete", **changes})
 
 
 def cases(**more: list[Record]) -> Cases:
@@ -38,22 +46,61 @@ def cases(**more: list[Record]) -> Cases:
     return {**named, **more}
 
 
+def point(defense: str, **more: list[Record]) -> Point:
+    return next(p for p in points(cases(**more)) if p.defense == defense)
+
+
+def figures(records: Cases, published: dict[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    return {figure["name"]: figure for figure in summarise(records, published or {})}
+
+
 def test_an_image_is_recovered_if_any_adversary_recovers_it() -> None:
-    found = points(cases(**{"noise, sigma=1/fresh/read-out": [attacked([10.0, 40.0])]}))
-    strong = next(p for p in found if p.defense == "noise, sigma=1")
+    strong = point(
+        "noise, sigma=1", **{"noise, sigma=1/fresh/read-out": [attacked([10.0, 40.0])]}
+    )
     assert strong.recovered[0] == 0.5 and strong.by == "read-out"
     assert strong.recovered[1] <= 0.5 <= strong.recovered[2] and strong.images == 2
 
 
 def test_what_was_fitted_around_a_secret_counts() -> None:
-    found = points(cases(**{"keyed, k=1/fresh/search": [attacked([9.0], psnr_worst=[33.0])]}))
-    assert next(p for p in found if p.key == "keyed").recovered[0] == 1.0
+    keyed = point("keyed, k=1", **{"keyed, k=1/fresh/search": [attacked([9.0], psnr_worst=[33.0])]})
+    assert keyed.recovered[0] == 1.0
+
+
+def test_who_holds_the_secret_is_a_bound_and_does_not_count() -> None:
+    oracle = attacked([50.0, 50.0], grants=("labels", "defense_secrets"))
+    more = {"noise, sigma=1/fresh/with its secret": [oracle]}
+    assert point("noise, sigma=1", **more).recovered[0] == 0.0
+    found = figures(cases(**more))
+    level = found["level | fresh | noise, sigma=1 | with its secret"]
+    assert level["value"] == 1.0 and "a bound" in level["note"]
+
+
+def test_who_was_refused_has_tried_nothing_and_is_named() -> None:
+    refused = made(seed=0, batch=0, status="refused", scores=attacked([5.0]).scores)
+    alone = {"odd, k=1/fresh/search": [refused]}
+    assert not [p for p in points(cases(**alone)) if p.key == "odd"]
+    beside = {"noise, sigma=0.1/fresh/imprint": [refused, refused]}
+    found = figures(cases(**beside))["recovered | fresh | noise, sigma=0.1"]
+    assert found["value"] == 0.5 and "imprint: 2 of 2 refused" in found["note"]
 
 
 def test_the_price_is_paired_by_seed() -> None:
-    weak = next(p for p in points(cases()) if p.defense == "noise, sigma=0.1")
+    weak = point("noise, sigma=0.1")
     assert weak.loss is not None
     assert weak.loss[0] == pytest.approx(0.5) and weak.loss[1:] == pytest.approx((0.5, 0.5))
+
+
+def test_the_price_is_that_of_the_same_local_training() -> None:
+    more = {
+        "noise, sigma=1/trained/search": [attacked([10.0])],
+        "noise, sigma=1/local/search": [attacked([10.0], protocol="fedavg")],
+        "none/local/utility": [trained(0.9, protocol="fedavg")],
+        "noise, sigma=1/local/utility": [trained(0.6, protocol="fedavg")],
+    }
+    lost = {p.network: p.loss for p in points(cases(**more)) if p.defense == "noise, sigma=1"}
+    assert lost["trained"] == lost["fresh"] is not None
+    assert lost["local"] is not None and lost["local"][0] == pytest.approx(30.0)
 
 
 def test_seeds_of_one_image_make_no_narrower_interval() -> None:
@@ -72,20 +119,40 @@ def test_what_costs_more_and_stops_less_is_dominated() -> None:
 
 
 def test_noise_of_equal_size_that_leaves_less_is_said() -> None:
-    more = {"pruned, rate=1/fresh/search": [attacked([20.0], psnr_equal_noise=[12.0])]}
-    flagged = {p.defense for p in points(cases(**more)) if p.noise}
-    assert flagged == {"pruned, rate=1"}
+    more = {
+        "pruned, rate=1/fresh/search": [attacked([20.0], psnr_equal_noise=[12.0])],
+        "better, rate=1/fresh/search": [attacked([8.0], psnr_equal_noise=[12.0])],
+    }
+    found = figures(cases(**more))
+    assert "no better than noise" in found["recovered | fresh | pruned, rate=1"]["note"]
+    assert found["noise | fresh | pruned, rate=1"]["value"] == pytest.approx(8.0)
+    assert "no better than noise" not in found["recovered | fresh | better, rate=1"]["note"]
 
 
 def test_the_headlines_name_the_strength_that_gives_them() -> None:
-    study: Study = None  # type: ignore[assignment]  # not looked at
-    found = {figure["name"]: figure for figure in summarise(study, cases())}
+    found = figures(cases())
     private = found["private | fresh | noise"]
     assert private["value"] == 0.5 and private["note"] == "at noise, sigma=0.1"
     price = found["price | fresh | noise"]
     assert price["value"] == pytest.approx(11.0) and price["note"] == "at noise, sigma=1"
     assert "recovered | fresh | none" in found and "loss | fresh | noise, sigma=1" in found
     assert "private | fresh | none" not in found
+
+
+def test_a_colour_is_of_who_knows_no_more_than_the_letter() -> None:
+    """D knows what C knows; F does not know what D knows; nobody has less than B here."""
+    more = {
+        "noise, sigma=1/fresh/blind": [attacked([10.0, 10.0], letter="B")],
+        "noise, sigma=1/fresh/search": [attacked([10.0, 25.0])],
+        "noise, sigma=1/fresh/inverter": [attacked([25.0, 25.0], letter="D")],
+        "noise, sigma=1/trained/search": [attacked([10.0, 10.0])],
+    }
+    found = figures(cases(**more), {"noise": "noise, sigma=1"})
+    shares = {name.split(" | ")[1]: f["value"] for name, f in found.items() if "colour" in name}
+    assert shares == {"B": 0.0, "C": 0.5, "D": 1.0, "E": 1.0, "F": 0.5, "G": 1.0, "H": 1.0}
+    assert found["colour | H | noise"]["note"] == (
+        "inverter (D, server) on fresh, at noise, sigma=1"
+    )
 
 
 def test_an_image_without_a_candidate_is_not_recovered() -> None:

@@ -85,6 +85,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"name": f"{what} | fresh | client_dp", "value": value, "interval": [value, value],
              "n": 4, "unit": unit, "note": f"at client_dp, noise_multiplier={strength}"}
         )  # fmt: skip
+    frontier += [
+        {"name": "level | fresh | client_dp, noise_multiplier=1 | with its secret", "value": 0.75,
+         "interval": [0.3, 0.9], "n": 4, "note": "C, server; a bound"},
+        {"name": "colour | C | clipping", "value": 1.0, "interval": [0.4, 1.0], "n": 4,
+         "note": "<search> (C, server) on fresh, at clipping, max_norm=1"},
+    ]  # fmt: skip
     whole = {**benchmark, "key": "frontier", "recipe": {"axes": ["defense"]}, "measures": frontier}
     (folder / "frontier.json").write_text(json.dumps(whole), encoding="utf-8")
     (folder / "soteria.json").write_text(json.dumps(document), encoding="utf-8")

@@ -13,12 +13,28 @@ from tests.site.conftest import Visit
 
 
 def test_headlines_name_the_strength_and_what_no_strength_gives(built: Path) -> None:
-    page = (built / "frontier.html").read_text(encoding="utf-8")
+    page = (built / "frontier.html").read_text(encoding="utf-8").partition("fresh network</h2>")[2]
     (private,) = re.findall(r'client_dp\.html">.*?</tr>', page, re.DOTALL)
     assert "25 %" in private and "at client_dp, noise_multiplier=0.1" in private
     assert "+12.0" in private and "at client_dp, noise_multiplier=1" in private
     (scaled,) = re.findall(r'clipping\.html">.*?</tr>', page, re.DOTALL)
     assert "no strength costs so little" in scaled and "no strength stops so much" in scaled
+
+
+def test_every_adversary_has_a_column_and_a_bound_does_not_count(built: Path) -> None:
+    page = (built / "frontier.html").read_text(encoding="utf-8")
+    assert "with its secret</th>" in page
+    (strong,) = re.findall(r"noise_multiplier=1</td>.*?</tr>", page, re.DOTALL)
+    assert "75 %" in strong and strong.index("0 %") < strong.index("75 %")
+
+
+def test_measured_colours_name_the_attack_and_the_setting(built: Path) -> None:
+    page = (built / "frontier.html").read_text(encoding="utf-8")
+    held = "fails, 100% [40%, 100%] of 4 images: &lt;search&gt; (C, server) on fresh"
+    assert held not in page  # printed and measured agree on clipping's C
+    assert "100% [40%, 100%] of 4 images: &lt;search&gt; (C, server) on fresh" in page
+    row = (built / "defenses" / "clipping.html").read_text(encoding="utf-8")
+    assert "&lt;search&gt; (C, server) on fresh, at clipping, max_norm=1" in row
 
 
 def test_what_a_result_says_is_escaped_twice_over(built: Path) -> None:
@@ -43,5 +59,8 @@ def test_the_chart_is_drawn_from_a_folder_and_follows_its_switches(visit: Visit)
     assert page.evaluate(drawn) == 4
     page.locator("#frontier-dominated").uncheck()
     assert page.evaluate(drawn) == 3
+    page.locator("#frontier-intervals").check()
+    page.locator("#frontier-defense").select_option(index=1)  # after "all": no defense
+    assert page.evaluate(drawn) == 1
     expect(page.locator(".still").first).to_be_hidden()
     assert visit.complaints == []

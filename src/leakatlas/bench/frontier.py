@@ -1,30 +1,40 @@
 """Privacy against utility: one point for every defense and strength, and what they add up to.
 
-An image counts as recovered if any adversary of its network recovered it, from the same victims and
-seeds: the worst case, as a privacy officer must take it. The price is the accuracy lost beside the
-same federation without a defense.
+An image counts as recovered if any adversary of its network recovered it, from the same victim and
+seed: the worst case, as a privacy officer must take it. Who holds a defense's secret is a bound,
+which is shown and does not count. An adversary whose runs were refused or crashed has not tried
+anything; that is said, and where nobody tried there is no point. The price is the accuracy lost
+beside the same federation, with the same local training, without a defense.
 
 The figures are named ``what | network | defense``, so that a page can take them apart again:
 
 ==============  ============================================================================
 recovered       share of images of which some adversary reaches 19 dB
-loss            points of accuracy; the same for all networks of a study
+level           the same for one adversary, whose name stands behind the defense
+loss            points of accuracy
+noise           dB that a search gains over one on noise of equal size instead
 private         per defense: least share recovered among strengths that cost 1 point at most
 price           per defense: least loss among strengths that leave 5 % recovered at most
+colour          ``colour | letter | defense``: share recovered on the network that is worst for
+                the defense at its published strength, by adversaries that know no more than
+                the letter
 ==============  ============================================================================
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from leakatlas.bench.figures import Values, mean_and_interval
+import torch
+
 from leakatlas.bench.record import Record
-from leakatlas.bench.study import Study
-from leakatlas.metrics.intervals import binomial
+from leakatlas.catalogue.results import JOIN
+from leakatlas.fl import stream
+from leakatlas.metrics.intervals import binomial, bootstrap
+from leakatlas.threat import LETTERS, Grant
 
 SUCCESS = 19.0
 """PSNR in dB from which an image counts as recovered."""
@@ -37,7 +47,38 @@ PRIVATE = 0.05
 
 UNDEFENDED = "none"
 UTILITY = "utility"
-JOIN = " | "
+TRIED = ("complete", "cut short", "failed")
+"""Ends of a run that say something of the defense."""
+
+Range = tuple[float, float, float]
+"""A value and its interval."""
+
+Unit = tuple[int, int, int]
+"""Seed, batch and place of an image."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """What one adversary reached.
+
+    Args:
+        adversary: Its name in the study.
+        letter: Of its threat model.
+        vantage: Where it looks.
+        reached: PSNR in dB by image.
+        bound: Whether it holds the defense's secret, which no threat model gives.
+    """
+
+    adversary: str
+    letter: str
+    vantage: str
+    reached: Mapping[Unit, float]
+    bound: bool = False
+
+    @property
+    def share(self) -> float:
+        """Of its images, those recovered."""
+        return sum(value >= SUCCESS for value in self.reached.values()) / len(self.reached)
 
 
 @dataclass(frozen=True)
@@ -49,19 +90,23 @@ class Point:
         defense: Key and strength, as the axis says.
         recovered: Share of images, with its Wilson interval.
         images: How many.
+        levels: What each adversary reached.
         by: The adversary that recovered most.
         loss: Points of accuracy with their interval; None where it was not measured.
-        noise: Whether noise of equal size leaves the searches less; None where it does not compare.
+        noise: DB gained over noise of equal size, with its interval; None where nothing compares.
+        remarks: What a reader must know: who was refused.
         dominated: Whether another costs no more and stops more.
     """
 
     network: str
     defense: str
-    recovered: tuple[float, float, float]
+    recovered: Range
     images: int
+    levels: tuple[Level, ...]
     by: str
-    loss: tuple[float, float, float] | None
-    noise: bool | None
+    loss: Range | None
+    noise: Range | None
+    remarks: tuple[str, ...] = ()
     dominated: bool = False
 
     @property
@@ -83,49 +128,97 @@ def points(records: Mapping[str, Sequence[Record]]) -> list[Point]:
         if adversary != UTILITY and mine:
             attacks[network, defense][adversary] = mine
     found = [
-        _point(network, defense, by_adversary, losses.get(defense))
+        point
         for (network, defense), by_adversary in attacks.items()
+        if (point := _point(network, defense, by_adversary, losses)) is not None
     ]
-    return [
-        Point(**{**vars(p), "dominated": any(_dominates(other, p) for other in found)})
-        for p in found
-    ]
-
-
-Unit = tuple[int, int, int]
-"""Seed, batch and place of an image."""
+    return [replace(p, dominated=any(_dominates(other, p) for other in found)) for p in found]
 
 
 def _point(
     network: str,
     defense: str,
     attacks: Mapping[str, Sequence[Record]],
-    loss: tuple[float, float, float] | None,
-) -> Point:
-    worst: dict[Unit, float] = {}
-    totals: dict[str, float] = {}
-    better: list[float] = []
+    losses: Mapping[tuple[str, str], Range],
+) -> Point | None:
+    levels: list[Level] = []
+    remarks: list[str] = []
+    gained: dict[Unit, float] = {}
+    protocol = ""
     for adversary, mine in attacks.items():
-        reached = dict(_reached(mine))
-        totals[adversary] = sum(reached.values()) / max(len(reached), 1)
-        for unit, psnr in reached.items():
-            worst[unit] = max(worst.get(unit, psnr), psnr)
-        for record in mine:
+        ran = [record for record in mine if record.status in TRIED]
+        remarks += _untried(adversary, mine)
+        if not ran:
+            continue
+        case: Mapping[str, Any] = ran[0].recipe.get("case", {})
+        protocol = _protocol(ran[0])
+        level = Level(
+            adversary,
+            str(case.get("letter", "C")),
+            str(case.get("vantage", "server")),
+            dict(_reached(ran)),
+            bound=Grant.DEFENSE_SECRETS in case.get("grants", ()),
+        )
+        levels.append(level)
+        for record in ran:
             control = _listed(record.own.get("psnr_equal_noise"))
-            better += [a - b for a, b in zip(_psnr(record), control, strict=False)]
-    # Seeds of one image are no images of their own, so the interval counts images.
-    images = len({unit[1:] for unit in worst})
-    share = sum(value >= SUCCESS for value in worst.values()) / len(worst)
-    interval = binomial(round(share * images), images)
+            pairs = zip(_psnr(record), control, strict=False)
+            gained |= {
+                (record.seed, record.batch, place): a - b for place, (a, b) in enumerate(pairs)
+            }
+    counted = [level for level in levels if not level.bound]
+    if not counted:
+        return None
+    recovered, images = _together(counted)
     return Point(
         network=network,
         defense=defense,
-        recovered=(share, min(interval.low, share), max(interval.high, share)),
+        recovered=recovered,
         images=images,
-        by=max(totals, key=lambda name: totals[name]),
-        loss=loss,
-        noise=sum(better) > 0 if better else None,
+        levels=tuple(levels),
+        by=max(counted, key=lambda level: (level.share, _mean(level.reached))).adversary,
+        loss=losses.get((defense, protocol)),
+        noise=_interval(gained, "noise", defense, network) if gained else None,
+        remarks=tuple(remarks),
     )
+
+
+def _untried(adversary: str, records: Sequence[Record]) -> Iterator[str]:
+    ends = Counter(record.status for record in records if record.status not in TRIED)
+    for status, count in ends.items():
+        yield f"{adversary}: {count} of {len(records)} {status}"
+
+
+def _together(levels: Sequence[Level]) -> tuple[Range, int]:
+    """Share of images that somebody recovered, its interval, and how many images there are."""
+    best: dict[Unit, float] = {}
+    for level in levels:
+        for unit, value in level.reached.items():
+            best[unit] = max(best.get(unit, value), value)
+    # Seeds of one image are no images of their own, so the interval counts images.
+    images = len({unit[1:] for unit in best})
+    share = sum(value >= SUCCESS for value in best.values()) / len(best)
+    interval = binomial(round(share * images), images)
+    return (share, min(interval.low, share), max(interval.high, share)), images
+
+
+def _mean(values: Mapping[Unit, float]) -> float:
+    return sum(values.values()) / len(values)
+
+
+def _interval(values: Mapping[Unit, float], *keys: str) -> Range:
+    """Mean and bootstrap interval; seeds of one image move together."""
+    by_image: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for (_, batch, place), value in values.items():
+        by_image[batch, place].append(value)
+    return _bootstrapped([sum(several) / len(several) for several in by_image.values()], *keys)
+
+
+def _bootstrapped(values: Sequence[float], *keys: str) -> Range:
+    tensor = torch.tensor(values, dtype=torch.float64)
+    low, high = bootstrap(tensor, generator=stream("frontier", *keys))
+    mean = float(tensor.mean())
+    return mean, min(low, mean), max(high, mean)
 
 
 def _reached(records: Sequence[Record]) -> Iterator[tuple[Unit, float]]:
@@ -148,21 +241,27 @@ def _listed(value: Any) -> list[float]:
     return list(value) if isinstance(value, list) else []
 
 
-def _losses(records: Mapping[str, Sequence[Record]]) -> dict[str, tuple[float, float, float]]:
-    """Points of accuracy by defense, over seeds, each beside the same seed without a defense."""
-    by_defense: dict[str, dict[int, float]] = {}
+def _protocol(record: Record) -> str:
+    protocol = record.recipe.get("case", {}).get("protocol", {})
+    return str(protocol.get("algorithm", "fedsgd"))
+
+
+def _losses(records: Mapping[str, Sequence[Record]]) -> dict[tuple[str, str], Range]:
+    """Points of accuracy by defense and protocol, each seed beside itself without a defense."""
+    measured: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for label, mine in records.items():
         defense, _, adversary = label.split("/")
-        if adversary == UTILITY:
-            measured = {r.seed: float(r.own["accuracy"]) for r in mine if "accuracy" in r.own}
-            by_defense[defense] = measured
-    plain = by_defense.get(UNDEFENDED, {})
+        for record in mine if adversary == UTILITY else ():
+            if "accuracy" in record.own:
+                place = defense, _protocol(record)
+                measured[place][record.seed] = float(record.own["accuracy"])
     found = {}
-    for defense, measured in by_defense.items():
-        seeds = sorted(measured.keys() & plain.keys())
+    for (defense, protocol), accuracies in measured.items():
+        plain = measured.get((UNDEFENDED, protocol), {})
+        seeds = sorted(accuracies.keys() & plain.keys())
         if seeds:
-            paired: Values = {(s, ""): [100 * (plain[s] - measured[s])] for s in seeds}
-            found[defense] = mean_and_interval(paired, "loss", defense)
+            lost = [100 * (plain[seed] - accuracies[seed]) for seed in seeds]
+            found[defense, protocol] = _bootstrapped(lost, "loss", defense, protocol)
     return found
 
 
@@ -173,32 +272,47 @@ def _dominates(one: Point, other: Point) -> bool:
     return mine != its and mine[0] <= its[0] and mine[1] <= its[1]
 
 
-def summarise(study: Study, records: Mapping[str, Sequence[Record]]) -> Iterator[dict[str, Any]]:
-    """The figures of the frontier; see above."""
-    del study
+def summarise(
+    records: Mapping[str, Sequence[Record]], published: Mapping[str, str]
+) -> Iterator[dict[str, Any]]:
+    """The figures of the frontier; see above.
+
+    Args:
+        records: By case.
+        published: By key of a defense, the value of the axis that is its published strength.
+    """
     every = points(records)
+    seeds = len({r.seed for label, m in records.items() if label.endswith(UTILITY) for r in m})
     for point in every:
-        words = [f"{point.by} recovered most"]
-        words += ["dominated"] if point.dominated else []
-        words += ["no better than noise of equal size"] if point.noise else []
-        yield _figure(
-            ("recovered", point.network, point.defense), point.recovered, "", point.images,
-            "; ".join(words), by="wilson",
-        )  # fmt: skip
-        if point.loss is not None:
-            place = ("loss", point.network, point.defense)
-            yield _figure(place, point.loss, "points", len(study_seeds(records)), "")
+        yield from _of_point(point, seeds)
     groups: dict[tuple[str, str], list[Point]] = defaultdict(list)
     for point in every:
         if point.loss is not None and point.defense != UNDEFENDED:
             groups[point.network, point.key].append(point)
     for (network, key), mine in groups.items():
         yield from _headlines(network, key, mine)
+    for key, strength in published.items():
+        yield from _colours(key, [point for point in every if point.defense == strength])
 
 
-def study_seeds(records: Mapping[str, Sequence[Record]]) -> set[int]:
-    """The seeds of all records."""
-    return {record.seed for mine in records.values() for record in mine}
+def _of_point(point: Point, seeds: int) -> Iterator[dict[str, Any]]:
+    words = [f"{point.by} recovered most"] if point.recovered[0] else []
+    words += ["dominated"] if point.dominated else []
+    if point.noise is not None:
+        words += ["no better than noise of equal size"] if point.noise[2] >= 0 else []
+    place = (point.network, point.defense)
+    yield _figure(
+        ("recovered", *place), point.recovered, "", point.images,
+        "; ".join((*words, *point.remarks)), by="wilson",
+    )  # fmt: skip
+    for level in point.levels:
+        share, images = _together([level])
+        note = f"{level.letter}, {level.vantage}" + ("; a bound" if level.bound else "")
+        yield _figure(("level", *place, level.adversary), share, "", images, note, by="wilson")
+    if point.noise is not None:
+        yield _figure(("noise", *place), point.noise, "dB", point.images, "over equal noise")
+    if point.loss is not None:
+        yield _figure(("loss", *place), point.loss, "points", seeds, "")
 
 
 def _headlines(network: str, key: str, mine: Sequence[Point]) -> Iterator[dict[str, Any]]:
@@ -218,9 +332,33 @@ def _headlines(network: str, key: str, mine: Sequence[Point]) -> Iterator[dict[s
         yield _figure(place, best.loss, "points", best.images, f"at {best.defense}")
 
 
+def _colours(key: str, mine: Sequence[Point]) -> Iterator[dict[str, Any]]:
+    """What every letter recovers on the network that is worst for the defense."""
+    for letter, model in LETTERS.items():
+        worst: tuple[Range, int, Point, Level] | None = None
+        for point in mine:
+            able = [
+                level
+                for level in point.levels
+                if not level.bound and LETTERS[level.letter].knowledge in model.knowledge
+            ]
+            if able:
+                share, images = _together(able)
+                if worst is None or share[0] > worst[0][0]:
+                    best = max(able, key=lambda level: (level.share, _mean(level.reached)))
+                    worst = share, images, point, best
+        if worst is not None:
+            share, images, point, best = worst
+            note = f"{best.adversary} ({best.letter}, {best.vantage}) on {point.network}"
+            yield _figure(
+                ("colour", letter, key), share, "", images, f"{note}, at {point.defense}",
+                by="wilson",
+            )  # fmt: skip
+
+
 def _figure(
     place: Sequence[str],
-    value: tuple[float, float, float],
+    value: Range,
     unit: str,
     n: int,
     note: str,

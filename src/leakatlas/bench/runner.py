@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +87,8 @@ class Standing:
     Args:
         cells: All its cells.
         records: The last record of each that has one.
-        left: Cells without a final record of the present code, in order.
+        left: Cells without a final record of the present code: the first of every case, then the
+            second of every case, so that a run which is cut short has something of all.
     """
 
     cells: tuple[Cell, ...]
@@ -119,14 +121,15 @@ def standing(study: Study, options: Options) -> Standing:
             f"{', '.join(study.cases)}."
         )
     records = Store(options.records / study.name).records()
-    left = tuple(
-        cell
-        for cell in cells
-        if (kept := records.get(cell.name)) is None
-        or kept.status not in FINAL
-        or kept.code != cell.code_hash
-    )
-    return Standing(cells, records, left)
+    counted: Counter[str] = Counter()
+    left: list[tuple[int, Cell]] = []
+    for cell in cells:
+        kept = records.get(cell.name)
+        if kept is None or kept.status not in FINAL or kept.code != cell.code_hash:
+            left.append((counted[cell.label], cell))
+        counted[cell.label] += 1
+    left.sort(key=lambda numbered: numbered[0])
+    return Standing(cells, records, tuple(cell for _, cell in left))
 
 
 def run_study(study: Study, options: Options, sink: lanes.Sink | None = None) -> Standing:

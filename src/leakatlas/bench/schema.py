@@ -499,10 +499,11 @@ class StudyFile(Strict):
         ),
     ] = False
     summary: Annotated[
-        bool,
+        bool | Literal["frontier"],
         Field(
             description="Whether `summarise(study, records)` of `study.py` adds figures over all "
-            "cases, such as a correlation.",
+            "cases, such as a correlation; `frontier` is the bench's own, what defenses stop "
+            "against what they cost.",
             examples=[True],
         ),
     ] = False

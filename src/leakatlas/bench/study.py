@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from leakatlas import limits, reading, yamlfiles
 from leakatlas.bench import names
 from leakatlas.bench.schema import Case, StudyFile
-from leakatlas.catalogue import loader, results, source
+from leakatlas.catalogue import loader, registry, results, source
 from leakatlas.catalogue.problems import Problem, closest, from_validation
 from leakatlas.errors import InvalidInput, UnknownName
 
@@ -116,7 +116,7 @@ def check(path: Path) -> tuple[Study | None, list[Problem]]:
     study = Study(name, path.resolve().parent, file, cases)
     if not problems:
         problems += names.check(study, shown)
-    if file.summary and study.hook is None:
+    if file.summary is True and study.hook is None:
         fix = f"add a {HOOK} with summarise(study, records), or leave `summary` out."
         problems.append(
             Problem(file=shown, field="summary", message="is computed by nobody.", fix=fix)
@@ -180,9 +180,22 @@ def _values(axis: str, varied: dict[str, dict[str, Any]] | list[Any] | str) -> d
         if about is not None:
             for value in about.strengths:
                 chosen = {"key": row.key, about.knob: value}
-                label = f"{row.key}, {about.knob}={_short(value)}"
+                label = _strength(row.key, about.knob, value)
                 found[label] = {"defenses": [chosen], "beside": {"defense": row.key}}
     return found
+
+
+def published_strengths() -> dict[str, str]:
+    """By key of an implemented defense, its default strength as a value of `every defense`."""
+    found = {}
+    for key in registry.defense_keys():
+        plain = registry.load_defense(key)()
+        found[key] = _strength(key, plain.knob, getattr(plain, plain.knob))
+    return found
+
+
+def _strength(key: str, knob: str, value: Any) -> str:
+    return f"{key}, {knob}={_short(value)}"
 
 
 def _short(value: Any) -> str:

@@ -18,7 +18,7 @@ the stroke. Cases and executions can be measured again one by one: the rows of a
 more than one run.
 """
 
-ELSEWHERE = {"labels", "labels_withheld", "lint", "measures"}
+ELSEWHERE = {"frontier", "labels", "labels_withheld", "lint", "measures"}
 """Studies with a page of their own."""
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 1.0)

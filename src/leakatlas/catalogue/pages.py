@@ -15,6 +15,7 @@ from pathlib import Path
 from leakatlas.catalogue import (
     benchmark_pages,
     citations,
+    frontier,
     label_pages,
     loader,
     measure_pages,
@@ -69,6 +70,8 @@ def generated(root: Path) -> dict[str, str]:
         files["docs/measures.md"] = validated
     if (timed := benchmark_pages.render(measured)) is not None:
         files["docs/benchmarks.md"] = timed
+    if (drawn := frontier.render(measured)) is not None:
+        files["docs/frontier.md"] = drawn
     readme = root / "README.md"
     if readme.is_file() and BEGIN in readme.read_text(encoding="utf-8"):
         text = readme.read_text(encoding="utf-8")
@@ -285,19 +288,25 @@ def _notes(notes: tuple[str, ...]) -> list[str]:
 
 
 def _stances(row: Defense, measured: tuple[results.Result, ...]) -> list[str]:
-    found = results.measured_stances(measured, row.key)
+    found = results.measured_colours(measured, row.key)
     lines = ["| | " + " | ".join(LETTERS) + " |", "|---|" + "---|" * len(LETTERS)]
     if row.stance is not None:
         stances = [row.stance.of(letter) for letter in LETTERS]
         printed = (f"{stance} ({tables.COLOURS[stance]})" for stance in stances)
         lines.append("| Printed | " + " | ".join(printed) + " |")
-    lines.append("| Measured | " + " | ".join(found.get(x, "not yet") for x in LETTERS) + " |")
+    words = (found[x].stance if x in found else "not yet" for x in LETTERS)
+    lines.append("| Measured | " + " | ".join(words) + " |")
     lines += [
         "",
         f"Measured: the strongest attack of the letter reconstructs at most "
         f"{results.HOLDS_BELOW:.0%} of the victims (holds), at least {results.FAILS_ABOVE:.0%} "
         "(fails), or something between (partial).",
     ]
+    decided: dict[str, list[str]] = {}
+    for letter, colour in found.items():
+        decided.setdefault(colour.words, []).append(letter)
+    lines += [""] * bool(decided)
+    lines += [f"- {', '.join(letters)}: {words}." for words, letters in decided.items()]
     return lines
 
 

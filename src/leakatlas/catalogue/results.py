@@ -8,7 +8,8 @@ such.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,10 @@ from leakatlas.errors import InvalidInput
 
 __all__ = [
     "FAILS_ABOVE",
+    "FRONTIER",
     "HOLDS_BELOW",
+    "JOIN",
+    "Colour",
     "Measure",
     "Result",
     "StudyFigure",
@@ -41,6 +45,7 @@ __all__ = [
     "differential",
     "files",
     "load",
+    "measured_colours",
     "measured_stances",
     "of_row",
     "read",
@@ -54,6 +59,12 @@ __all__ = [
 # is ours.
 HOLDS_BELOW = 0.05
 FAILS_ABOVE = 0.5
+
+FRONTIER = "frontier"
+"""The study of all defenses at all strengths."""
+
+JOIN = " | "
+"""Between the parts of the name of one of its figures."""
 
 
 def _keys(kind: str) -> list[str]:
@@ -212,20 +223,68 @@ def of_row(results: tuple[Result, ...], kind: str, key: str) -> tuple[Result, ..
     return tuple(result for result in results if (result.kind, result.key) == (kind, key))
 
 
-def measured_stances(results: tuple[Result, ...], key: str) -> dict[str, Stance]:
+@dataclass(frozen=True)
+class Colour:
+    """The measured colour of one letter of a defense, and what decided it.
+
+    Args:
+        measure: Share of images that an adversary of this letter recovers.
+        where: Which attack, in which setting.
+        study: The study that measured it.
+    """
+
+    measure: Measure
+    where: str
+    study: str
+
+    @property
+    def stance(self) -> Stance:
+        """What the share says."""
+        return stance_of(self.measure.value)
+
+    @property
+    def words(self) -> str:
+        """Share, interval, images, attack and setting."""
+        low, high = self.measure.interval or (self.measure.value, self.measure.value)
+        return (
+            f"{self.measure.value:.0%} [{low:.0%}, {high:.0%}] of {self.measure.n} images: "
+            f"{self.where}"
+        )
+
+
+def measured_colours(results: Iterable[Result], key: str) -> dict[str, Colour]:
     """The measured colour of each letter of a defense.
 
-    Read from measures that are not outdated and are named ``success_rate`` (the share of victims
-    that the strongest attack of that letter reconstructs). Several vantages or runs of one
-    letter: the worst counts.
+    Read from the frontier's figures named ``colour | letter | defense``, and from measures of the
+    row that are not outdated and are named ``success_rate`` (the share of victims that the
+    strongest attack of that letter reconstructs). Of several, the worst counts.
     """
-    worst: dict[str, float] = {}
-    for result in of_row(results, "defense", key):
+    worst: dict[str, Colour] = {}
+    for result in results:
+        for letter, measure in _rates(result, key):
+            if letter not in worst or measure.value > worst[letter].measure.value:
+                where = measure.note if result.kind == "benchmark" else measure.case
+                worst[letter] = Colour(measure, where or result.key, result.study or result.key)
+    return dict(sorted(worst.items()))
+
+
+def _rates(result: Result, key: str) -> Iterator[tuple[str, Measure]]:
+    """The shares that give colours to a defense, by letter."""
+    if (result.kind, result.key) == ("defense", key) and not result.outdated:
         for measure in result.measures:
-            if result.outdated or measure.name != "success_rate" or measure.letter is None:
-                continue
-            worst[measure.letter] = max(worst.get(measure.letter, 0.0), measure.value)
-    return {letter: stance_of(rate) for letter, rate in sorted(worst.items())}
+            if measure.name == "success_rate" and measure.letter is not None:
+                yield measure.letter, measure
+    if (result.kind, result.key) == ("benchmark", FRONTIER):
+        for measure in result.measures:
+            what, _, rest = measure.name.partition(JOIN)
+            letter, _, about = rest.partition(JOIN)
+            if (what, about) == ("colour", key):
+                yield letter, measure
+
+
+def measured_stances(results: Iterable[Result], key: str) -> dict[str, Stance]:
+    """The measured colour of each letter of a defense, in a word."""
+    return {letter: colour.stance for letter, colour in measured_colours(results, key).items()}
 
 
 def stance_of(rate: float) -> Stance:

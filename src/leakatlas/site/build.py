@@ -229,7 +229,16 @@ def _defense(row: Defense, measured: tuple[results.Result, ...]) -> dict[str, An
         "curve": measured_page.defense_chart(measured, row),
         "title": tables.name_of(row),
         "measured_stance": results.measured_stances(measured, row.key),
+        "decided": _decided(measured, row.key),
     }
+
+
+def _decided(measured: tuple[results.Result, ...], key: str) -> dict[str, list[str]]:
+    """Which attack decided the measured colours of which letters, in which setting."""
+    found: dict[str, list[str]] = {}
+    for letter, colour in results.measured_colours(measured, key).items():
+        found.setdefault(colour.words, []).append(letter)
+    return found
 
 
 def _common(

@@ -3,98 +3,59 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from leakatlas.catalogue import loader, tables
+from leakatlas.catalogue import frontier
+from leakatlas.catalogue.frontier import Row, Strength
 from leakatlas.catalogue.results import Measure, Result
-from leakatlas.errors import UnknownName
 from leakatlas.site.charts import Axis, Dot, Series, chart
 
-STUDY = "frontier"
-JOIN = " | "
 LOSS = Axis("accuracy lost, points")
 RECOVERED = Axis("images recovered, %")
 
 
-@dataclass
-class Row:
-    """One defense on one network.
-
-    Args:
-        key: Of its row; ``none`` for the undefended set-up.
-        name: For people.
-        points: By strength: accuracy lost and share recovered.
-        private: Least share recovered at an affordable price, if a strength has one.
-        price: Least price at which next to nothing is recovered, if a strength does that.
-    """
-
-    key: str
-    name: str
-    points: dict[str, tuple[Measure, Measure]] = field(default_factory=dict)
-    private: Measure | None = None
-    price: Measure | None = None
-
-
-def context(measured: Iterable[Result]) -> dict[str, Any]:
-    """What the page is given: rows by network, the charts, and the same as data."""
-    result = next((r for r in measured if (r.kind, r.key) == ("benchmark", STUDY)), None)
-    if result is None:
-        return {"result": None, "networks": {}, "charts": {}, "data": Markup("")}
-    networks = _networks(result.measures)
+def context(measured: Sequence[Result]) -> dict[str, Any]:
+    """What the page is given: rows by network, the charts, the colours, and points as data."""
+    result = frontier.result_of(measured)
+    networks = {} if result is None else frontier.networks(result.measures)
     return {
         "result": result,
         "networks": networks,
+        "levels": {name: _levels(rows) for name, rows in networks.items()},
         "charts": {name: _chart(name, rows) for name, rows in networks.items()},
+        "verdicts": frontier.verdicts(measured),
         "data": _data(networks),
     }
 
 
-def _networks(measures: Sequence[Measure]) -> dict[str, list[Row]]:
-    """Rows by network, in the order of the study."""
-    figures: dict[tuple[str, str, str], Measure] = {}
-    for measure in measures:
-        place = measure.name.split(JOIN)
-        if len(place) == 3:
-            figures[place[0], place[1], place[2]] = measure
-    found: dict[str, dict[str, Row]] = defaultdict(dict)
-    for (what, network, defense), recovered in figures.items():
-        loss = figures.get(("loss", network, defense))
-        if what == "recovered" and loss is not None:
-            key, _, strength = defense.partition(", ")
-            row = found[network].setdefault(key, Row(key, _name(key)))
-            row.points[strength] = loss, recovered
-            row.private = figures.get(("private", network, key))
-            row.price = figures.get(("price", network, key))
-    return {network: list(rows.values()) for network, rows in found.items()}
+def _levels(rows: Sequence[Row]) -> list[str]:
+    """The adversaries of a network, in the order of the study."""
+    return list(dict.fromkeys(n for row in rows for p in row.points.values() for n in p.levels))
 
 
-def _name(key: str) -> str:
-    try:
-        return tables.name_of(loader.defense(key))
-    except UnknownName:  # the undefended set-up
-        return "no defense" if key == "none" else key
+def _priced(row: Row) -> list[tuple[str, Strength, Measure]]:
+    """The points that have a place on the chart."""
+    return [(s, point, point.loss) for s, point in row.points.items() if point.loss is not None]
 
 
 def _chart(network: str, rows: Sequence[Row]) -> Markup:
     """For who has no script: one series, the labels under a pointer."""
     dots = tuple(
-        Dot(loss.value, 100 * recovered.value, _words(row, strength, loss, recovered))
+        Dot(loss.value, 100 * point.recovered.value, _words(row, strength, point, loss))
         for row in rows
-        for strength, (loss, recovered) in row.points.items()
+        for strength, point, loss in _priced(row)
     )
     title = f"{network}: images recovered against accuracy lost"
     return chart(title, [Series("one strength of a defense", dots)], LOSS, RECOVERED)
 
 
-def _words(row: Row, strength: str, loss: Measure, recovered: Measure) -> str:
+def _words(row: Row, strength: str, point: Strength, loss: Measure) -> str:
     return (
-        f"{row.name} {strength}: {100 * recovered.value:.0f} % recovered at "
-        f"{loss.value:+.1f} points; {recovered.note}"
+        f"{row.name} {strength}: {frontier.share(point.recovered)} images recovered at "
+        f"{frontier.points(loss)} points; {point.recovered.note}"
     )
 
 
@@ -107,11 +68,13 @@ def _data(networks: dict[str, list[Row]]) -> Markup:
                 "points": [
                     {
                         "x": loss.value,
-                        "y": 100 * recovered.value,
-                        "words": _words(row, strength, loss, recovered),
-                        "dominated": "dominated" in recovered.note,
+                        "y": 100 * point.recovered.value,
+                        "xs": loss.interval,
+                        "ys": [100 * end for end in point.recovered.interval or ()] or None,
+                        "words": _words(row, strength, point, loss),
+                        "dominated": "dominated" in point.recovered.note,
                     }
-                    for strength, (loss, recovered) in row.points.items()
+                    for strength, point, loss in _priced(row)
                 ],
             }
             for row in rows

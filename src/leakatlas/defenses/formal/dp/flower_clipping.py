@@ -126,7 +126,8 @@ class FlowerClipping(Defense):
         """Clip, and note whether that was necessary."""
         if not self.noise_multiplier:
             return update
-        bound = context.memory["bound"]
+        # Who rehearses clients has heard no server: it starts where the first round does.
+        bound = context.memory.get("bound", self.clipping_norm)
         sent = clip(update.tensors, bound, "flat")
         norm = torch.linalg.vector_norm(
             torch.stack([torch.linalg.vector_norm(t) for t in update.tensors.values()])

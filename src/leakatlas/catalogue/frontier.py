@@ -1,0 +1,220 @@
+"""The figures of the frontier, taken apart again, and their page in Markdown.
+
+Their names are ``what | network | defense``; :mod:`leakatlas.bench.frontier` says what each is.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from leakatlas.catalogue import loader, tables
+from leakatlas.catalogue.results import FRONTIER, JOIN, Colour, Measure, Result, measured_colours
+from leakatlas.catalogue.schema import LETTERS
+from leakatlas.errors import UnknownName
+
+UNDEFENDED = "none"
+
+
+@dataclass
+class Strength:
+    """One defense at one strength, on one network.
+
+    Args:
+        recovered: Share of images that some adversary recovered.
+        loss: Points of accuracy lost; None if that was not measured.
+        noise: DB that a search gains over noise of equal size; None where nothing compares.
+        levels: Share that each adversary alone recovered.
+    """
+
+    recovered: Measure
+    loss: Measure | None = None
+    noise: Measure | None = None
+    levels: dict[str, Measure] = field(default_factory=dict)
+
+
+@dataclass
+class Row:
+    """One defense on one network.
+
+    Args:
+        key: Of its row; ``none`` for the undefended set-up.
+        name: For people.
+        points: By strength.
+        private: Least share recovered at an affordable price, if a strength has one.
+        price: Least price at which next to nothing is recovered, if a strength does that.
+    """
+
+    key: str
+    name: str
+    points: dict[str, Strength] = field(default_factory=dict)
+    private: Measure | None = None
+    price: Measure | None = None
+
+
+def result_of(measured: Iterable[Result]) -> Result | None:
+    """The frontier among all results."""
+    return next((r for r in measured if (r.kind, r.key) == ("benchmark", FRONTIER)), None)
+
+
+def networks(measures: Iterable[Measure]) -> dict[str, list[Row]]:
+    """Rows by network, in the order of the study."""
+    found: dict[str, dict[str, Row]] = defaultdict(dict)
+    measures = list(measures)
+    for measure in measures:
+        match measure.name.split(JOIN):
+            case ["recovered", network, defense]:
+                key, _, strength = defense.partition(", ")
+                row = found[network].setdefault(key, Row(key, name_of(key)))
+                row.points[strength] = Strength(measure)
+    for measure in measures:
+        match measure.name.split(JOIN):
+            case ["level", network, defense, adversary]:
+                _point(found, network, defense).levels[adversary] = measure
+            case ["loss", network, defense]:
+                _point(found, network, defense).loss = measure
+            case ["noise", network, defense]:
+                _point(found, network, defense).noise = measure
+            case ["private", network, key]:
+                found[network][key].private = measure
+            case ["price", network, key]:
+                found[network][key].price = measure
+    return {network: list(rows.values()) for network, rows in found.items()}
+
+
+def _point(found: Mapping[str, Mapping[str, Row]], network: str, defense: str) -> Strength:
+    key, _, strength = defense.partition(", ")
+    return found[network][key].points[strength]
+
+
+def name_of(key: str) -> str:
+    """A defense's name for people."""
+    try:
+        return tables.name_of(loader.defense(key))
+    except UnknownName:  # the undefended set-up
+        return "no defense" if key == UNDEFENDED else key
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A defense's colours: printed beside measured.
+
+    Args:
+        key: Of its row.
+        name: For people.
+        printed: In a word, by letter; empty for rows without printed colours.
+        measured: By letter.
+    """
+
+    key: str
+    name: str
+    printed: Mapping[str, str]
+    measured: Mapping[str, Colour]
+
+    @property
+    def apart(self) -> dict[str, list[str]]:
+        """What decided where measured and printed colours differ, and for which letters."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for letter, colour in self.measured.items():
+            if letter in self.printed and self.printed[letter] != colour.stance:
+                found[f"{colour.stance}, {colour.words}"].append(letter)
+        return dict(found)
+
+
+def verdicts(measured: Sequence[Result]) -> list[Verdict]:
+    """Of every defense that has a measured colour."""
+    found = []
+    for row in loader.defenses():
+        colours = measured_colours(measured, row.key)
+        if colours:
+            printed = row.stance.model_dump() if row.stance is not None else {}
+            found.append(Verdict(row.key, tables.name_of(row), printed, colours))
+    return found
+
+
+# -- in Markdown -----------------------------------------------------------------------------------
+
+INTRODUCTION = """# The frontier
+
+<!-- generated by scripts/generate.py from results/frontier.json; do not edit -->
+
+What every defense stops, at each strength, and the accuracy that it costs. An image counts as
+recovered if any adversary of its network reaches 19 dB on it; all but one know the defense. Who
+holds its secret is a bound and does not count. That nothing was recovered says nothing about
+attacks that were not tried. The site draws the same figures.
+"""
+
+
+def render(measured: Sequence[Result]) -> str | None:
+    """The page, or None if the frontier was not measured."""
+    result = result_of(measured)
+    if result is None:
+        return None
+    lines = [INTRODUCTION, f"`{result.command}` ({result.hardware}, {result.date}).", ""]
+    lines += _colours(verdicts(measured))
+    for network, rows in networks(result.measures).items():
+        lines += [f"## {network}", "", *_headlines(rows), "", *_points(rows), ""]
+    return "\n".join(lines)
+
+
+def _colours(found: Sequence[Verdict]) -> list[str]:
+    lines = [
+        "## Colours", "",
+        "Printed / measured at the published strength, on the network that is worst for the "
+        "defense: + holds (at most 5 % recovered), ~ in part, x fails (half or more).", "",
+        "| Defense | " + " | ".join(LETTERS) + " |", "|---|" + "---|" * len(LETTERS),
+    ]  # fmt: skip
+    signs = {"holds": "+", "partial": "~", "fails": "x", "": "-"}
+    for verdict in found:
+        cells = []
+        for letter in LETTERS:
+            colour = verdict.measured.get(letter)
+            both = verdict.printed.get(letter, ""), colour.stance if colour else ""
+            cells.append(" / ".join(signs[word] for word in both))
+        lines.append(f"| [{verdict.name}](defenses/{verdict.key}.md) | " + " | ".join(cells) + " |")
+    lines += ["", "Where they differ:", ""]
+    for verdict in found:
+        for why, letters in verdict.apart.items():
+            lines.append(f"- {verdict.name}, {', '.join(letters)}: {why}.")
+    return [*lines, ""]
+
+
+def _headlines(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| Defense | recovered at 1 point of accuracy or less | points lost at 5 % recovered or less |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        if row.key == UNDEFENDED:
+            continue
+        private = f"{share(row.private)}, {row.private.note}" if row.private else "-"
+        price = f"{points(row.price)}, {row.price.note}" if row.price else "-"
+        lines.append(f"| {row.name} | {private} | {price} |")
+    return lines
+
+
+def _points(rows: Sequence[Row]) -> list[str]:
+    names = list(dict.fromkeys(n for row in rows for p in row.points.values() for n in p.levels))
+    columns = ["Defense", "Strength", "recovered", "points lost", *names, "over equal noise", ""]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for row in rows:
+        for strength, point in row.points.items():
+            cells = [row.name, strength or "-", share(point.recovered)]
+            cells.append("-" if point.loss is None else points(point.loss))
+            cells += [f"{point.levels[n].value:.0%}" if n in point.levels else "-" for n in names]
+            cells.append("-" if point.noise is None else f"{point.noise.value:+.1f} dB")
+            lines.append("| " + " | ".join([*cells, point.recovered.note]) + " |")
+    return lines
+
+
+def share(measure: Measure) -> str:
+    """Percent, interval and number of images."""
+    low, high = measure.interval or (measure.value, measure.value)
+    return f"{measure.value:.0%} [{low:.0%}, {high:.0%}] of {measure.n}"
+
+
+def points(measure: Measure) -> str:
+    """Points of accuracy and their interval."""
+    low, high = measure.interval or (measure.value, measure.value)
+    return f"{measure.value:+.1f} [{low:+.1f}, {high:+.1f}]"
