@@ -55,9 +55,7 @@ def figures(records: Cases, published: dict[str, str] | None = None) -> dict[str
 
 
 def test_an_image_is_recovered_if_any_adversary_recovers_it() -> None:
-    strong = point(
-        "noise, sigma=1", **{"noise, sigma=1/fresh/read-out": [attacked([10.0, 40.0])]}
-    )
+    strong = point("noise, sigma=1", **{"noise, sigma=1/fresh/read-out": [attacked([10.0, 40.0])]})
     assert strong.recovered[0] == 0.5 and strong.by == "read-out"
     assert strong.recovered[1] <= 0.5 <= strong.recovered[2] and strong.images == 2
 

@@ -182,7 +182,7 @@ def _colours(found: Sequence[Verdict]) -> list[str]:
 
 def _headlines(rows: Sequence[Row]) -> list[str]:
     lines = [
-        "| Defense | recovered at 1 point of accuracy or less | points lost at 5 % recovered or less |",
+        "| Defense | recovered at 1 point or less | points lost at 5 % recovered or less |",
         "|---|---|---|",
     ]
     for row in rows:
