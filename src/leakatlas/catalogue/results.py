@@ -263,8 +263,10 @@ def measured_colours(results: Iterable[Result], key: str) -> dict[str, Colour]:
     for result in results:
         for letter, measure in _rates(result, key):
             if letter not in worst or measure.value > worst[letter].measure.value:
-                where = measure.note if result.kind == "benchmark" else measure.case
-                worst[letter] = Colour(measure, where or result.key, result.study or result.key)
+                study = result.study or result.key
+                own = measure.note if result.kind == "benchmark" else measure.case
+                where = own or measure.note or f"the strongest attack of study {study}"
+                worst[letter] = Colour(measure, where, study)
     return dict(sorted(worst.items()))
 
 
