@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ def _attacked(
     own: dict[str, Any] = {}
     trial: harness.Trial | None = None
     other: Tensor | None = None
+    costs: Mapping[str, float] | None = None
     seconds = parse_budget(case.budget)
 
     trail = Trail()
@@ -89,6 +90,7 @@ def _attacked(
         )  # fmt: skip
         truth = trial.truth
         status, reason = trial.found.status, trial.found.reason
+        costs = dict(adversary.costs())  # before the control has costs of its own
         if case.control:
             decoy = harness.control_trial(
                 stage, scene.staged(cell, decoy=True), attack, target=case.target,
@@ -131,7 +133,7 @@ def _attacked(
         execution="" if found is None else found.execution,
         trace=() if trial is None else harness.trace(trial, trail, stage),
         costs={
-            **adversary.costs(),
+            **(adversary.costs() if costs is None else costs),
             **({} if found is None else {"seconds": found.seconds}),
             **({} if trial is None else {"rounds": float(len(trial.records))}),
         },
