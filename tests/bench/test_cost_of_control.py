@@ -26,9 +26,10 @@ class Counting(Here):
 
 def test_the_costs_are_those_of_the_attack_and_not_of_its_control() -> None:
     case = Case.model_validate({
-        "model": {"builtin": "fc", "kwargs": {"size": 8, "classes": 10, "widths": [12]}},
-        "victims": {"set": "photos:8", "count": 2},
-        "surrogate": {"set": "photos:8", "first": 2},
+        "model": {"builtin": "fc", "kwargs": {"in_channels": 1, "size": 8, "widths": [12]}},
+        "victims": {"set": "digits", "first": 1100, "count": 200},
+        "surrogate": {"set": "digits", "first": 700, "count": 60},
+        "pixels": {"mean": [0.5], "std": [0.5]},
         "attack": {"key": "rgap"},
         "control": True,
         "measures": ["psnr", "cpu_seconds"],
