@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,9 @@ def app_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 def _context(folder: Path, **config: Any) -> Any:
     from flwr.app import Context, RecordDict
 
-    settings = {
-        "local-epochs": 1, "batch-size": 4, "learning-rate": 0.05, "momentum": 0.0, "mode": "train",
-        "defense": "none", "guard": "off", "fail": "none", "secret": "token",
-        "dp-clipping-norm": 1.0, "dp-sensitivity": 0.01, "dp-epsilon": 5.0, "dp-delta": 1e-5,
-        "leakatlas-folder": str(folder),
+    described = tomllib.loads((APP / "pyproject.toml").read_text(encoding="utf-8"))
+    settings = described["tool"]["flwr"]["app"]["config"] | {
+        "secret": "token", "leakatlas-folder": str(folder),
     }  # fmt: skip
     return Context(
         run_id=1, node_id=77, node_config={"partition-id": 0}, state=RecordDict(),
@@ -124,6 +123,23 @@ def test_the_two_places_differ_by_the_noise_between_them(tmp_path: Path) -> None
     assert len(promise.doubts(rounds=3)) == 4
 
 
+def test_the_two_places_differ_by_a_clipping_mod_between_them(tmp_path: Path) -> None:
+    """Flower's own, whose norm the server sends along."""
+    task, client = _task(), _client()
+    message = _message(task.net().state_dict())
+    message.content["config"]["clipping_norm"] = 0.01
+    assert not client.app(message, _context(tmp_path, defense="clipping")).has_error()
+    raw, wire = (read_recording(tmp_path, place=place).last for place in ("raw", "wire"))
+    moved = {p.place: {n: (p.sent[n] - t).double() for n, t in p.received.items()}
+             for p in (raw, wire)}  # fmt: skip
+    norms = {p: sum(float(t.square().sum()) for t in m.values()) ** 0.5 for p, m in moved.items()}
+    assert norms["raw"] > 0.02
+    assert norms["wire"] == pytest.approx(0.01, rel=1e-4)
+    for name, tensor in moved["raw"].items():
+        clipped = tensor * 0.01 / norms["raw"]
+        torch.testing.assert_close(moved["wire"][name], clipped, atol=1e-7, rtol=1e-3)
+
+
 def test_a_guard_refuses_a_tampered_model_and_answers_with_an_error(tmp_path: Path) -> None:
     from leakatlas.integrations.flower import REFUSED
 
@@ -137,6 +153,50 @@ def test_a_guard_refuses_a_tampered_model_and_answers_with_an_error(tmp_path: Pa
     assert "refuses this round" in reply.error.reason
     logged = client.app(_message(state), _context(tmp_path, guard="log"))
     assert not logged.has_error()
+
+
+def _alone() -> torch.nn.Module:
+    """An honest network whose first layer is fed pixels: one image stands in its update."""
+    torch.manual_seed(0)
+    layers = (torch.nn.Linear(3 * 8 * 8, 16), torch.nn.Sigmoid(), torch.nn.Linear(16, 3))
+    return torch.nn.Sequential(torch.nn.Flatten(), *layers)
+
+
+@pytest.mark.parametrize("on_alarm", ["log", "refuse", "defend"])
+def test_a_guard_reads_what_would_leave_as_a_server_would(
+    tmp_path: Path, on_alarm: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from flwr.app import ArrayRecord, Message, RecordDict
+    from flwr.clientapp import ClientApp
+
+    from leakatlas.integrations.flower import Guard, capture_wire_mod, guard_mod
+
+    image, label = torch.rand(1, 3, 8, 8), torch.tensor([1])
+    defense = leakatlas.defense("clipping", max_norm=0.01) if on_alarm == "defend" else None
+    guard = Guard(
+        model=_alone, on_alarm=on_alarm, defense=defense, examples=lambda: (image, label),
+        protocol=FedAVG(epochs=1, batch_size=1, lr=0.5, mode="train"),
+    )  # fmt: skip
+    app = ClientApp(mods=[capture_wire_mod, guard_mod(guard)])
+
+    @app.train()
+    def fit(message: Any, context: Any) -> Any:
+        model = _alone().train()
+        torch.nn.functional.cross_entropy(model(image), label).backward()
+        torch.optim.SGD(model.parameters(), lr=0.5).step()
+        return Message(RecordDict({"arrays": ArrayRecord(model.state_dict())}), reply_to=message)
+
+    start = _alone().state_dict()
+    reply = app(_message(start), _context(tmp_path))
+    said = "1 of 1 own images can be read off it"
+    if on_alarm == "refuse":
+        assert said in reply.error.reason
+        assert not list(tmp_path.glob("*/*.safetensors")), "nothing left"
+        return
+    assert said in caplog.text
+    sent = reply.content["arrays"].to_torch_state_dict()
+    moved = sum(float((sent[n] - t).double().square().sum()) for n, t in start.items()) ** 0.5
+    assert (moved == pytest.approx(0.01, rel=1e-3)) == (on_alarm == "defend")
 
 
 def test_a_guard_defends_what_leaves(tmp_path: Path) -> None:

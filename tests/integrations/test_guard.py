@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from torch.nn import functional as F
 
 import leakatlas
 from leakatlas.errors import InvalidInput, InvalidParameter
+from leakatlas.fl import FedAVG
 from leakatlas.fl.recording import Exchange, Recorder, read_recording
 from leakatlas.fl.state import model_state
-from leakatlas.integrations.guard import Guard, judged
+from leakatlas.integrations.guard import Guard, judged, outgoing
 from leakatlas.models import build
 
 
@@ -102,20 +104,69 @@ def test_an_update_that_gives_examples_away_is_seen_before_it_leaves() -> None:
     images = torch.rand(4, 3, 32, 32, generator=generator)
     images *= torch.linspace(0.2, 1.0, 4)[:, None, None, None]
 
-    def leaving(act: type[nn.Module], state: dict[str, Tensor]) -> bool:
+    def leaving(act: type[nn.Module], state: dict[str, Tensor]) -> str:
         model = _of_units(act)
         model.load_state_dict(state)
         F.cross_entropy(model(images), labels).backward()
+        torch.optim.SGD(model.parameters(), lr=0.05).step()
         guard = Guard(model=lambda: _of_units(act), examples=lambda: (images, labels))
-        verdict = guard.leaving(state, model_state(model))
-        assert verdict is not None
-        return verdict.alarm
+        return outgoing(guard, state, model_state(model), client="7")
 
-    assert leaving(nn.ReLU, _trapped(model_state(_of_units(nn.ReLU)), layer="1"))
+    said = leaving(nn.ReLU, _trapped(model_state(_of_units(nn.ReLU)), layer="1"))
+    assert "of 4 own images can be read off it" in said
+    assert "one direction" in said
     honest = model_state(_of_units(nn.Sigmoid))
-    assert not leaving(nn.Sigmoid, honest)
+    assert leaving(nn.Sigmoid, honest) == ""
     blind = Guard(model=lambda: _of_units(nn.Sigmoid))
     assert blind.leaving(honest, honest) is None, "nothing to look with"
+
+
+def test_one_example_behind_an_honest_layer_is_an_alarm() -> None:
+    """Nothing is tampered with, and the image stands in the update all the same."""
+    x, y = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)), torch.tensor([2])
+    makers: list[tuple[Callable[[], nn.Module], int]] = [
+        (partial(_of_units, nn.Sigmoid), 1),
+        (_net, 0),
+    ]
+    for make, readable in makers:
+        model = make().train()
+        received = model_state(model)
+        F.cross_entropy(model(x), y).backward()
+        torch.optim.SGD(model.parameters(), lr=0.05).step()
+        found = Guard(model=make, examples=lambda: (x, y)).leaving(received, model_state(model))
+        assert found is not None
+        assert (found.readable, found.examples) == (readable, 1)
+        assert not found.verdict.alarm
+        assert bool(found.alarm) == bool(readable)
+
+
+def test_the_doctor_knows_whether_an_update_is_what_the_agreed_training_gives(
+    tmp_path: Path,
+) -> None:
+    one = _round(tmp_path, _normed, _normed().state_dict(), 8, lr=0.5)
+    x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(4) % 3
+
+    def said(lr: float) -> str:
+        protocol = FedAVG(epochs=1, batch_size=4, lr=lr, mode="train")
+        guard = Guard(model=_normed, examples=lambda: (x, y), protocol=protocol)
+        found = guard.leaving(one.received, one.sent)
+        assert found is not None
+        assert found.diagnosis is not None
+        return found.alarm
+
+    assert said(0.5) == ""
+    assert "not what the agreed training gives" in said(0.1)
+    with pytest.raises(InvalidParameter, match="all three"):
+        Guard(model=_normed, protocol=FedAVG(epochs=1, batch_size=4, lr=0.1))
+
+
+def test_what_cannot_be_examined_does_not_leave() -> None:
+    x, y = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
+    guard = Guard(model=_net, examples=lambda: (x, y))
+    state = model_state(_net())
+    sent = {**state, "extra": torch.zeros(1)}
+    assert "cannot be examined" in outgoing(guard, state, sent, client="7")
 
 
 def test_a_guard_is_told_what_it_cannot_do() -> None:

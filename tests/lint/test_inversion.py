@@ -10,7 +10,7 @@ from leakatlas import models
 from leakatlas.blocks import readout
 from leakatlas.data import bundled
 from leakatlas.fl import edits
-from leakatlas.lint import inversion
+from leakatlas.lint import inversion, lint
 from leakatlas.lint.behaviour import Batch, batch_gradient
 
 SIZE = 8
@@ -106,21 +106,34 @@ def test_a_lone_active_example_is_found_in_the_head() -> None:
 def test_convolutional_models_give_nothing_away() -> None:
     for name in ("lenet", "convnet", "resnet8", "vit"):
         model = models.build(name, size=SIZE).double()
-        scores, _ = inversion.d14_self_inversion(
+        scores, _, _ = inversion.d14_self_inversion(
             model, BATCH, batch_gradient(model, BATCH), head="fc"
         )
         assert all(s.value == 0 for s in scores if s.statistic == "D14/hidden")
 
 
 def test_what_chance_weights_give_away_does_not_count() -> None:
-    """A wide honest layer leaks most of a small batch; the score says how much more there is."""
+    """A wide honest layer leaks most of a small batch: what it shows beyond that is too little."""
     model = models.build("fc", size=SIZE, widths=(256,), seed=1).double()
     batch = Batch(BATCH.x[:3], BATCH.y[:3])
-    scores, leaks = inversion.d14_self_inversion(
+    scores, leaks, unjudged = inversion.d14_self_inversion(
         model, batch, batch_gradient(model, batch), head="fc"
     )
     assert max(leak.share for leak in leaks if leak.pixels) == 1
-    assert max(s.value for s in scores if s.statistic == "D14/hidden") < 0.5
+    assert scores == []
+    assert "too few examples" in unjudged
+
+
+@pytest.mark.parametrize("count", [4, 10, 16])
+def test_small_honest_networks_are_not_taken_for_tampered_with(count: int) -> None:
+    """Their features are much alike before training, and read off the update by chance."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = models.build("lenet5", act="relu", classes=10)
+        chosen = torch.randperm(64, generator=torch.Generator().manual_seed(seed))[:count]
+        batch = bundled.patches(32, 64).images[chosen], torch.arange(count) % 10
+        verdict = lint(model, batch=batch)
+        assert not verdict.alarm, f"seed {seed}: {verdict}"
 
 
 def test_noise_on_the_update_hides_what_it_held() -> None:
@@ -138,7 +151,12 @@ def test_noise_on_the_update_hides_what_it_held() -> None:
 def test_one_example_is_not_judged() -> None:
     model = models.build("fc", size=SIZE).double()
     batch = Batch(BATCH.x[:1], BATCH.y[:1])
-    assert inversion.d14_self_inversion(model, batch, {}, head="fc") == ([], [])
+    scores, leaks, unjudged = inversion.d14_self_inversion(
+        model, batch, batch_gradient(model, batch), head="fc"
+    )
+    assert scores == []
+    assert "one example alone" in unjudged
+    assert leaks[0].pixels and leaks[0].share == 1, "whoever wants to know, is told"
 
 
 def test_a_twin_has_other_weights_the_same_for_everyone() -> None:

@@ -5,9 +5,10 @@ import signal
 
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.clientapp.mod import LocalDpMod
+from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
 
 import leakatlas
+from leakatlas import FedAVG
 from leakatlas.integrations.flower import (
     Guard,
     capture_raw_mod,
@@ -18,35 +19,53 @@ from quickstart.task import load_data, net, train
 
 
 def guard(message, context, call_next):
-    """Answer a tampered model as the run configuration says: refuse, or train under a defense."""
-    choice = context.run_config["guard"]
+    """Answer a tampered model, or an update that would give images away, as configured.
+
+    The guard knows the client's images and its local training: it reads the update as a server
+    would, and replays it. Noise in between cannot be replayed.
+    """
+    config = context.run_config
+    choice = config["guard"]
     if choice == "off":
         return call_next(message, context)
-    defense = leakatlas.defense("clipping", max_norm=0.01) if choice == "defend" else None
-    watcher = Guard(model=net, on_alarm=choice, defense=defense)
+    partition = int(context.node_config["partition-id"])
+    training = FedAVG(
+        epochs=config["local-epochs"],
+        batch_size=config["batch-size"],
+        lr=config["learning-rate"],
+        momentum=config["momentum"],
+        mode=config["mode"],
+    )
+    watcher = Guard(
+        model=net,
+        on_alarm=choice,
+        defense=leakatlas.defense("clipping", max_norm=0.01) if choice == "defend" else None,
+        examples=lambda: load_data(partition),
+        protocol=training if config["defense"] == "none" else None,
+    )
     return guard_mod(watcher)(message, context, call_next)
 
 
-def local_dp(message, context, call_next):
-    """Flower's own local differential privacy, where the run configuration says so.
+def privacy(message, context, call_next):
+    """Flower's own local differential privacy, or its clipping, where the run asks for one.
 
-    Its arguments stand in the run configuration, so that captures record them and the doctor can
+    The arguments stand in the run configuration, so that captures record them and the doctor can
     say what they are worth.
     """
     config = context.run_config
-    if config["defense"] != "local_dp":
-        return call_next(message, context)
-    mod = LocalDpMod(
+    local_dp = LocalDpMod(
         clipping_norm=config["dp-clipping-norm"],
         sensitivity=config["dp-sensitivity"],
         epsilon=config["dp-epsilon"],
         delta=config["dp-delta"],
     )
-    return mod(message, context, call_next)
+    mods = {"local_dp": local_dp, "clipping": fixedclipping_mod}
+    mod = mods.get(config["defense"])
+    return mod(message, context, call_next) if mod else call_next(message, context)
 
 
 # First: what goes on the wire. Last: what training gave. Between them: what guards the update.
-app = ClientApp(mods=[capture_wire_mod, guard, local_dp, capture_raw_mod])
+app = ClientApp(mods=[capture_wire_mod, guard, privacy, capture_raw_mod])
 
 
 def break_down(how):

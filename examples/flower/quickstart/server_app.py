@@ -2,7 +2,7 @@
 
 from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, FedAvg
 
 from leakatlas.integrations.flower import CapturingStrategy
 from quickstart.task import net, trap
@@ -38,6 +38,13 @@ def main(grid: Grid, context: Context):
         strategy = FedAvg(**settings)
     else:
         strategy = Tampering(config["tamper"], **settings)
+    if config["defense"] == "clipping":
+        strategy = DifferentialPrivacyClientSideFixedClipping(
+            strategy,
+            noise_multiplier=config["dp-noise-multiplier"],
+            clipping_norm=config["dp-clipping-norm"],
+            num_sampled_clients=2,
+        )
     if config["capture-server"]:
         strategy = CapturingStrategy(strategy, config["leakatlas-folder"])
     strategy.start(

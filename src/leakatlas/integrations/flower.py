@@ -50,7 +50,7 @@ from torch import Tensor
 from leakatlas import limits
 from leakatlas.errors import InvalidParameter, LeakAtlasError, shown
 from leakatlas.fl.recording import Exchange, Place, Recorder, Scalar
-from leakatlas.integrations.guard import Guard, judged
+from leakatlas.integrations.guard import Guard, judged, outgoing
 
 log = logging.getLogger("leakatlas.flower")
 
@@ -478,8 +478,7 @@ def guard_mod(guard: Guard) -> Mod:
             why = f"{len(records)} records of arrays arrived, {len(leaving)} others would leave"
             return _unjudged(guard, message, reply, client, alarm or why)
         sent = leaving[0]
-        if not alarm and (verdict := guard.leaving(received, tensors(sent))) is not None:
-            alarm = f"the update would give single examples away. {verdict}" * verdict.alarm
+        alarm = alarm or outgoing(guard, received, tensors(sent), client=client)
         if not alarm:
             return reply
         if guard.on_alarm == "refuse":

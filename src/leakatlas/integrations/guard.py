@@ -1,7 +1,10 @@
 """What a client checks on its own side, whatever framework carries its messages.
 
 The framework's adapter hands over what arrived and what is about to leave, as arrays by name; a
-:class:`Guard` says what it thinks of them, and what is to be done.
+:class:`Guard` says what it thinks of them, and what is to be done. Lint examines what arrives. What
+would leave is read as a server would read it: by the closed forms that cost nothing, which the
+client can check against its own examples, and by the doctor, who knows what the agreed training
+gives.
 """
 
 from __future__ import annotations
@@ -14,13 +17,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from leakatlas.audit import Diagnosis, doctor
 from leakatlas.data import Box
 from leakatlas.errors import InvalidInput, InvalidParameter, LeakAtlasError
-from leakatlas.fl import ActsOn, ClientContext, Defense, FedAVG, Update, load_into
+from leakatlas.fl import ActsOn, ClientContext, Defense, FedAVG, Protocol, Update, load_into
+from leakatlas.fl.capture import Capture, CapturedRound
 from leakatlas.fl.hooks import acts_at
 from leakatlas.fl.naming import by_name
 from leakatlas.fl.state import model_state
-from leakatlas.lint import Verdict, lint
+from leakatlas.lint import Verdict, calibration, lint, measure
+from leakatlas.lint.findings import judge
 
 log = logging.getLogger("leakatlas.guard")
 
@@ -28,6 +34,45 @@ Consequence = Literal["log", "refuse", "defend"]
 """On an alarm: say so and go on; take no part in the round; send a defended update."""
 
 Examples = Callable[[], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Departure:
+    """What a guard found in an update that is about to leave.
+
+    Args:
+        verdict: Of lint, with this update.
+        readable: How many of the examples that were looked at a closed form reads off it, pixel by
+            pixel. Honest layers give small batches away, too.
+        examples: How many were looked at.
+        diagnosis: The doctor's, where the guard knows the local training.
+    """
+
+    verdict: Verdict
+    readable: int
+    examples: int
+    diagnosis: Diagnosis | None = None
+
+    @property
+    def alarm(self) -> str:
+        """Why it should not leave, in words; empty if nothing speaks against it."""
+        why = []
+        if self.readable:
+            why.append(f"{self.readable} of {self.examples} own images can be read off it")
+        if self.verdict.alarm:
+            why.append(str(self.verdict))
+        if self.diagnosis is not None and not self.diagnosis.replay.expected:
+            why.append(
+                "it is not what the agreed training gives for these examples: "
+                f"{self.diagnosis.replay.explanation}"
+            )
+        return "; ".join(why)
+
+    def __str__(self) -> str:
+        said = [self.alarm or f"none of {self.examples} own images can be read off it"]
+        if self.diagnosis is not None:
+            said += self.diagnosis.findings
+        return ". ".join(one.rstrip(".") for one in said)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +86,9 @@ class Guard:
             updates, such as ``ClientDP``.
         examples: Gives a few of the client's own inputs and labels, model space; they add the
             checks on gradients, and let it be seen whether the update holds them to be read.
+        protocol: The local training; the doctor then replays it and says whether the update is
+            what it gives. ``examples`` are all that is trained on, then, and no other mod stands
+            between the training and the guard.
         box: Pixel space of these inputs.
         seed: Of the defense's noise.
 
@@ -52,6 +100,7 @@ class Guard:
     on_alarm: Consequence = "log"
     defense: Defense | None = None
     examples: Examples | None = None
+    protocol: Protocol | None = None
     box: Box | None = None
     seed: int | None = None
     _accepted: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
@@ -73,6 +122,11 @@ class Guard:
             raise InvalidParameter(
                 "A guard that defends needs model=, to know what are parameters."
             )
+        if self.protocol is not None and (self.model is None or self.examples is None):
+            raise InvalidParameter(
+                "A guard replays the training of protocol= on examples= with model=: give all "
+                "three."
+            )
 
     def arriving(self, received: Mapping[str, Any], *, client: str = "") -> Verdict:
         """Was this model tampered with?
@@ -91,25 +145,51 @@ class Guard:
             self._accepted[client] = state
         return verdict
 
-    def leaving(self, received: Mapping[str, Any], sent: Mapping[str, Any]) -> Verdict | None:
-        """Does the update about to leave hold single examples to be read?
+    def leaving(self, received: Mapping[str, Any], sent: Mapping[str, Any]) -> Departure | None:
+        """What does the update that is about to leave give away?
 
         Returns:
-            The verdict, or None without ``model`` and ``examples``: nobody else can tell.
+            The findings, or None without ``model`` and ``examples``: nobody else can tell.
+
+        Raises:
+            InvalidInput: If the arrays do not fit the model, or the examples do not.
         """
-        if self.model is None or self.examples is None:
+        batch = self._batch()
+        if self.model is None or batch is None:
             return None
         model = self.model()
-        loaded = load_into(model, self._state(received))
-        update = Update.from_state_dicts(received, sent, model, num_examples=1)
+        state = self._state(received)
+        update = Update.from_state_dicts(received, sent, model, num_examples=len(batch[0]))
         # Rows are read up to their scale: a change of the weights serves as a gradient.
         gradient = Update(
             tensors={n: -t for n, t in update.tensors.items()},
             kind="gradient",
             state_hash="",
-            num_examples=1,
+            num_examples=len(batch[0]),
         )
-        return lint(loaded, batch=self._batch(), update=gradient, box=self.box)
+        scores, skipped, leaks = measure(
+            load_into(model, state), batch=batch, update=gradient, box=self.box
+        )
+        verdict = judge(scores, calibration().thresholds, skipped=skipped)
+        read = torch.zeros(len(batch[0]), dtype=torch.bool)
+        for leak in leaks:
+            if leak.pixels:
+                read |= leak.found.cpu()
+        return Departure(verdict, int(read.sum()), len(read), self._diagnosed(state, update, batch))
+
+    def _diagnosed(
+        self, state: dict[str, Tensor], update: Update, batch: tuple[Tensor, Tensor]
+    ) -> Diagnosis | None:
+        if self.protocol is None:
+            return None
+        assert self.model is not None
+        return doctor(
+            self.model(),
+            batch,
+            captured=Capture(rounds=(CapturedRound(update=update, received=state),)),
+            protocol=self.protocol,
+            box=self.box,
+        )
 
     def defended(
         self, received: Mapping[str, Any], sent: Mapping[str, Any], *, round: int, client: str
@@ -164,3 +244,20 @@ def judged(guard: Guard, received: Mapping[str, Any], *, client: str) -> str:
     if not verdict.alarm:
         return ""
     return f"the received model looks tampered with ({', '.join(verdict.checks)}). {verdict}"
+
+
+def outgoing(
+    guard: Guard, received: Mapping[str, Any], sent: Mapping[str, Any], *, client: str
+) -> str:
+    """Why an update is not to leave as it is; empty if nothing speaks against it.
+
+    What cannot be examined counts as an alarm.
+    """
+    try:
+        found = guard.leaving(received, sent)
+    except LeakAtlasError as problem:
+        return f"the update cannot be examined: {problem}"
+    if found is None:
+        return ""
+    log.info("What leaves client %s: %s.", client, found)
+    return f"the update gives examples away: {found.alarm}" if found.alarm else ""

@@ -253,10 +253,10 @@ def _on_batch(
         )
     if len(batch.x) < behaviour.FEWEST:
         skipped["D8"] = skipped["D9"] = f"{len(batch.x)} examples are too few"
-    if len(batch.x) < 2:
-        skipped["D14"] = "one example alone always stands in its update"
     sent = gradient if update is None else _sent(update, module)
-    found, leaks = inversion.d14_self_inversion(module, batch, sent, head=body.head)
+    found, leaks, unjudged = inversion.d14_self_inversion(module, batch, sent, head=body.head)
+    if unjudged:
+        skipped["D14"] = unjudged
     return scores + found, leaks
 
 

@@ -52,6 +52,11 @@ PAIRS, PAIR_VALUES = 64, 2**26
 TWINS = 3
 """Twins drawn; their shares are averaged, since one draw may leak nothing by chance."""
 
+FEWEST = 12
+"""Of so many examples that chance weights do not give away, a share says something. In which of
+fewer they give away, untrained honest networks differ too much: most small ones would be taken for
+tampered with on a batch of four, one in forty on ten."""
+
 CHUNK = 2**24
 """Candidate values compared at once; bounds memory at 128 MiB or less."""
 
@@ -84,44 +89,50 @@ def d14_self_inversion(
     gradient: Mapping[str, Tensor],
     *,
     head: str | None,
-) -> tuple[list[Score], list[Leak]]:
-    """D14 on one update: shares beyond the twin's, and all leaks.
+) -> tuple[list[Score], list[Leak], str]:
+    """D14 on one update: shares beyond the twin's, all leaks, and what could not be judged.
 
     Args:
         model: The received model.
-        batch: At least two examples.
+        batch: One example alone always stands in its update: it has leaks, and no score.
         gradient: The client's update (any sign and scale), by parameter name.
         head: Name of the last linear layer, judged on its own.
     """
-    if len(batch.x) < 2:
-        return [], []
     leaks = self_inversion(model, batch, gradient)
+    if len(batch.x) < 2:
+        return [], leaks, "one example alone always stands in its update"
     if not any(leak.share > 0 for leak in leaks):
         words = "no row of the own update holds an example"
-        return [Score("D14/hidden", "", 0.0, words), Score("D14/head", "", 0.0, words)], leaks
+        return [Score("D14/hidden", "", 0.0, words), Score("D14/head", "", 0.0, words)], leaks, ""
     twins: dict[str, float] = {}
     for draw in range(TWINS):
         other = twin(model, draw)
         for leak in self_inversion(other, batch, batch_gradient(other, batch)):
             twins[leak.place] = twins.get(leak.place, 0.0) + leak.share / TWINS
-    scores = []
+    scores, unjudged = [], []
     for leak in leaks:
-        chance = twins.get(leak.place, 0.0)
+        chance, count = twins.get(leak.place, 0.0), len(leak.found)
+        if count * (1 - chance) < FEWEST:
+            unjudged.append(f"{leak.place} ({count * (1 - chance):.3g})")
+            continue
         what = "images" if leak.pixels else "inputs of this layer"
         scores.append(
             Score(
                 "D14/head" if leak.place == head else "D14/hidden",
                 leak.place,
-                max((leak.share - chance) / (1 - chance), 0.0) if chance < 1 else 0.0,
-                f"{int(leak.found.sum())} of {len(leak.found)} own {what} stand in the update "
-                f"({leak.how}; chance weights give away {chance * len(leak.found):.3g})",
+                max((leak.share - chance) / (1 - chance), 0.0),
+                f"{int(leak.found.sum())} of {count} own {what} stand in the update "
+                f"({leak.how}; chance weights give away {chance * count:.3g})",
             )
         )
-    return scores, leaks
+    if not unjudged:
+        return scores, leaks, ""
+    few = f"too few examples that chance weights keep, of {FEWEST}: {', '.join(unjudged)}"
+    return scores, leaks, few
 
 
 def self_inversion(model: nn.Module, batch: Batch, gradient: Mapping[str, Tensor]) -> list[Leak]:
-    """Every linear layer's read-outs against its own inputs."""
+    """Every linear layer's read-outs against its own inputs, of one example too."""
     leaks = []
     state = dict(model.named_parameters())
     for name, x in layer_inputs(model, batch.x).items():
@@ -218,12 +229,13 @@ def match(candidates: Tensor, x: Tensor) -> Tensor:
     """Which inputs ``(N, n)`` some candidate ``(M, n)`` equals, ``(N,)``."""
     size = power_of_two(x)
     x = (x / size).to(torch.promote_types(x.dtype, torch.float32))  # halves have no cdist
-    centred = x - x.mean(dim=0)
+    middle = _middle(x)
+    centred = x - middle
     spread = centred.norm(dim=1)
     found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     for part in candidates.split(max(CHUNK // x.shape[1], 1)):
         part = part / size
-        finite = part[torch.isfinite(part).all(dim=1)].to(x) - x.mean(dim=0)
+        finite = part[torch.isfinite(part).all(dim=1)].to(x) - middle
         if len(finite):
             found |= torch.cdist(centred, finite).amin(dim=1) < CLOSE * spread
     result: Tensor = found & (spread > 0)
@@ -233,7 +245,7 @@ def match(candidates: Tensor, x: Tensor) -> Tensor:
 def match_directions(rows: Tensor, x: Tensor) -> Tensor:
     """Which inputs ``(N, n)`` some row ``(M, n)`` equals up to a factor, ``(N,)``."""
     x = x / power_of_two(x)
-    spread = (x - x.mean(dim=0)).norm(dim=1)
+    spread = (x - _middle(x)).norm(dim=1)
     rows = rows.to(x)
     unit = rows / rows.norm(dim=1, keepdim=True)
     if not len(unit):
@@ -243,6 +255,11 @@ def match_directions(rows: Tensor, x: Tensor) -> Tensor:
     rest = (x.square().sum(dim=1) - along.square()).clamp(min=0).sqrt()
     result: Tensor = (rest < CLOSE * spread) & (spread > 0)
     return result
+
+
+def _middle(x: Tensor) -> Tensor:
+    """What a read-out must tell an input from: the others' mean, or one input's own grey."""
+    return x.mean(dim=0) if len(x) > 1 else x.mean()
 
 
 def twin(model: nn.Module, draw: int) -> nn.Module:
