@@ -40,8 +40,10 @@ UNSEEN = (
     "leakatlas.reading",
     "leakatlas.catalogue",
     "leakatlas.bench.strangers",
+    "leakatlas.priors.foreign",
 )
-"""Rooms that no figure depends on: texts, what is refused, facts of the literature."""
+"""Rooms that no figure depends on: texts, what is refused, facts of the literature, and networks of
+others, which no study takes."""
 
 NETWORKS, LOOKS = "leakatlas.models.registry", "leakatlas.bench.looks"
 TABLES = {NETWORKS: ("_CLASSIFIERS", "_GENERATORS"), LOOKS: ("LOOKS",)}

@@ -20,6 +20,7 @@ from leakatlas import models, reading, tensorfiles
 from leakatlas.errors import InvalidInput, shown
 from leakatlas.models import Card, Denoiser, Generator, checkpoints
 from leakatlas.models.registry import build
+from leakatlas.priors import foreign
 from leakatlas.priors.prior import Diffusion, Prior, linear_schedule
 
 ARCHITECTURES = ("generator", "denoiser")
@@ -27,10 +28,11 @@ ARCHITECTURES = ("generator", "denoiser")
 
 
 def load(name: str | Path) -> Prior | Diffusion:
-    """A shipped prior by name, or that of a folder or a card.
+    """A shipped prior by name, or that of a folder or a card, or one of others.
 
     Args:
-        name: A name of :func:`shipped`, a folder with one prior, or the path of its card.
+        name: A name of :func:`shipped`, a folder with one prior, or the path of its card; or a
+            folder with a ``prior.yaml`` (:mod:`leakatlas.priors.foreign`).
 
     Raises:
         InvalidInput: If there is none, or if the files are damaged or do not belong together.
@@ -40,6 +42,8 @@ def load(name: str | Path) -> Prior | Diffusion:
             checkpoints.card(str(name)), checkpoints.load_weights(str(name)), checkpoints.WEIGHTS
         )
     path = Path(name)
+    if foreign.describes(path):
+        return foreign.load(path)
     if reading.is_folder(path):
         cards = sorted(path.glob("*.json"))
         if len(cards) != 1:

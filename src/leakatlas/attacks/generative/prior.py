@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leakatlas import models
 from leakatlas.attacks.api import Outlook, learned
@@ -124,8 +124,8 @@ def diffusion_of(prior: str, view: View, *, steps: int, watch: Watch) -> Diffusi
         found = kept.diffusion(names[0])
     else:
         found = _taught_diffusion(view.surrogate, steps=steps, watch=watch)
-    assert isinstance(found.network, Denoiser)
-    found.network.to(like).eval().requires_grad_(False)
+    if isinstance(found.network, nn.Module):
+        found.network.to(like).eval().requires_grad_(False)
     return found
 
 
