@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from leakatlas.bench import scene
 from leakatlas.bench import study as studies
 from leakatlas.bench.cells import Cell, cells_of
 from leakatlas.bench.study import Study
@@ -44,6 +45,27 @@ def load(folder: Path, **changes: Any) -> Study:
 
 def setup(**changes: Any) -> dict[str, Any]:
     return {"setup": {**SMALL["setup"], **changes}}
+
+
+def test_classes_of_a_client_are_its_own_and_a_batch_takes_the_next_images(tmp_path: Path) -> None:
+    changes = {"victims": {"set": "digits:8", "count": 300}, "classes_a_client": 2, "clients": 3,
+               "batch": 5, "batches": 2, "model": {"builtin": "fc", "kwargs": {"size": 8,
+               "in_channels": 1, "classes": 10, "widths": [12]}}}  # fmt: skip
+    study = load(tmp_path, **setup(**changes))
+    cells = list(cells_of(study))
+    first, second = (scene.victims(cell) for cell in cells)
+    assert not {i.numpy().tobytes() for i in first.images} & {
+        i.numpy().tobytes() for i in second.images
+    }
+    for labels in (first.labels, second.labels):
+        for client in range(3):
+            own = set(labels[5 * client : 5 * client + 5].tolist())
+            assert own <= {2 * client, 2 * client + 1}
+    with pytest.raises(InvalidInput, match="says how images are taken"):
+        load(tmp_path, **setup(**changes, choose="distinct labels"))
+    with pytest.raises(InvalidInput, match="too few"):
+        too_many = load(tmp_path, **setup(**{**changes, "batch": 90}))
+        scene.victims(next(iter(cells_of(too_many))))
 
 
 def test_a_study_without_axes_has_one_case(tmp_path: Path) -> None:

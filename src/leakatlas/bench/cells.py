@@ -21,7 +21,7 @@ SAID_ABOUT = {"measures", "beside", "note", "seeds", "batches", "memory", "time"
 ``batches`` counts the cells of a case; which images a cell attacks is in its own batch number.
 """
 
-LATER = ("utility", "labelling")
+LATER = ("utility", "labelling", "classes_a_client")
 """Keys that studies have had since some records were made: not used, they change no name."""
 
 

@@ -19,6 +19,7 @@ from leakatlas.fl import ClientContext, Defense, Stage, Update, View
 from leakatlas.fl import stage as staged
 from leakatlas.metrics.assignment import pairwise_mse
 from leakatlas.metrics.baselines import mean_image
+from leakatlas.metrics.identification import cosine
 from leakatlas.metrics.images import psnr_of_mse
 from leakatlas.vulnerability import Case as VulnerabilityCase
 from leakatlas.vulnerability import assess
@@ -206,6 +207,45 @@ def _any_turn(look: Look) -> list[float]:
     return [float(value) for value in psnr_of_mse(cost).clamp(max=100.0)]
 
 
+# -- whose images the candidates resemble ---------------------------------------------------------
+
+
+def _hits(look: Look, images: Tensor) -> list[float]:
+    """Whether the private image that each resembles most is the target's, among all clients'.
+
+    By the cosine of pixels without their mean, so that brightness and contrast decide nothing: in
+    plain distance a grey client is everybody's neighbour.
+    """
+    held = [look.stage.victims[client] for client in sorted(look.stage.victims)]
+    gallery = torch.cat([part.images for part in held])
+    owners = [client for client, part in zip(sorted(look.stage.victims), held, strict=True)
+              for _ in range(len(part))]  # fmt: skip
+    nearest = cosine(_centred(images.to(gallery)), _centred(gallery)).argmax(1)
+    return [float(owners[int(index)] == look.target) for index in nearest]
+
+
+def _centred(images: Tensor) -> Tensor:
+    flat = images.flatten(1)
+    return flat - flat.mean(1, keepdim=True)
+
+
+def _client_hits(look: Look) -> list[float]:
+    found = look.trial.images
+    return _hits(look, found.clamp(0, 1)) if len(found) else [0.0]
+
+
+def _client_hits_public(look: Look) -> list[float]:
+    images, labels = scene.public_images(look.stage)
+    if labels is not None and labels.dim() == 1:
+        own = torch.isin(labels, look.trial.truth.labels)
+        images = images[own] if bool(own.any()) else images
+    return _hits(look, images)
+
+
+def _client_hits_mean(look: Look) -> list[float]:
+    return _hits(look, mean_image(scene.public_images(look.stage)[0])[None])
+
+
 # -- what the attack says --------------------------------------------------------------------------
 
 
@@ -260,6 +300,15 @@ LOOKS: dict[str, tuple[str, Callable[[Look], Any]]] = {
     "passive_recall": ("recall before anything was tampered with", lambda x: _untouched(x)[0]),
     "passive_precision": ("precision before that", lambda x: _untouched(x)[1]),
     "vulnerability": ("a measure taken before any attack, by its own name", _vulnerability),
+    "client_hits": (
+        "candidates whose nearest image among all clients' is the target's",
+        _client_hits,
+    ),
+    "client_hits_public": (
+        "the same of public images: of the target's classes, where there are any",
+        _client_hits_public,
+    ),
+    "client_hits_mean": ("the same of the mean public image", _client_hits_mean),
     "complete": ("the attack says that it succeeded", _complete),
     "whole": ("it says so, and every image is exact", _whole),
     "falsely_complete": (

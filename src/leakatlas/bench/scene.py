@@ -151,12 +151,16 @@ def victims(cell: Cell, *, decoy: bool = False) -> ImageSet:
     case = cell.case
     size = case.batch * case.clients
     begin = cell.batch * size
-    plain = case.choose == "in order" and not decoy
+    plain = case.choose == "in order" and case.classes_a_client is None and not decoy
     pool = images(case.victims, cell.data, at_least=begin + size if plain else 0)
     order = list(range(len(pool)))
     if case.choose == "one class":
         order = [i for i in order if int(pool.labels[i]) == case.label]
-    if case.choose == "distinct labels":
+    if case.classes_a_client is not None:
+        chosen = _own_classes(
+            pool.labels, case.batch, cell.batch, case.clients, case.classes_a_client
+        )
+    elif case.choose == "distinct labels":
         chosen = _distinct(pool.labels, case.batch, cell.batch * case.clients, case.clients)
     else:
         chosen = order[begin : begin + size]
@@ -187,6 +191,15 @@ def _distinct(labels: Tensor, batch: int, skip: int, count: int) -> list[int]:
         left = [index for index in left if index not in used]
         batches.append(chosen)
     return [index for chosen in batches[skip:] for index in chosen]
+
+
+def _own_classes(labels: Tensor, batch: int, skip: int, clients: int, each: int) -> list[int]:
+    """The batch number ``skip`` of every client, in file order, from classes of its own."""
+    chosen: list[int] = []
+    for client in range(clients):
+        mine = torch.isin(labels, torch.arange(client * each, (client + 1) * each))
+        chosen += mine.nonzero().flatten()[skip * batch : (skip + 1) * batch].tolist()
+    return chosen
 
 
 def _decoys(labels: Tensor, chosen: list[int]) -> list[int]:

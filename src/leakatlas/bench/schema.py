@@ -275,6 +275,14 @@ class Case(Strict):
     label: Annotated[
         Whole | None, Field(description="The class of `choose: one class`.", examples=[3])
     ] = None
+    classes_a_client: Annotated[
+        Counted | None,
+        Field(
+            description="Classes that a client holds and no other does: the first client the "
+            "first so many, and so on; its images are the first of them, in order.",
+            examples=[2],
+        ),
+    ] = None
     surrogate: Annotated[
         Images | None,
         Field(
@@ -394,6 +402,8 @@ class Case(Strict):
     def _fits(self) -> Case:
         if (self.choose == "one class") != (self.label is not None):
             raise ValueError("`label` goes with `choose: one class`, and only with it")
+        if self.classes_a_client is not None and self.choose != "in order":
+            raise ValueError("`classes_a_client` says how images are taken, and so does `choose`")
         if self.target >= self.clients:
             raise ValueError(f"client {self.target} is not one of the {self.clients} clients")
         if self.lean and (self.vantage != "aggregate" or self.rounds > 1):

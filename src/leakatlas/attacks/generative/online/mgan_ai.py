@@ -320,17 +320,26 @@ def estimated_labels(own: View, x_aux: Tensor, y_aux: Tensor, count: int) -> Ten
 
     A batch of :math:`n_k` images of class k leaves :math:`\sum_k n_k A_k / N` there, where
     :math:`A_k` is the mean over the auxiliary images of class k: of the bias gradient if there is
-    a bias, else of the row sums of the weight gradient.
+    a bias, else of the row sums of the weight gradient. Behind several local steps it is the mean
+    of what the state before and the client's own state after them say.
     """
     model = own.model
     head = labels.find_head(model, example_input(model, own.input_shape))
-    g, seen = observed.mean_gradient(own), labels.head_pass(model, head, x_aux, y_aux)
-    if head.bias_name is not None:
-        rows = head.bias_grad(g).double()
-        A = labels.confusion(seen) - torch.eye(head.classes, dtype=rows.dtype, device=rows.device)
-    else:
-        rows, A = head.weight_grad(g).double().sum(1), labels.class_row_sums(seen)
-    ones = torch.ones_like(rows)
+    g, update = observed.mean_gradient(own), own.update
+    states: list[dict[str, Tensor]] = [{}]
+    if update.kind == "delta":
+        before = dict(model.named_parameters())
+        states.append({n: before[n].detach() + t for n, t in update.quantity().items()})
+    rows = (head.weight_grad(g).sum(1) if head.bias_name is None else head.bias_grad(g)).double()
+    parts = []
+    for weights in states:
+        seen = labels.head_pass(model, head, x_aux, y_aux, weights=weights)
+        parts.append(
+            labels.class_row_sums(seen)
+            if head.bias_name is None
+            else labels.confusion(seen) - torch.eye(head.classes).to(rows)
+        )
+    A, ones = torch.stack(parts).mean(0), torch.ones_like(rows)
     shares, _ = nnls(
         torch.cat([A.T, ones[None]]).cpu().numpy(), torch.cat([rows, ones[:1]]).cpu().numpy()
     )
