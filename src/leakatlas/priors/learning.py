@@ -99,8 +99,9 @@ def teach(
     draws = Draws(generator, images.device)
     batch = min(taught.batch, len(images))
     first = 0 if checkpoint is None else _resume(checkpoint, taught, steps, generator)
+    fewest = max(FEWEST - first, 1)  # of the whole training, however often it was stopped
     made, kept = first, time.perf_counter()
-    for step in watch.steps(steps, first=first, stretches=True, fewest=FEWEST):
+    for step in watch.steps(steps, first=first, stretches=True, fewest=fewest):
         chosen = draws.whole(0, len(images), batch)
         x, y = images[chosen], labels[chosen]
         if flips:
