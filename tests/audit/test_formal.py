@@ -56,6 +56,21 @@ def test_every_defense_that_declares_differential_privacy_is_accounted_for() -> 
             assert found["epsilon"] is not None or "no budget" in found["mind"], key
 
 
+HEURISTIC = [key for key in registry.defense_keys()
+             if ".heuristic." in registry.module_path("defense", key)]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", HEURISTIC)
+def test_no_heuristic_row_shows_an_epsilon(key: str) -> None:
+    """At no strength, whether or not it adds noise; and none can be asked for one."""
+    plain = registry.defense(key)
+    for value in plain.strengths:
+        strong = registry.defense(key, **{plain.knob: value})
+        assert Trait.DP_NOISE not in strong.active_traits()
+        assert guarantees([strong], PLAIN, rounds=1, delta=1e-5) == []
+    assert not callable(getattr(plain, "epsilon", None))  # Soteria's and DCS-2's are constants
+
+
 def test_local_dp_is_worth_less_than_its_formula_says() -> None:
     found = of("local_dp_mod", rounds=3, epsilon=2.0)
     assert found["epsilon"] > 2.0

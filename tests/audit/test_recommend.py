@@ -12,7 +12,8 @@ from leakatlas import data
 from leakatlas.audit import Plan, Setting, parse_gate
 from leakatlas.audit.recommend import Recommendation, menu_of, recommend
 from leakatlas.audit.utility import Utility
-from leakatlas.catalogue import registry
+from leakatlas.catalogue import frontier, registry
+from leakatlas.catalogue.results import Measure, Result
 from leakatlas.data import Box
 from leakatlas.errors import InvalidParameter
 from leakatlas.fl import FedSGD, ModelRef
@@ -96,11 +97,42 @@ def test_an_attack_that_did_not_run_leaves_it_undecided(one_digit: Plan, tmp_pat
 
 def test_a_configured_defense_is_tried_at_its_other_strengths(one_digit: Plan) -> None:
     pruned = replace(one_digit.settings[0], defenses=(registry.defense("clipping", max_norm=1.0),))
-    menu, _ = menu_of(replace(one_digit, settings=(pruned,)))
+    menu, _ = menu_of(replace(one_digit, settings=(pruned,)), {})
     assert [name for name, _ in menu["clipping"]] == [
         "clipping, max_norm = 4", "clipping, max_norm = 0.1",
     ]  # fmt: skip
     assert all(len(defenses) == 2 for _, defenses in menu["client_dp"])
+
+
+def figure(name: str, value: float, note: str = "") -> Measure:
+    return Measure(name=name, value=value, interval=(value, value), n=10, note=note)
+
+
+def test_what_stopped_most_on_the_frontier_is_tried_first(
+    one_digit: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the network that was worst for it, under the same kind of protocol."""
+    measures = (
+        figure("recovered | fresh | clipping, max_norm=0.1", 0.0),
+        figure("recovered | trained | clipping, max_norm=0.1", 0.25),
+        figure("loss | trained | clipping, max_norm=0.1", 3.0),
+        figure("recovered | fresh, FedAVG | clipping, max_norm=0.1", 1.0),
+        figure("recovered | fresh | client_dp, noise_multiplier=6", 0.75),
+    )
+    result = Result.model_validate(
+        {"schema": "leakatlas/result/1", "kind": "benchmark", "key": "frontier", "code_version": 1,
+         "recipe": {"study": "frontier"}, "hardware": "2 CPU cores", "seeds": [0],
+         "measures": measures, "command": "leakatlas bench frontier", "date": "2026-01-31"}
+    )  # fmt: skip
+    expected = frontier.expectations([result], local=False)
+    assert list(menu_of(one_digit, expected)[0]) == ["clipping", "client_dp"]
+    monkeypatch.setattr("leakatlas.audit.recommend.results.load", lambda folder: (result,))
+    found = recommend(one_digit, [EXACT], out=tmp_path)
+    said = {advice.name: advice.expected for advice in found.advice}
+    assert said["clipping, max_norm = 0.1"] == (
+        "25% [25%, 25%] of 10 recovered at +3.0 [+3.0, +3.0] points (trained)"
+    )
+    assert said["client_dp, noise_multiplier = 1"] == ""
 
 
 def test_an_aim_is_needed(one_digit: Plan, tmp_path: Path) -> None:

@@ -27,6 +27,10 @@ def test_every_form(docstring: str, html: str) -> None:
     assert str(prose.to_html(docstring)) == html
 
 
+def test_code_within_a_line_has_one_pair_of_backticks_or_two() -> None:
+    assert str(prose.inline("``|r|`` and `x`")) == "<code>|r|</code> and <code>x</code>"
+
+
 def test_formulas_are_set_and_numbered() -> None:
     text = str(prose.to_html(".. math:: a < b \\tag{4, 7}\n\nand :math:`x_1 < 2`."))
     assert "<mo>&lt;</mo>" in text and '<span class="tag">(4, 7)</span>' in text

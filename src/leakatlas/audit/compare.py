@@ -20,7 +20,7 @@ from leakatlas.audit.listener import Listener
 from leakatlas.audit.plan import Plan, Setting, presets
 from leakatlas.audit.ready import Readied, Timed, carried_over, iterates, labelled, readied, timed
 from leakatlas.audit.schedule import LONGEST, Pace, together
-from leakatlas.audit.utility import Utility, price_of
+from leakatlas.audit.utility import REFERENCE, Utility, price_of
 from leakatlas.blocks.watch import MORE_TIME, Watch
 from leakatlas.errors import LeakAtlasError
 from leakatlas.fl import Defense, FedSGD, replay
@@ -92,13 +92,16 @@ def compare(
             if key not in {run.attack for run in found[name]}:
                 duel = _Duel(plan, key, letter, watch, out, listener, stop)
                 found[name].append(unreached(duel.job(setting)))
-    missing = Utility(None, "the budget ended before its price was measured")
+    missing = Utility(None, "the budget ended before its price was measured" if priced else "")
+    task = plan.task.name if plan.task else REFERENCE
     return [
         Comparison(
             name,
             tuple(defense_json(d) for d in cases[name]),
             tuple(found[name]),
-            *(vars(prices.get(name, missing)).values() if priced else (None, "")),
+            (price := prices.get(name, missing)).accuracy,
+            price.reason,
+            task,
         )
         for name in cases
         if found[name] or not stop.stopped
@@ -119,7 +122,9 @@ def _price(
     allowed = Watch(None if left is None else max(MEASURING * left, 1.0), parent=stop)
     for (name, setting), share in zip(settings.items(), allowed.share(len(settings)), strict=False):
         local = not isinstance(setting.protocol, FedSGD)
-        prices[name] = price_of(setting.defenses, local=local, seed=plan.seed, watch=share)
+        prices[name] = price_of(
+            setting.defenses, local=local, seed=plan.seed, watch=share, task=plan.task
+        )
 
 
 def _alone(first: Setting, defenses: Sequence[Defense]) -> Setting:

@@ -8,12 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 from torch import nn
 
 from leakatlas import data, devices, models, reading, yamlfiles
 from leakatlas.audit import promises
 from leakatlas.audit.plan import Plan, Setting, stand_in
+from leakatlas.audit.utility import Task
 from leakatlas.blocks.watch import Execution, parse_budget
 from leakatlas.data import Box
 from leakatlas.errors import InvalidInput, InvalidParameter, UnknownName, shown
@@ -95,6 +104,25 @@ class RecordedConfig(_Strict):
     """Behind each update, where the framework did not say it."""
 
 
+class UtilityConfig(_Strict):
+    """What defenses cost, measured on the model, protocol and images of the audit itself."""
+
+    train: str | None = None
+    """Training images, dealt to the clients evenly, as ``victims`` under ``data``; if left out,
+    those of ``victims`` that are not under attack."""
+    test: str | None = None
+    """Images whose accuracy counts; a fifth of the training images if left out."""
+    limit: int = Field(default=2_000, gt=0)
+    """How many images of each are used."""
+    clients: int = Field(default=10, gt=0)
+    """How many clients train."""
+    rounds: int = Field(default=20, gt=0)
+    """For how many rounds, all clients in each."""
+    rates: tuple[PositiveFloat, ...] = Field(default=(0.5, 0.15, 0.05), min_length=1)
+    """Step sizes (``lr`` of the protocol); the best on a fifth of the training images is taken, for
+    every set of defenses by itself."""
+
+
 class AuditConfig(_Strict):
     """The whole file."""
 
@@ -142,6 +170,9 @@ class AuditConfig(_Strict):
     chooses from it; the protocol is completed from what was recorded)."""
     context: Context = Context()
     """What the audit is about, for the first page of the report; every key is optional."""
+    utility: Literal["reference", "own"] | UtilityConfig = "reference"
+    """Where the price of defenses in accuracy is measured: a small ``reference`` task, which needs
+    nothing, or one's ``own`` model, protocol and images (or the keys that say which)."""
     fail_on: tuple[str, ...] = ()
     """Conditions that fail a build: ``P(psnr > 20 dB) > 0.05``."""
 
@@ -192,6 +223,8 @@ def _keys_at(place: tuple[int | str, ...]) -> list[str]:
             schema = ModelConfig
         elif part == "data":
             schema = DataConfig
+        elif part == "utility":
+            schema = UtilityConfig
         elif part == "context":
             schema = Context
     return sorted(schema.model_fields)
@@ -242,6 +275,7 @@ def make_plan(config: AuditConfig, *, base: Path, command: str) -> Plan:
         rehearsal=config.rehearsal,
         upper_bound=config.upper_bound,
         context=config.context,
+        task=_task(config, setting, base),
         source=config.model_dump(mode="json"),
         command=command,
     )
@@ -298,6 +332,45 @@ def make_setting(config: AuditConfig, *, base: Path) -> Setting:
         weights=config.model.weights or "",
         device=devices.chosen(config.device),
         weights_notes=(*notes, *assumed),
+    )
+
+
+def _task(config: AuditConfig, setting: Setting, base: Path) -> Task | None:
+    """One's own federation, whose accuracy is the price of defenses; None for the reference."""
+    if config.utility == "reference":
+        return None
+    told = UtilityConfig() if config.utility == "own" else config.utility
+    behind = 0
+    if told.train is None:
+        behind = len(setting.victims)
+        if not setting.known:
+            raise InvalidInput("utility: there are no images (victims: none); name train and test.")
+    spec = told.train or config.data.victims
+    train = _images(config, spec, base, limit=behind + told.limit)
+    rest = list(range(behind, len(train)))
+    test: data.ImageSet | None = None
+    if told.test is not None:
+        test = _images(config, told.test, base, limit=told.limit)
+    # Every fifth, so that a set sorted by class loses some of each.
+    held = set(rest[::5])
+    second = set(rest[2::5]) if len(told.rates) > 1 else set[int]()
+    kept = [i for i in rest if not (test is None and i in held) and i not in second]
+    if not kept or not rest or train.labels.ndim != 1:
+        raise InvalidInput(
+            f"utility: {shown(spec)} leaves {len(kept)} images to train on behind the {behind} "
+            "under attack; it takes images with one label each. Name train and test."
+        )
+    return Task(
+        name="your own model and data",
+        model=setting.model,
+        train=train.subset(kept),
+        validation=train.subset(sorted(second)) if second else None,
+        test=test or train.subset(sorted(held)),
+        protocol=setting.protocol,
+        clients=told.clients,
+        rounds=told.rounds,
+        rates=told.rates,
+        box=setting.box,
     )
 
 

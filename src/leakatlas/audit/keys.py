@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.errors import PydanticInvalidForJsonSchema
 from pydantic.fields import FieldInfo
 
-from leakatlas.audit.config import AuditConfig, DataConfig, ModelConfig
+from leakatlas.audit.config import AuditConfig, DataConfig, ModelConfig, UtilityConfig
 from leakatlas.catalogue import registry, source
 from leakatlas.fl.losses import LOSSES
 from leakatlas.fl.protocol import PROTOCOLS
@@ -27,7 +27,9 @@ from leakatlas.threat import LETTERS, Grant, Vantage
 
 SCHEMA_FILE = "audit.schema.json"
 PAGE = "docs/guide/yaml-keys.md"
-PARTS: dict[str, type[BaseModel]] = {"model": ModelConfig, "data": DataConfig, "context": Context}
+PARTS: dict[str, type[BaseModel]] = {
+    "model": ModelConfig, "data": DataConfig, "utility": UtilityConfig, "context": Context
+}  # fmt: skip
 """Keys that hold keys of their own."""
 
 

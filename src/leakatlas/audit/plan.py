@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from leakatlas.attacks.api import Attack
+from leakatlas.audit.utility import Task
 from leakatlas.bench import harness
 from leakatlas.blocks.descent import EXECUTIONS
 from leakatlas.blocks.watch import Execution
@@ -301,6 +302,7 @@ class Plan:
             :mod:`leakatlas.report.realism`.
         in_process: Whether attacks run in this process, within reach of the truth; for debugging.
         context: What the audit is about, for the report.
+        task: The federation whose accuracy is the price of defenses; the reference task if None.
         source: The configuration as JSON, for the report.
         command: The command that repeats this audit.
     """
@@ -316,6 +318,7 @@ class Plan:
     upper_bound: bool = True
     in_process: bool = False
     context: Context = field(default_factory=Context)
+    task: Task | None = None
     source: Mapping[str, Any] = field(default_factory=dict)
     command: str = "leakatlas audit"
 

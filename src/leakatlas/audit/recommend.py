@@ -1,5 +1,6 @@
 """Which defenses keep the user's conditions on this set-up, and at what price.
 
+What the frontier measured elsewhere comes first: it says what to expect, and in which order to try.
 The set-up is attacked as it is; the strongest attacks then meet every defense that can take part,
 at its strongest, and the weaker strengths of those that held. All meet the same attacker, who knows
 the defense: one that was only tried against somebody ignorant of it would look better than it is.
@@ -21,9 +22,11 @@ from leakatlas.audit.compare import compare
 from leakatlas.audit.listener import Listener, Silent
 from leakatlas.audit.plan import Plan
 from leakatlas.audit.run import carry_out
-from leakatlas.audit.utility import price_of
+from leakatlas.audit.utility import REFERENCE, price_of
+from leakatlas.bench.study import strength
 from leakatlas.blocks.watch import Watch
-from leakatlas.catalogue import registry, results
+from leakatlas.catalogue import frontier, registry, results
+from leakatlas.catalogue.frontier import Expectation
 from leakatlas.errors import InvalidParameter, LeakAtlasError
 from leakatlas.fl import Defense, FedSGD
 from leakatlas.fl.view import defense_json
@@ -43,6 +46,9 @@ in accuracy are measured last, first of what keeps them."""
 KNOWING = "C"
 """The weakest adversary that knows which defenses are in force."""
 
+UNKNOWN = (0.5, math.inf)
+"""Place of a defense of which the frontier says nothing: behind what mostly holds."""
+
 Finding = Literal["keeps", "breaks", "undecided"]
 
 
@@ -57,9 +63,10 @@ class Advice:
             ``undecided`` if none does and something of the battery did not run to its end.
         values: Left-hand side of every condition; None without a figure.
         images: How many images the figures are over.
-        accuracy: On the reference task; None if it was not measured.
+        accuracy: On the task of the plan; None if it was not measured.
         points: What that costs in percentage points beside the set-up as it is.
         reason: Why it is undecided, or why no accuracy is known.
+        expected: What the frontier found of it on networks of its own; empty if nothing.
     """
 
     name: str
@@ -70,6 +77,7 @@ class Advice:
     accuracy: float | None = None
     points: float | None = None
     reason: str = ""
+    expected: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,7 @@ class Recommendation:
         advice: What was tried, the cheapest that keeps the conditions first.
         left_out: By name of a defense, why it cannot take part here.
         report: The audit behind it, with the comparisons.
+        task: Whose accuracy is meant.
     """
 
     conditions: tuple[str, ...]
@@ -89,6 +98,7 @@ class Recommendation:
     advice: tuple[Advice, ...]
     left_out: Mapping[str, str]
     report: Report
+    task: str = REFERENCE
 
     @property
     def kept(self) -> tuple[Advice, ...]:
@@ -102,6 +112,7 @@ class Recommendation:
             "as_it_is": dataclasses.asdict(self.as_it_is),
             "advice": [dataclasses.asdict(advice) for advice in self.advice],
             "left_out": dict(self.left_out),
+            "task": self.task,
             "notes": list(self.report.spared()),
         }
 
@@ -147,7 +158,9 @@ def recommend(
     bare = replace(plan, seconds=None if seconds is None else AS_IT_IS * seconds)
     report = carry_out(bare, out=out, listener=listener, stop=stop)
     as_it_is = _judged("as it is", first.defenses, report.runs, conditions)
-    menu, left_out = menu_of(plan) if as_it_is.finding != "keeps" else ({}, {})
+    local = not isinstance(first.protocol, FedSGD)
+    expected = frontier.expectations(results.load(results.default_folder()), local=local)
+    menu, left_out = menu_of(plan, expected) if as_it_is.finding != "keeps" else ({}, {})
     sets = {"as configured": first.defenses}
     met: dict[str, Comparison] = {}
 
@@ -172,10 +185,9 @@ def recommend(
         }
         if weaker:
             meet(weaker, WEAKER)
-    local = not isinstance(first.protocol, FedSGD)
     pricing = part(1 - REPORT)
     for name in sorted(met, key=lambda n: (n != "as configured", not _holds(met[n], conditions))):
-        price = price_of(sets[name], local=local, seed=plan.seed, watch=pricing)
+        price = price_of(sets[name], local=local, seed=plan.seed, watch=pricing, task=plan.task)
         met[name] = replace(met[name], accuracy=price.accuracy, reason=price.reason)
     report = replace(
         report,
@@ -187,7 +199,10 @@ def recommend(
     base = met.pop("as configured", None)
     whole = None if base is None else base.accuracy
     advice = [
-        _judged(c.name, c.defenses, c.runs, conditions, c.accuracy, whole, c.reason)
+        replace(
+            _judged(c.name, c.defenses, c.runs, conditions, c.accuracy, whole, c.reason),
+            expected=expected[_label(c.name)].words if _label(c.name) in expected else "",
+        )
         for c in met.values()
     ]
     return Recommendation(
@@ -196,6 +211,7 @@ def recommend(
         advice=tuple(sorted(advice, key=_order)),
         left_out=left_out,
         report=report,
+        task=plan.task.name if plan.task else REFERENCE,
     )
 
 
@@ -203,11 +219,13 @@ Ladder = tuple[tuple[str, tuple[Defense, ...]], ...]
 """One defense at its strengths, weakest first: name, and all that is in force with it."""
 
 
-def menu_of(plan: Plan) -> tuple[dict[str, Ladder], dict[str, str]]:
+def menu_of(
+    plan: Plan, expected: Mapping[str, Expectation]
+) -> tuple[dict[str, Ladder], dict[str, str]]:
     """Every implemented defense on top of the configured ones, and those that do not fit, why.
 
-    A defense that is configured already is tried at its other strengths. Those that were measured
-    to fail against the informed adversary stand last.
+    A defense that is configured already is tried at its other strengths. Those of which the
+    frontier expects most come first; those that were measured to fail stand last.
     """
     setting = plan.settings[0]
     menu: dict[str, Ladder] = {}
@@ -223,20 +241,24 @@ def menu_of(plan: Plan) -> tuple[dict[str, Ladder], dict[str, str]]:
                 if strong != present:
                     defended = replace(setting, defenses=(*others, strong))
                     defended.stage(letter=KNOWING, seed=plan.seed)
-                    name = f"{key}, {plain.knob} = {_value(value)}"
+                    name = strength(key, plain.knob, value).replace("=", " = ")
                     steps.append((name, (*others, strong)))
         except LeakAtlasError as problem:
             left_out[key] = str(problem)
             continue
         if steps:
             menu[key] = tuple(steps)
-    known = results.load(results.default_folder())
-    lost = {k for k in menu if results.measured_stances(known, k).get(KNOWING) == "fails"}
-    return {key: menu[key] for key in sorted(menu, key=lambda key: key in lost)}, left_out
+
+    def hope(key: str) -> tuple[float, float]:
+        found = expected.get(_label(menu[key][-1][0]))
+        return UNKNOWN if found is None else found.order
+
+    return {key: menu[key] for key in sorted(menu, key=hope)}, left_out
 
 
-def _value(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _label(name: str) -> str:
+    """How the frontier calls what is called ``key, knob = value`` here."""
+    return name.replace(" = ", "=")
 
 
 def _holds(found: Comparison | None, conditions: Sequence[Gate]) -> bool:

@@ -180,7 +180,7 @@ def _values(axis: str, varied: dict[str, dict[str, Any]] | list[Any] | str) -> d
         if about is not None:
             for value in about.strengths:
                 chosen = {"key": row.key, about.knob: value}
-                label = _strength(row.key, about.knob, value)
+                label = strength(row.key, about.knob, value)
                 found[label] = {"defenses": [chosen], "beside": {"defense": row.key}}
     return found
 
@@ -190,11 +190,12 @@ def published_strengths() -> dict[str, str]:
     found = {}
     for key in registry.defense_keys():
         plain = registry.load_defense(key)()
-        found[key] = _strength(key, plain.knob, getattr(plain, plain.knob))
+        found[key] = strength(key, plain.knob, getattr(plain, plain.knob))
     return found
 
 
-def _strength(key: str, knob: str, value: Any) -> str:
+def strength(key: str, knob: str, value: Any) -> str:
+    """A defense at one strength, as `every defense` names it."""
     return f"{key}, {knob}={_short(value)}"
 
 

@@ -96,6 +96,54 @@ def name_of(key: str) -> str:
         return "no defense" if key == UNDEFENDED else key
 
 
+LOCAL = "FedAVG"
+"""In the name of a network whose clients take several local steps."""
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What the frontier found of a defense at one strength.
+
+    Args:
+        network: The network on which most was recovered.
+        recovered: Share of images.
+        loss: Points of accuracy; None if that was not measured.
+    """
+
+    network: str
+    recovered: Measure
+    loss: Measure | None
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """What stops more comes first, and of that the cheaper."""
+        return self.recovered.value, float("inf") if self.loss is None else self.loss.value
+
+    @property
+    def words(self) -> str:
+        """Share and price."""
+        price = "" if self.loss is None else f" at {points(self.loss)} points"
+        return f"{share(self.recovered)} recovered{price} ({self.network})"
+
+
+def expectations(measured: Iterable[Result], *, local: bool) -> dict[str, Expectation]:
+    """What to expect of every defense at every strength, by ``key, knob=value``.
+
+    Args:
+        measured: All results.
+        local: Whether clients take several local steps; networks of the other kind do not count.
+    """
+    found: dict[str, Expectation] = {}
+    result = result_of(measured)
+    for network, rows in networks(result.measures if result else ()).items():
+        for row in rows if (LOCAL in network) == local else ():
+            for strength, point in row.points.items():
+                name = f"{row.key}, {strength}"
+                if name not in found or point.recovered.value > found[name].recovered.value:
+                    found[name] = Expectation(network, point.recovered, point.loss)
+    return found
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A defense's colours: printed beside measured.

@@ -46,8 +46,9 @@ def recommend(
 ) -> None:
     """Try every defense on a set-up: which keep the conditions of fail_on, and at what price?
 
-    The strongest attacks on the set-up as it is are run again under each defense, by an adversary
-    who knows it, and the accuracy that it costs is measured on a small reference task.
+    Those that stopped most on the frontier (studies/frontier) come first. The strongest attacks on
+    the set-up as it is are run again under each defense, by an adversary who knows it, and the
+    accuracy that it costs is measured on a small reference task, or on one's own (utility: own).
 
     Exit code 0: something keeps every condition; 1: nothing does; 2: bad input; 3: undecided.
     """
@@ -84,6 +85,9 @@ def _show(found: Recommendation, out: Path, console: Console) -> None:
         table.add_column(escape(condition), justify="right")
     table.add_column("images", justify="right")
     table.add_column("accuracy", justify="right")
+    known = any(advice.expected for advice in found.advice)
+    if known:
+        table.add_column("on the frontier", overflow="fold")
     for advice in (found.as_it_is, *found.advice):
         table.add_row(
             escape(advice.name),
@@ -91,8 +95,12 @@ def _show(found: Recommendation, out: Path, console: Console) -> None:
             *("-" if value is None else f"{value:.3g}" for value in advice.values),
             str(advice.images or "-"),
             _accuracy(advice),
+            *([escape(advice.expected) or "-"] if known else ()),
         )
     console.print(table)
+    if found.advice and not known:
+        words = "The frontier's figures are not at hand (results/frontier.json); the order is free."
+        console.print(words, style="dim", markup=False, highlight=False)
     for advice in found.advice:
         if advice.reason:
             words = f"{advice.name}: {advice.reason}"
@@ -123,13 +131,13 @@ def _words(found: Recommendation) -> str:
         return "No defense that was tried keeps every condition here."
     best = found.kept[0]
     return (
-        f"{best.name} is the cheapest that keeps every condition: {_price(best)}. It was tried "
-        "against the attacks that are strongest on the set-up as it is, by an adversary who knows "
-        "it; put it into defenses and audit that set-up before you rely on it."
+        f"{best.name} is the cheapest that keeps every condition: {_price(best, found.task)}. It "
+        "was tried against the attacks that are strongest on the set-up as it is, by an adversary "
+        "who knows it; put it into defenses and audit that set-up before you rely on it."
     )
 
 
-def _price(advice: Advice) -> str:
+def _price(advice: Advice, task: str) -> str:
     if advice.points is None:
         return "its price in accuracy is not known"
-    return f"it costs {advice.points:.1f} points of accuracy on the reference task"
+    return f"it costs {advice.points:.1f} points of accuracy on {task}"

@@ -28,8 +28,9 @@ class Comparison:
         name: For people.
         defenses: As JSON, keys and parameters.
         runs: The battery under these defenses.
-        accuracy: On the reference task; None if it could not be trained.
+        accuracy: On the task; None if it could not be trained.
         reason: Why not.
+        task: Whose accuracy is meant, in words.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Comparison:
     runs: tuple[Run, ...]
     accuracy: float | None
     reason: str = ""
+    task: str = "a reference task"
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -46,6 +48,7 @@ class Comparison:
             "runs": [run.to_json() for run in self.runs],
             "accuracy": self.accuracy,
             "reason": self.reason,
+            "task": self.task,
         }
 
 

@@ -43,13 +43,14 @@ class RunPart(_Part):
 
 
 class ComparisonPart(_Part):
-    """One set of defenses: what still leaked, and the accuracy on the reference task."""
+    """One set of defenses: what still leaked, and the accuracy on a task."""
 
     name: str
     defenses: list[dict[str, Any]]
     runs: list[RunPart]
     accuracy: float | None
     reason: str
+    task: str
 
 
 class VerdictPart(_Part):

@@ -9,7 +9,7 @@ from markupsafe import Markup, escape
 from leakatlas.catalogue.pages import to_markdown
 from leakatlas.site.formula import mathml
 
-_INLINE = re.compile(r"`([^`]+)`|\$([^$\n]+)\$|\*([^*\s][^*\n]*)\*")
+_INLINE = re.compile(r"``?([^`]+)``?|\$([^$\n]+)\$|\*([^*\s][^*\n]*)\*")
 _ITEM = re.compile(r"\s*(?:[-*]|\d+\.)\s+")
 _NUMBERED = re.compile(r"\s*\d+\.\s+")
 
