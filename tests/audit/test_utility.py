@@ -106,5 +106,5 @@ def test_a_spent_budget_gives_no_price(tmp_path: Path, monkeypatch: pytest.Monke
 def test_too_few_images_are_said(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="cannot be dealt to 40"):
         own(tmp_path, {"limit": 20, "clients": 40})
-    with pytest.raises(InvalidInput, match="name train and test"):
-        own(tmp_path, victims="none", shape=[1, 8, 8])
+    with pytest.raises(InvalidInput, match="Name train and test"):
+        own(tmp_path, limit=1_797)

@@ -334,6 +334,14 @@ def test_a_pattern_that_matches_nothing(tmp_path: Path) -> None:
         runner.standing(make(tmp_path), options(tmp_path, only="x*"))
 
 
+def test_every_case_gets_its_first_cell_before_any_its_second(tmp_path: Path) -> None:
+    study = make(tmp_path, axes={"batch": [1, 2]})
+    order = [(c.label, c.seed) for c in runner.standing(study, options(tmp_path)).left]
+    assert order == [("1", 0), ("2", 0), ("1", 1), ("2", 1)]
+    first = runner.standing(study, options(tmp_path, only=["2", "1"])).left
+    assert [(c.label, c.seed) for c in first] == [("2", 0), ("2", 1), ("1", 0), ("1", 1)]
+
+
 def test_a_cell_without_a_working_process_still_has_a_record(tmp_path: Path) -> None:
     cell = next(iter(cells_of(make(tmp_path))))
     record = lanes.blank(cell, "nothing works")

@@ -169,6 +169,7 @@ def test_seeds_times_batches_or_one_batch_a_seed(tmp_path: Path) -> None:
 def test_only_takes_patterns(tmp_path: Path) -> None:
     study = load(tmp_path, axes={"letter": ["A", "B"], "batch": [1, 2]})
     assert {c.label for c in cells_of(study, only="A/*")} == {"A/1", "A/2"}
+    assert {c.label for c in cells_of(study, only=["A/1", "A/2"])} == {"A/1", "A/2"}
 
 
 @pytest.mark.parametrize(

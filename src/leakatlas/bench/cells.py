@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -123,7 +123,7 @@ class Cell:
 def cells_of(
     study: Study,
     *,
-    only: str | None = None,
+    only: str | Sequence[str] | None = None,
     device: str = "cpu",
     threads: int = 1,
     data: Path = Path(),
@@ -132,15 +132,21 @@ def cells_of(
 
     Args:
         study: The study.
-        only: A pattern that the name of a case must match (``*`` and ``?`` allowed).
+        only: Patterns of which the name of a case must match one (``*`` and ``?`` allowed).
         device: Where attacks compute.
         threads: Threads of every process.
         data: Folder that relative paths of data start from.
     """
     for label, case in study.cases.items():
-        if only is not None and not fnmatchcase(label, only):
+        if only is not None and rank(label, only) is None:
             continue
         for position, seed in enumerate(case.seeds):
             batches = [position] if case.batches == "one a seed" else range(case.batches)
             for batch in batches:
                 yield Cell(study.name, label, case, seed, batch, device, threads, study.hook, data)
+
+
+def rank(label: str, only: str | Sequence[str]) -> int | None:
+    """The place of the first pattern that a case's name matches; None if it matches none."""
+    patterns = [only] if isinstance(only, str) else only
+    return next((n for n, pattern in enumerate(patterns) if fnmatchcase(label, pattern)), None)

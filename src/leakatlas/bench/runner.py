@@ -7,18 +7,21 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from leakatlas import devices
 from leakatlas.bench import cluster, figures, lanes, picture, store
-from leakatlas.bench.cells import Cell, cells_of
+from leakatlas.bench.cells import Cell, cells_of, rank
 from leakatlas.bench.record import FINAL, Record
 from leakatlas.bench.store import Store
 from leakatlas.bench.study import HOOK, Study, default_folder
 from leakatlas.catalogue import results
 from leakatlas.errors import InvalidInput, InvalidParameter, shown
+
+SHOWN = 50
+"""Names of cases in an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,8 @@ class Options:
     """How a study is run.
 
     Args:
-        only: A pattern that the names of its cases must match.
+        only: Patterns of which the names of its cases must match one; what matches the first is
+            run first.
         workers: Processes of this machine.
         ray: Address of a Ray cluster that runs the cells instead.
         device: Where attacks compute, by a name of :func:`leakatlas.devices.chosen`; on a cluster,
@@ -44,7 +48,7 @@ class Options:
         InvalidParameter: If a cluster is asked for a device by its number.
     """
 
-    only: str | None = None
+    only: str | Sequence[str] | None = None
     workers: int = 1
     ray: str | None = None
     device: str = "cpu"
@@ -87,8 +91,9 @@ class Standing:
     Args:
         cells: All its cells.
         records: The last record of each that has one.
-        left: Cells without a final record of the present code: the first of every case, then the
-            second of every case, so that a run which is cut short has something of all.
+        left: Cells without a final record of the present code, by the pattern that they match: the
+            first of every case, then the second of every case, so that a run which is cut short
+            has something of all.
     """
 
     cells: tuple[Cell, ...]
@@ -118,15 +123,16 @@ def standing(study: Study, options: Options) -> Standing:
     if not cells:
         raise InvalidInput(
             f"Study {study.name!r} has no case that matches {options.only!r}; its cases: "
-            f"{', '.join(study.cases)}."
+            f"{', '.join(list(study.cases)[:SHOWN])}{', ...' * (len(study.cases) > SHOWN)}."
         )
     records = Store(options.records / study.name).records()
     counted: Counter[str] = Counter()
-    left: list[tuple[int, Cell]] = []
+    left: list[tuple[tuple[int, int], Cell]] = []
     for cell in cells:
         kept = records.get(cell.name)
         if kept is None or kept.status not in FINAL or kept.code != cell.code_hash:
-            left.append((counted[cell.label], cell))
+            place = 0 if options.only is None else rank(cell.label, options.only) or 0
+            left.append(((place, counted[cell.label]), cell))
         counted[cell.label] += 1
     left.sort(key=lambda numbered: numbered[0])
     return Standing(cells, records, tuple(cell for _, cell in left))

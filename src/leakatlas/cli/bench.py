@@ -30,7 +30,11 @@ def bench(
         str | None, typer.Argument(help="A study: its name, its folder, or its study.yaml.")
     ] = None,
     only: Annotated[
-        str | None, typer.Option(help="Only cases of this name; * and ? stand for anything.")
+        list[str] | None,
+        typer.Option(
+            help="Only cases of this name; * and ? stand for anything. Of several, the first is "
+            "run first."
+        ),
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Cells at a time on this machine.")] = 1,
     ray: Annotated[
@@ -92,7 +96,7 @@ def bench(
 
     given: dict[str, Any] = {"data": data, "results": results}
     options = Options(
-        only=only,
+        only=only or None,
         workers=workers,
         ray=ray,
         device=device,
