@@ -57,10 +57,10 @@ def test_classes_of_a_client_are_its_own_and_a_batch_takes_the_next_images(tmp_p
     assert not {i.numpy().tobytes() for i in first.images} & {
         i.numpy().tobytes() for i in second.images
     }
-    for labels in (first.labels, second.labels):
+    for number, labels in enumerate((first.labels, second.labels)):
         for client in range(3):
-            own = set(labels[5 * client : 5 * client + 5].tolist())
-            assert own <= {2 * client, 2 * client + 1}
+            own, pair = set(labels[5 * client : 5 * client + 5].tolist()), (client + number) % 3
+            assert own <= {2 * pair, 2 * pair + 1}
     with pytest.raises(InvalidInput, match="says how images are taken"):
         load(tmp_path, **setup(**changes, choose="distinct labels"))
     with pytest.raises(InvalidInput, match="too few"):

@@ -194,10 +194,14 @@ def _distinct(labels: Tensor, batch: int, skip: int, count: int) -> list[int]:
 
 
 def _own_classes(labels: Tensor, batch: int, skip: int, clients: int, each: int) -> list[int]:
-    """The batch number ``skip`` of every client, in file order, from classes of its own."""
+    """The batch number ``skip`` of every client, in file order, from classes of its own.
+
+    Classes go round with the number of the batch, so that the target's are others every time.
+    """
     chosen: list[int] = []
     for client in range(clients):
-        mine = torch.isin(labels, torch.arange(client * each, (client + 1) * each))
+        first = (client + skip) % clients * each
+        mine = torch.isin(labels, torch.arange(first, first + each))
         chosen += mine.nonzero().flatten()[skip * batch : (skip + 1) * batch].tolist()
     return chosen
 

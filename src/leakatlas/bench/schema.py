@@ -279,7 +279,8 @@ class Case(Strict):
         Counted | None,
         Field(
             description="Classes that a client holds and no other does: the first client the "
-            "first so many, and so on; its images are the first of them, in order.",
+            "first so many, and so on, in the first batch; they go round with the number of the "
+            "batch. Its images are the next ones of its classes, in order.",
             examples=[2],
         ),
     ] = None
