@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from leakatlas.audit.labels import Reader
+from leakatlas.audit.labels import Reader, Reading
 from leakatlas.blocks import labels
 from leakatlas.blocks.labels import METHODS, Evidence
 from leakatlas.devices import CPU
@@ -60,11 +60,10 @@ def test_every_rule_but_that_for_one_logit_answers_one_of_the_two_batches() -> N
 
 
 def test_the_rule_that_was_best_on_public_images_is_the_same() -> None:
-    def read(device: torch.device) -> tuple[tuple[int, ...], object]:
+    def read(device: torch.device) -> Reading:
         live = build_stage(examples=2, public=surrogate(8), device=device)
         view = live.view([live.federation.play_round()])
-        reader = Reader(view, surrogate(8), seed=0)
-        return reader(view), reader.to_json()
+        return Reader(view, surrogate(8), seed=0)(view)
 
     with pretended() as device:
         there = read(device)

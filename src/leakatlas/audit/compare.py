@@ -18,7 +18,15 @@ from leakatlas.audit.iterating import REHEARSED, SLACK
 from leakatlas.audit.jobs import Job, finished, run_job, unreached, would_not_fit
 from leakatlas.audit.listener import Listener
 from leakatlas.audit.plan import Plan, Setting, presets
-from leakatlas.audit.ready import Readied, Timed, carried_over, iterates, labelled, readied, timed
+from leakatlas.audit.ready import (
+    Readied,
+    Timed,
+    carried_over,
+    iterates,
+    planned_for,
+    readied,
+    timed,
+)
 from leakatlas.audit.schedule import LONGEST, Pace, together
 from leakatlas.audit.utility import REFERENCE, Utility, price_of
 from leakatlas.blocks.watch import MORE_TIME, Watch
@@ -317,13 +325,7 @@ class _Duel:
             least = next(iter(ready.values())).attack.fewest
             length = min(max(fit, least), *(at.fixed or LONGEST for at in ready.values()))
         for name, at in ready.items():
-            job = fitting[name]
-            made[name] = replace(
-                job,
-                attack=labelled(at.attack.lasting(length), at, job, self.plan),
-                preset=job.attack,
-                rehearsal=at.told(),
-            )
+            made[name] = planned_for(fitting[name], at.attack.lasting(length), at, self.plan)
         expected = {name: costs[name].seconds(length) for name in made}
         for name, job in made.items():
             if self.stop.stopped:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from leakatlas.audit.jobs import Job, run_job, unreached, would_not_fit
@@ -22,7 +22,7 @@ from leakatlas.audit.ready import (
     Timed,
     carried_over,
     distinct_variants,
-    labelled,
+    planned_for,
     readied,
     rehearsal_cost,
     timed,
@@ -216,11 +216,10 @@ class Iterating:
 
     def _run(self, job: Job, at: Readied, allowance: float, main: Watch) -> Run:
         planned = at.lasting(allowance, slower=self._slower)
-        attack = labelled(planned, at, job, self.plan)
-        made = replace(job, attack=attack, preset=job.attack, rehearsal=at.told())
+        made = planned_for(job, planned, at, self.plan)
         run = run_job(made, self.plan, SLACK * allowance + JITTER, self.out, self.listener, main)
         if at.pace is not None and run.tried:
-            steps = int(run.notes.get("iterations_made", attack.length or 1))
+            steps = int(run.notes.get("iterations_made", made.attack.length or 1))
             ratio = run.seconds / at.pace.seconds(steps)
             self._slower = (self._slower + min(max(ratio, PACES[0]), PACES[1])) / 2
         return run

@@ -5,16 +5,21 @@ first, and the rule that fits a fresh network fails on a trained one. The advers
 of :data:`~leakatlas.blocks.labels.METHODS` that its knowledge and public images allow on updates of
 its own, whose labels it knows, takes the best, and reads the victim's update with it.
 
-The rule is chosen on one half of these updates, and what it can be trusted with is measured on the
-other. Of rules that guess how sure the network is of the victims' images, strangers' still promise
-too much on a trained network, which is surer of images like those that trained it. Not so of
-``factored``, which guesses nothing and certifies each answer; where it cannot, the next best rule
-answers. The study ``labels_rehearsed`` holds what was expected against what was read.
+A trained network is surer of images like those that trained it than of a stranger's, and rules that
+guess how sure it is err with that. How much it was surprised shows in the update itself: in the
+slope of the head's bias, the mean of prediction minus label (:meth:`Evidence.surprise`). So own
+batches are made of images that the network is more or less sure of, and of them count those which
+surprised it as much as the victim's batch did. One half of these chooses the order of the rules; on
+the other half, which chose nothing, it is counted how often the rule that answered was right.
+Stated is the lower end of the Wilson interval of that share. ``factored`` answers only where one
+set of labels explains the update; where it cannot, the next best rule answers. The study
+``labels_rehearsed`` holds what was stated against what was read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,12 +27,23 @@ from torch import Tensor
 
 from leakatlas.blocks import labels, observed
 from leakatlas.blocks.labels.requirements import Requirement
+from leakatlas.blocks.watch import Watch
 from leakatlas.data import ImageSet
 from leakatlas.errors import LeakAtlasError
 from leakatlas.fl import View, stream
+from leakatlas.metrics.intervals import binomial
 
-BATCHES = 16
-"""Updates of the adversary's own: half of them choose the rules, half judge the choice."""
+BATCHES = 96
+"""Updates of the adversary's own, if time allows."""
+
+LEAST = 16
+"""The fewest from which anything is said."""
+
+NEAR = 0.5
+"""Share of them that count for an update: those that surprised the network as much."""
+
+SURE = (1.0, 0.5, 0.25, 0.125)
+"""Own batches are made of these shares of the public images, the surest ones, in turn."""
 
 CERTIFIED = "factored"
 """Answers only where one set of labels explains the update."""
@@ -49,66 +65,120 @@ def candidates() -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What was read of an update.
+
+    Args:
+        labels: Ascending; empty if every rule refused.
+        rule: That answered; empty likewise.
+        right: Of how many own batches like this one that rule read every label.
+        batches: How many there were, none of which chose the rule.
+        overlap: Share of their labels that it read.
+    """
+
+    labels: tuple[int, ...]
+    rule: str
+    right: int
+    batches: int
+    overlap: float
+
+    @property
+    def trust(self) -> float:
+        """How often such a reading is right at least: the lower end of its Wilson interval."""
+        return binomial(self.right, self.batches).low if self.batches else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Which rule, and how far it can be trusted here, as plain JSON values."""
+        share = self.right / self.batches if self.batches else 0.0
+        return {"rule": self.rule, "right": share, "trust": self.trust, "overlap": self.overlap,
+                "batches": self.batches}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Own:
+    """One update of the adversary's own: its surprise, and how many labels each rule read."""
+
+    surprise: float
+    read: Mapping[str, int]
+
+
 class Reader:
-    """The rule that rehearsed best, ready to read any update of the same clients.
+    """Rules that were tried, ready to read any update of the same clients.
 
     Args:
         view: The adversary's side of the real game; its labels are neither granted nor single.
         public: Images in the victims' shape; half of them are attacked, half are evidence.
         seed: Of batches and labels.
+        watch: When to stop trying; :data:`LEAST` batches are tried in any case.
+        rules: Which are tried; :func:`candidates` if None.
 
     Raises:
         UnsupportedModel: If the client's loss or the model's head lets no rule read labels.
         NotGranted: If the view holds too little to imitate the client.
     """
 
-    def __init__(self, view: View, public: ImageSet, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        view: View,
+        public: ImageSet,
+        *,
+        seed: int = 0,
+        watch: Watch | None = None,
+        rules: Sequence[str] | None = None,
+    ) -> None:
         labels.require_plain(view.loss, "Counting labels")
         self.evidence = Evidence(view, public)
-        N, draws = view.num_examples, stream(seed, "rehearsal", "labels")
-        games: list[tuple[View, Tensor]] = []
+        self.rules = candidates() if rules is None else list(rules)
+        self._size = view.num_examples
+        self._own: list[_Own] = []
+        draws = stream(seed, "rehearsal", "labels")
         for number in range(BATCHES):
-            x, y = self.evidence.draw(N, draws)
+            if number >= LEAST and watch is not None and (watch.over or watch.stopped):
+                break
+            x, y = self.evidence.draw(self._size, SURE[number % len(SURE)], draws)
             own = view.rehearse(x, y, seed=seed + number)
-            games.append((own, torch.bincount(y, minlength=view.classes).cpu()))
-        self.rules = self._chosen(games[::2])
-        self.rule = self.rules[0]
-        judged = [self._shared(own, wanted) for own, wanted in games[1::2]]
-        self.right = sum(shared == N for shared in judged) / len(judged)
-        self.overlap = sum(judged) / N / len(judged)
+            wanted = torch.bincount(y, minlength=view.classes).cpu()
+            read = {
+                rule: int(torch.minimum(counts, wanted).sum())
+                for rule, counts in self.evidence.answers(own, self.rules).items()
+            }
+            self._own.append(_Own(self.evidence.surprise(own), read))
         view.forget_reads()
 
-    def _chosen(self, games: Sequence[tuple[View, Tensor]]) -> list[str]:
-        """All rules that answer, the one that reads most first."""
-        overlap = dict.fromkeys(candidates(), 0)
-        right = dict.fromkeys(overlap, 0)
-        for own, wanted in games:
-            for key, counts in self.evidence.answers(own, list(overlap)).items():
-                shared = int(torch.minimum(counts, wanted).sum())
-                overlap[key] += shared
-                right[key] += shared == own.num_examples
+    def __call__(self, view: View) -> Reading:
+        """The labels behind a view's update, and what the reading is worth."""
+        surprise = self.evidence.surprise(view)
+        alike = sorted(self._own, key=lambda own: abs(own.surprise - surprise))
+        alike = alike[: max(LEAST, int(NEAR * len(alike)))]
+        order = self._order(alike[::2])
+        answers = self.evidence.answers(view, order)
+        view.forget_reads()
+        for place, rule in enumerate(order):
+            if rule in answers:
+                earlier = set(order[:place])
+                judged = [
+                    own.read[rule]
+                    for own in alike[1::2]
+                    if rule in own.read and not earlier & own.read.keys()
+                ]
+                return Reading(
+                    labels=tuple(labels.labels_from_counts(answers[rule]).tolist()),
+                    rule=rule,
+                    right=sum(read == self._size for read in judged),
+                    batches=len(judged),
+                    overlap=sum(judged) / self._size / max(len(judged), 1),
+                )
+        return Reading((), "", 0, 0, 0.0)
+
+    def _order(self, alike: Sequence[_Own]) -> list[str]:
+        """The rules, the one that reads most of such updates first."""
+        overlap = {rule: sum(own.read.get(rule, 0) for own in alike) for rule in self.rules}
+        right = {
+            rule: sum(own.read.get(rule) == self._size for own in alike) for rule in self.rules
+        }
         # Among equals, the one that knows when it is wrong.
-        return sorted(overlap, key=lambda key: (-overlap[key], -right[key], key != CERTIFIED))
-
-    def _shared(self, own: View, wanted: Tensor) -> int:
-        """How many labels of a batch are read."""
-        read = torch.tensor(self(own), dtype=torch.int64)
-        return int(torch.minimum(torch.bincount(read, minlength=len(wanted)), wanted).sum())
-
-    def __call__(self, view: View) -> tuple[int, ...]:
-        """The labels behind a view's update, ascending; empty if every rule refuses it."""
-        for rule in self.rules:
-            found = self.evidence.answers(view, [rule]).get(rule)
-            whole = found is not None and int(found.sum()) == view.num_examples
-            view.forget_reads()
-            if found is not None and whole:
-                return tuple(labels.labels_from_counts(found).tolist())
-        return ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Which rule, and how far it can be trusted here, as plain JSON values."""
-        return {"rule": self.rule, "right": self.right, "overlap": self.overlap,
-                "batches": BATCHES // 2}  # fmt: skip
+        return sorted(overlap, key=lambda rule: (-overlap[rule], -right[rule], rule != CERTIFIED))
 
 
 def needed(view: View) -> bool:
@@ -142,14 +212,32 @@ class Evidence:
         noise = torch.randn(evidence.shape, generator=stream("rehearsal", "dummies")).to(like)
         self.dummy = labels.head_pass(model, self.head, noise)
 
-    def draw(self, count: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Images for one batch of the adversary's own, labelled as the model believes."""
-        chosen = torch.randint(len(self.attacked), (count,), generator=draws)
+    def draw(self, count: int, share: float, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Images for one batch of the adversary's own, labelled as the model believes.
+
+        Args:
+            count: N.
+            share: Of the images, those that the model is surest of.
+            draws: Of images and labels.
+        """
+        surest = self.beliefs.max(1).values.argsort(descending=True, stable=True)
+        part = surest[: max(int(share * len(surest)), min(count, len(surest)))]
+        chosen = part[torch.randint(len(part), (count,), generator=draws)]
         y = torch.multinomial(self.beliefs[chosen], 1, generator=draws).flatten()
         return self.attacked[chosen], y.to(self.attacked.device)
 
+    def surprise(self, view: View) -> float:
+        """How far the model's mean prediction was from the labels of a batch, in [0, 1].
+
+        Without a bias, the size of the slope of the head's weights, which grows with it.
+        """
+        g = observed.mean_gradient(view)
+        if self.head.bias_name is not None and self.head.bias_name in g:
+            return float(g[self.head.bias_name].abs().sum()) / 2
+        return float(g[self.head.weight_name].norm())
+
     def answers(self, view: View, rules: Sequence[str]) -> Mapping[str, Tensor]:
-        """Class counts ``(K,)`` by rule, of those that take this model and settle."""
+        """Class counts ``(K,)`` by rule, of those that take this model, settle and count N."""
         gathered = labels.Evidence(
             gradients=observed.mean_gradient(view),
             head=self.head,
@@ -166,6 +254,9 @@ class Evidence:
                 answer = labels.recover(rule, gathered)
             except LeakAtlasError:  # no bias, features that change sign: not a rule for this model
                 continue
-            if not isinstance(answer, labels.Counts) or answer.settled:
-                found[rule] = labels.as_counts(answer).cpu()
+            if isinstance(answer, labels.Counts) and not answer.settled:
+                continue
+            counts = labels.as_counts(answer).cpu()
+            if int(counts.sum()) == view.num_examples:
+                found[rule] = counts
         return found

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from leakatlas.attacks.api import ActiveAttack, Attack
-from leakatlas.audit import control, process
+from leakatlas.audit import control, labels, process
 from leakatlas.audit.games import CROPS
 from leakatlas.audit.halving import LEAST, stages
 from leakatlas.audit.jobs import Job, shown
-from leakatlas.audit.labels import BATCHES, Reader, needed
+from leakatlas.audit.labels import Reader, needed
 from leakatlas.audit.plan import Plan, Setting
 from leakatlas.audit.process import Attacker
 from leakatlas.audit.rehearsal import Rehearsal, rehearse
@@ -28,6 +28,9 @@ IMAGES = 2
 
 GAMES = 0.5
 """Share of a rehearsal's time that playing the adversary's own clients may take."""
+
+READING = 0.25
+"""Share of it that finding out which rule reads labels best may take."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,7 @@ class Readied:
     def told(self) -> dict[str, Any]:
         """The rehearsal for recipe and report."""
         if self.rehearsal is not None:
-            rule = {} if self.reader is None else {"labels": self.reader.to_json()}
-            return {**self.rehearsal.to_json(), **rule}
+            return self.rehearsal.to_json()
         return {"refused": self.reason} if self.reason else {}
 
     def lasting(self, seconds: float, *, slower: float = 1.0) -> Attack:
@@ -156,13 +158,14 @@ def readied(
         return replace(plain, reason="the budget leaves no time for a rehearsal")
     reader: Reader | None = None
     reads = hasattr(job.attack, "labels") and "labels" not in changes and needed(at.view)
-    games = (IMAGES + BATCHES * reads) * job.setting.client_seconds(plan.seed)
+    games = (IMAGES + labels.LEAST * reads) * job.setting.client_seconds(plan.seed)
     if games > GAMES * seconds:
         words = f"its own clients' rounds would take about {games:.0f} s of a rehearsal's"
         return replace(plain, reason=f"{words} {seconds:.0f} s")
     if reads:
         try:
-            reader = Reader(at.view, public, seed=plan.seed)
+            reading = Watch(READING * seconds, parent=stop)
+            reader = Reader(at.view, public, seed=plan.seed, watch=reading)
         except LeakAtlasError as problem:
             return replace(plain, reason=str(problem))
     each = at.pace.seconds(length) / length
@@ -219,13 +222,19 @@ def _first_words(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {problem}"
 
 
-def labelled(attack: Attack, at: Readied, job: Job, plan: Plan) -> Attack:
-    """The attack with the labels that the rehearsed rule reads from this target's update."""
-    if at.reader is None:
-        return attack
-    live, records = shown(job, plan)
-    view = live.view(records, target=job.target, others=job.attack.watches_others)
-    return type(attack).from_json({**attack.to_json(), "labels": at.reader(view)})
+def planned_for(job: Job, attack: Attack, at: Readied, plan: Plan) -> Job:
+    """The job with an attack whose length was planned, and how it was chosen.
+
+    It takes the labels that the best rule reads from this target's update, if they must be read.
+    """
+    told = at.told()
+    if at.reader is not None:
+        live, records = shown(job, plan)
+        view = live.view(records, target=job.target, others=job.attack.watches_others)
+        reading = at.reader(view)
+        attack = type(attack).from_json({**attack.to_json(), "labels": reading.labels})
+        told = {**told, "labels": reading.to_json()}
+    return replace(job, attack=attack, preset=job.attack, rehearsal=told)
 
 
 def distinct_variants(attack: Attack, changes: Any) -> dict[str, Attack]:

@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -247,20 +247,22 @@ def _rehearsal(run: Run) -> str:
     if short:
         words += f", in trials of {length} iterations where {told['planned']} were planned"
     if rule := told.get("labels"):
-        words += (
-            f"; labels by {rule['rule']!r}, which read {100 * rule['overlap']:.0f} % of the "
-            f"rehearsal's labels and {100 * rule['right']:.0f} % of its batches"
-            + ("" if rule["rule"] == CERTIFIED else GUESSED)
-        )
+        words += _of_labels(rule)
     if told["psnr"] <= told["null"]:
         words += "; no better than the mean image, hence tried last"
     return words
 
 
-CERTIFIED = "factored"
-"""The label rule that answers only where one set of labels explains the update."""
-
-GUESSED = " (trained networks let it read fewer of the victims')"
+def _of_labels(rule: Mapping[str, Any]) -> str:
+    """Which rule read the labels, and how far it can be trusted."""
+    if not rule["rule"]:
+        return "; no rule reads labels of such an update"
+    right, least = (f"{100 * rule[name]:.0f} %" for name in ("right", "trust"))
+    return (
+        f"; labels by {rule['rule']!r}, which read {100 * rule['overlap']:.0f} % of the labels, and "
+        f"all of them in {right} (at least {least}), of {rule['batches']} own batches that "
+        "surprised the network as much"
+    )
 
 
 def _galleries(report: Report, most: int = 8) -> list[tuple[str, list[dict[str, Any]]]]:
