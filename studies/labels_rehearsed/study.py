@@ -45,8 +45,7 @@ def measure(cell: Cell) -> dict[str, list[float]]:
             fixed_overlap=fixed / batch,
             rehearsed_right=rehearsed == batch,
             rehearsed_overlap=rehearsed / batch,
-            even_spread_overlap=shared(labels.round_counts(torch.zeros(made.classes), batch))
-            / batch,
+            even_spread_overlap=shared(even) / batch,
             believed_right=read.right / max(read.batches, 1),
             believed_at_least=read.trust,
             guessed_right=guessed == batch,

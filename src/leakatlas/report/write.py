@@ -259,9 +259,9 @@ def _of_labels(rule: Mapping[str, Any]) -> str:
         return "; no rule reads labels of such an update"
     right, least = (f"{100 * rule[name]:.0f} %" for name in ("right", "trust"))
     return (
-        f"; labels by {rule['rule']!r}, which read {100 * rule['overlap']:.0f} % of the labels, and "
-        f"all of them in {right} (at least {least}), of {rule['batches']} own batches that "
-        "surprised the network as much"
+        f"; labels by {rule['rule']!r}, which read all labels of {right} of {rule['batches']} own "
+        f"batches that surprised the network as much (so of at least {least} of such batches, with "
+        f"95 % confidence), and {100 * rule['overlap']:.0f} % of the labels"
     )
 
 
