@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,26 @@ def alone(folder: Path) -> Iterator[None]:
             f"Another audit is writing to {str(folder)!r}; wait until it has ended, or choose "
             "another folder with --out. Nothing was computed."
         ) from None
+    token = _HASHED.set({})
     try:
         yield
     finally:
+        _HASHED.reset(token)
         lock.release()
+
+
+_HASHED: ContextVar[dict[int, str] | None] = ContextVar("hashed", default=None)
+"""Hashes of the models of the audit that is under way, which leaves them as they are: of a large
+one it takes a second, and every run asks for it."""
+
+
+def _weights(model: nn.Module) -> str:
+    known = _HASHED.get()
+    if known is None:
+        return state_hash(held(model))
+    if id(model) not in known:
+        known[id(model)] = state_hash(held(model))
+    return known[id(model)]
 
 
 def recipe_of(setting: Setting, attack: Attack, scenario: dict[str, Any], plan: Plan) -> Recipe:
@@ -121,7 +138,7 @@ def identity(setting: Setting, target: int, recipe: Recipe) -> str:
     parts = [
         recipe.content_hash,
         recipe.versions,
-        state_hash(held(setting.model)),
+        _weights(setting.model),
         target,
         setting.box.to_json(),
         *setting.fingerprints,
