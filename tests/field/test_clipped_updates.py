@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from leakatlas.audit import ReplayCheck, doctor
+from leakatlas.audit import ReplayCheck
 from leakatlas.catalogue import registry
 from leakatlas.fl import Defense, FedSGD, Update
-from tests.field.test_public_threads import LOCAL, _batch, _net, _trained
+from tests.field.test_public_threads import LOCAL, _batch, _net, _trained, checked
 
 
 def _defense(key: str, **values: object) -> Defense:
@@ -29,7 +29,7 @@ def _gradients(images: Tensor, labels: Tensor) -> list[Tensor]:
 
 def _found(sent: list[Tensor], *declared: Defense) -> ReplayCheck:
     update = Update.from_gradients(sent, _net(), num_examples=3)
-    return doctor(_net(), _batch(), captured=update, protocol=FedSGD(), defenses=declared).replay
+    return checked(_net(), update, FedSGD(), declared).replay
 
 
 CLIP = 0.21
@@ -83,7 +83,7 @@ def test_local_differential_privacy_is_named_as_far_as_noise_allows(clip: float)
     )
 
     def found(*declared: Defense) -> ReplayCheck:
-        return doctor(before, _batch(), captured=update, protocol=LOCAL, defenses=declared).replay
+        return checked(before, update, LOCAL, declared).replay
 
     silent = found()
     assert silent.culprit == "unknown" and "looks like added noise" in silent.explanation

@@ -10,6 +10,7 @@ Opacus 646 (spectral normalisation), and tied weights, as every state dict of su
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import leakatlas
-from leakatlas.audit import Diagnosis
+from leakatlas.audit import Diagnosis, Setting, examine
+from leakatlas.data import Box, as_images
 from leakatlas.errors import InvalidInput
-from leakatlas.fl import FedAVG, FedSGD, Protocol, Update
+from leakatlas.fl import Defense, FedAVG, FedSGD, ModelRef, Protocol, Update
+from leakatlas.fl.capture import Capture
 
 SIZE, CLASSES = 6, 3
 
@@ -58,8 +61,16 @@ def _graded(model: nn.Module) -> nn.Module:
     return model
 
 
-def _checked(model: nn.Module, update: Update, protocol: Protocol) -> Diagnosis:
-    return leakatlas.doctor(model, _batch(), captured=update, protocol=protocol)
+def checked(
+    model: nn.Module, update: Update, protocol: Protocol, defenses: Sequence[Defense] = ()
+) -> Diagnosis:
+    """What the doctor says of an update of the batch, without asking any attack about it."""
+    setting = Setting(
+        name="thread", model=model, model_ref=ModelRef("object", "network"),
+        victims=as_images(_batch()), protocol=protocol, defenses=tuple(defenses),
+        box=Box.unit(3), captured=Capture.of(update),
+    )  # fmt: skip
+    return examine(setting.stage(letter="A", seed=0))
 
 
 LOCAL = FedAVG(epochs=2, batch_size=3, lr=0.07)
@@ -74,7 +85,7 @@ def test_a_counter_in_another_shape_or_lost_is_no_other_model(shape: tuple[int, 
     before = _net()
     after = _trained(before, LOCAL)
     update = Update.from_arrays(sent(before), sent(after), before, num_examples=3)
-    assert _checked(before, update, LOCAL).replay.consistent
+    assert checked(before, update, LOCAL).replay.consistent
     assert ("1.num_batches_tracked" in update.buffers_after) == (shape != (0,))
     assert torch.equal(update.buffers_after["1.running_mean"], after.state_dict()["1.running_mean"])
 
@@ -94,10 +105,10 @@ def test_gradients_of_another_precision_are_the_clients(
     sent = [p.grad.to(dtype) for p in model.parameters() if p.grad is not None]
     sent = [g.float() for g in sent] if restored else sent
     update = Update.from_gradients(sent, model, num_examples=3)
-    found = _checked(model, update, FedSGD()).replay
+    found = checked(model, update, FedSGD()).replay
     assert found.consistent and (found.residual or 0.0) < 5e-3
     turned = Update.from_gradients([-g for g in sent], model, num_examples=3)
-    assert _checked(model, turned, FedSGD()).replay.culprit == "sign"
+    assert checked(model, turned, FedSGD()).replay.culprit == "sign"
 
 
 class Two(NamedTuple):
@@ -156,7 +167,7 @@ def test_half_a_layer_may_be_frozen() -> None:
     _graded(model)
     update = Update.from_gradients([p.grad for p in model.parameters()], model, num_examples=3)
     assert set(update.tensors) == {"0.weight", "1.weight", "1.bias", "4.bias"}
-    found = _checked(model, update, FedSGD())
+    found = checked(model, update, FedSGD())
     assert found.replay.residual == 0.0
     assert found.facts["shared parameters"] == sum(t.numel() for t in update.tensors.values())
 
@@ -169,9 +180,9 @@ def test_a_frozen_normalisation_still_takes_its_statistics_from_the_batch() -> N
         model.state_dict(), _trained(model, LOCAL).state_dict(), model, num_examples=3
     )
     assert "1.weight" not in update.tensors or not update.tensors["1.weight"].any()
-    found = _checked(model, update, LOCAL)
+    found = checked(model, update, LOCAL)
     assert found.replay.consistent and any("train mode" in words for words in found.findings)
-    other = _checked(model, update, FedAVG(epochs=2, batch_size=3, lr=0.07, mode="eval"))
+    other = checked(model, update, FedAVG(epochs=2, batch_size=3, lr=0.07, mode="eval"))
     assert other.replay.culprit == "mode"
 
 
@@ -189,7 +200,7 @@ def test_parameters_that_no_gradient_reaches_are_left_out_of_the_update() -> Non
     by_name = {name: p.grad for name, p in model.named_parameters()}
     update = Update.from_gradients(by_name, model, num_examples=3)
     assert not [name for name in update.tensors if name.startswith("spare")]
-    assert _checked(model, update, FedSGD()).replay.residual == 0.0
+    assert checked(model, update, FedSGD()).replay.residual == 0.0
 
 
 def _spectral() -> nn.Module:
@@ -213,8 +224,8 @@ def test_a_wrong_description_is_not_blamed_on_buffers_that_move() -> None:
     after = _trained(model, LOCAL)
     update = Update.from_state_dicts(model.state_dict(), after.state_dict(), model, num_examples=3)
     doubled = FedAVG(epochs=2, batch_size=3, lr=0.14)
-    assert _checked(model, update, doubled).replay.culprit != "moving buffers"
-    assert not _checked(model, update, doubled).replay.expected
+    replay = checked(model, update, doubled).replay
+    assert replay.culprit != "moving buffers" and not replay.expected
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
@@ -255,7 +266,7 @@ def test_tied_weights_come_under_each_of_their_names() -> None:
     )  # fmt: skip
     assert "first.weight" in named.tensors and "second.weight" not in named.tensors
     for update in (named, listed):
-        assert _checked(before, update, LOCAL).replay.consistent
+        assert checked(before, update, LOCAL).replay.consistent
     torn = after.state_dict() | {"second.weight": after.state_dict()["first.weight"] + 1}
     with pytest.raises(InvalidInput, match=r"'second.weight' and 'first.weight', which are one"):
         Update.from_state_dicts(before.state_dict(), torn, before, num_examples=3)
