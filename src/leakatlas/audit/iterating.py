@@ -18,6 +18,7 @@ from leakatlas.audit.jobs import Job, run_job, unreached, would_not_fit
 from leakatlas.audit.listener import Listener
 from leakatlas.audit.plan import Plan
 from leakatlas.audit.ready import (
+    Readers,
     Readied,
     Timed,
     carried_over,
@@ -77,6 +78,7 @@ class Iterating:
     stop: Watch
     _paces: dict[Key, Timed] = field(default_factory=dict)
     _ready: dict[Key, Readied] = field(default_factory=dict)
+    _readers: Readers = field(default_factory=dict)
     _slower: float = 1.0
     """How many times slower the machine has become since the attacks were timed."""
 
@@ -173,7 +175,10 @@ class Iterating:
             unspent -= costs[key]
             allowance = at.least + max(free, 0.0) * (1 - share) / len(jobs)
             self.listener.run(f"{job.setting.name}: {job.attack.key}, rehearsal", 0.0)
-            made = readied(at, job, self.plan, seconds=seconds, allowance=allowance, stop=main)
+            made = readied(
+                at, job, self.plan, seconds=seconds, allowance=allowance, stop=main,
+                readers=self._readers,
+            )  # fmt: skip
             if made.rehearsal is None and self.plan.rehearsal:
                 made = carried_over(made, self._ready.values(), made.reason)
             self._ready[key] = made

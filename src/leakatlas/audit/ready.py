@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -135,8 +136,19 @@ def timed(job: Job, plan: Plan, *, stop: Watch) -> Timed:
     return Timed(job.attack, view, run, at, "", fixed)
 
 
+Readers = dict[tuple[str, str], Reader]
+"""By setting and letter: attacks of one adversary on one set-up read its labels alike."""
+
+
 def readied(
-    at: Timed, job: Job, plan: Plan, *, seconds: float, allowance: float, stop: Watch
+    at: Timed,
+    job: Job,
+    plan: Plan,
+    *,
+    seconds: float,
+    allowance: float,
+    stop: Watch,
+    readers: Readers | None = None,
 ) -> Readied:
     """Rehearse an attack that was timed, if there is time for it.
 
@@ -147,6 +159,7 @@ def readied(
         seconds: What the rehearsal may take.
         allowance: What the victim's run may take.
         stop: Ends it early.
+        readers: Those that other attacks had made; a new one is added.
     """
     plain = Readied(at.attack, at.pace, None, at.reason, at.fixed)
     if at.pace is None or at.view is None or at.run is None or not plan.rehearsal:
@@ -158,16 +171,23 @@ def readied(
         return replace(plain, reason="the budget leaves no time for a rehearsal")
     reader: Reader | None = None
     reads = hasattr(job.attack, "labels") and "labels" not in changes and needed(at.view)
-    games = (IMAGES + labels.LEAST * reads) * job.setting.client_seconds(plan.seed)
+    readers = {} if readers is None else readers
+    place = job.setting.name, job.letter
+    learns = reads and place not in readers
+    games = (IMAGES + labels.LEAST * learns) * job.setting.client_seconds(plan.seed)
     if games > GAMES * seconds:
         words = f"its own clients' rounds would take about {games:.0f} s of a rehearsal's"
         return replace(plain, reason=f"{words} {seconds:.0f} s")
+    begun = time.perf_counter()
     if reads:
         try:
-            reading = Watch(READING * seconds, parent=stop)
-            reader = Reader(at.view, public, seed=plan.seed, watch=reading)
+            if learns:
+                reading = Watch(READING * seconds, parent=stop)
+                readers[place] = Reader(at.view, public, seed=plan.seed, watch=reading)
+            reader = readers[place]
         except LeakAtlasError as problem:
             return replace(plain, reason=str(problem))
+    seconds -= time.perf_counter() - begun
     each = at.pace.seconds(length) / length
     try:
         found = rehearse(
