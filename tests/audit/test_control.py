@@ -62,7 +62,7 @@ class Reads(Learned):
 
 def tried(plan: Plan, attack: Attack, **changes: object) -> Run:
     setting = replace(plan.settings[0], **changes)  # type: ignore[arg-type]  # fields of a setting
-    job = Job(setting, attack, "D", 0, 1.0)
+    job = Job(setting, attack, "D", 0)
     return run_job(job, plan, None, None, Silent(), Watch())
 
 

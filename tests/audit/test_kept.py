@@ -178,7 +178,7 @@ def test_damaged_pictures_are_noticed(quick: Plan, tmp_path: Path) -> None:
 def descending(plan: Plan, budget: float | None, allowance: float | None, out: Path | None) -> Run:
     """One descent of 40 steps, with so many seconds."""
     setting = replace(plan.settings[0], attacks=("inverting_gradients",))
-    job = Job(setting, InvertingGradients(steps=40), "B", 0, 1.0)
+    job = Job(setting, InvertingGradients(steps=40), "B", 0)
     return run_job(job, replace(plan, seconds=budget), allowance, out, Silent(), Watch())
 
 

@@ -92,7 +92,7 @@ def _short(plan: Plan) -> Plan:
 def _jobs(plan: Plan) -> list[Job]:
     (setting,) = plan.settings
     return [
-        Job(setting, registry.load_attack(key).tuned(), "B", target, 1.0)
+        Job(setting, registry.load_attack(key).tuned(), "B", target)
         for key in ("dlg", "inverting_gradients")
         for target in setting.targets
     ]
@@ -422,7 +422,7 @@ def test_rounds_under_masks_wait_for_what_the_others_leave(
         setting, name="masked", defenses=(registry.defense("secure_aggregation"),), targets=(0,)
     )
     closed = registry.load_attack("robbing_the_fed").tuned()
-    jobs = [Job(masked, closed, "G", 0, 1.0), Job(setting, closed, "G", 0, 1.0)]
+    jobs = [Job(masked, closed, "G", 0), Job(setting, closed, "G", 0)]
     jobs += _jobs(three_targets)[-1:]
     made: list[tuple[str, str]] = []
 

@@ -232,7 +232,7 @@ def test_a_cut_in_tampering_is_a_cut_of_the_run(
     monkeypatch.setattr(registry, "load_attack", lambda key: SlowToPrepare)
     setting = replace(small_plan.settings[0], attacks=("slow_to_prepare",))
     plan = replace(small_plan, settings=(setting,), letters=("G",), attack_parameters={})
-    job = Job(setting, SlowToPrepare(), "G", 0, 1.0)
+    job = Job(setting, SlowToPrepare(), "G", 0)
     run = run_job(job, plan, 0.05, None, Silent(), Watch())
     assert run.status == "cut short" and "budget" in run.reason
 
@@ -248,7 +248,7 @@ def test_what_is_learned_in_too_little_time_is_a_cut_in_any_process(
         victims=data.photos(32).subset(range(4)), protocol=FedSGD(mode="train"),
     )  # fmt: skip
     plan = replace(small_plan, settings=(setting,), in_process=in_process, attack_parameters={})
-    job = Job(setting, SEER.tuned(), "G", 0, 1.0)
+    job = Job(setting, SEER.tuned(), "G", 0)
     run = run_job(job, plan, 0.05, None, Silent(), Watch())
     assert run.status == "cut short" and "budget" in run.reason
     assert run.notes["iterations_asked"] == 1_000 > run.notes["iterations_made"]

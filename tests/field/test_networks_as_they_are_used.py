@@ -121,7 +121,7 @@ def test_whatever_may_start_runs(name: str, tmp_path: object, cache: object) -> 
     for attack in presets(None, {}, published=False):
         start = can_start(adversaries, attack, plan.letters)
         if start.obstacle is None:
-            job = Job(setting, attack, start.letter, 0, 1.0)
+            job = Job(setting, attack, start.letter, 0)
             run = run_job(job, plan, 1e-9, None, Silent(), Watch())
             assert run.status != "error", (attack.key, run.reason, run.trace)
 

@@ -18,6 +18,7 @@ from leakatlas.data import Box
 from leakatlas.fl import FedSGD, ModelRef
 from leakatlas.report import render_page, write_report
 from leakatlas.report.schema import ReportFile, report_schema
+from leakatlas.report.write import ORDERED
 
 EVIL = "<script>alert('x')</script>"
 
@@ -116,3 +117,12 @@ def test_the_page_shows_what_was_measured_before_any_attack(report: Report) -> N
         assert measure["title"] in page and f"<small>{measure['name']}</small>" in page
     assert "measures taken before any attack" in page and "spectrum are left out" in page
     assert "not defined" in page  # an imbalance of one image
+
+
+def test_how_attacks_were_ordered_is_said_where_any_was_rehearsed(report: Report) -> None:
+    def page(rehearsal: dict[str, object]) -> str:
+        runs = (replace(r, recipe={**r.recipe, "rehearsal": rehearsal}) for r in report.runs)
+        return html.unescape(render_page(replace(report, runs=tuple(runs))))
+
+    assert ORDERED not in page({})
+    assert ORDERED in page({"refused": "no time"})

@@ -234,7 +234,7 @@ class _Duel:
         """The attack on one set."""
         (attack,) = presets([self.key], self.plan.attack_parameters,
                             published=self.plan.seconds is None)  # fmt: skip
-        return Job(setting, attack, self.letter, setting.targets[0], 1.0, compared=True)
+        return Job(setting, attack, self.letter, setting.targets[0], compared=True)
 
     def left_out(
         self, settings: Mapping[str, Setting], unplayed: Mapping[str, tuple[str, str]]

@@ -5,6 +5,11 @@ strongest of each set-up are sure of a decent run, whatever else there is. Then 
 that it is given, or cannot be ended: attacks that learn, and rounds under masks; a part of the time
 waits for them. What nobody spent goes to those who were refused for want of it.
 
+Attacks that iterate are ordered by their rehearsal. Those that change the model, and closed forms,
+are not rehearsed: a try on public images would take the same preparation, a round and a reading, as
+much as on the victim, so it is the victim that is tried. Their order is declared, not measured:
+closed forms, then what learns; reports say so.
+
 All costs are measured in this very run: a slower machine, or a busy one, shortens schedules before
 it silences attacks.
 """

@@ -44,7 +44,6 @@ class Job:
         attack: With its parameters.
         letter: Threat model it runs under.
         target: Client attacked.
-        weight: Share of the budget, relative to the other jobs.
         preset: What the attack was before a rehearsal and a plan changed its parameters, if they
             did: the name under which its run is kept.
         rehearsal: How the parameters were chosen, for recipe and report.
@@ -55,7 +54,6 @@ class Job:
     attack: Attack
     letter: str
     target: int
-    weight: float
     preset: Attack | None = None
     rehearsal: Mapping[str, Any] = field(default_factory=dict)
     compared: bool = False

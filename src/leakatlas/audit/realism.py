@@ -19,7 +19,7 @@ from leakatlas.audit.deadline import Deadline
 from leakatlas.audit.effort import spend
 from leakatlas.audit.jobs import Job
 from leakatlas.audit.listener import Listener
-from leakatlas.audit.plan import Plan, Setting, cost_weight, presets
+from leakatlas.audit.plan import Plan, Setting, presets
 from leakatlas.audit.start import Adversaries, can_start
 from leakatlas.blocks.watch import Watch
 from leakatlas.fl import FedAVG, draws
@@ -291,7 +291,7 @@ def _jobs(
             if start.obstacle is None:
                 chosen.append((attack, start.letter))
     return [
-        Job(other, attack, letter, target, cost_weight(attack))
+        Job(other, attack, letter, target)
         for attack, letter in chosen
         for target in (other.targets[:1] if isinstance(attack, ActiveAttack) else other.targets)
     ]

@@ -25,7 +25,7 @@ from leakatlas.audit.effort import once_more, spend
 from leakatlas.audit.formal import guarantees
 from leakatlas.audit.jobs import Job, not_run, unreached
 from leakatlas.audit.listener import Listener, Silent
-from leakatlas.audit.plan import Plan, Setting, cost_weight, presets
+from leakatlas.audit.plan import Plan, Setting, presets
 from leakatlas.audit.ready import iterates
 from leakatlas.audit.realism import NOT_YET, Pair, other_sides, pair_of, realism_of
 from leakatlas.audit.start import Start
@@ -162,9 +162,7 @@ def _examine(
             continue
         # A pooled reconstruction covers every client at once.
         targets = setting.targets[:1] if _pooled(setting) else setting.targets
-        jobs.extend(
-            Job(setting, attack, start.letter, target, cost_weight(attack)) for target in targets
-        )
+        jobs.extend(Job(setting, attack, start.letter, target) for target in targets)
 
 
 def _unexamined(setting: Setting, plan: Plan) -> list[Run]:

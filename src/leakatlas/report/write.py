@@ -126,6 +126,7 @@ def render_page(report: Report) -> str:
         comparisons=[_comparison_row(c, report.comparisons[0]) for c in report.comparisons],
         chart=_chart(report.comparisons),
         runs=[_run_row(run) for run in _all(report) if run.tried or run.status == "error"],
+        ordered=ORDERED if any(run.recipe.get("rehearsal") for run in report.runs) else "",
         tried=sum(run.tried for run in report.runs),
         skipped=_skipped(report),
         undecided=report.undecided(),
@@ -227,6 +228,14 @@ def _run_row(run: Run) -> dict[str, Any]:
             "labels": None if scores.labels is None else scores.labels.irec,
         }
     return row
+
+
+ORDERED = (
+    "Attacks that iterate had their turn, and their part of the time, by what they rehearsed; those "
+    "that change the model, and closed forms, in a fixed order: a rehearsal of one would take as "
+    "much as the attempt itself, so the attempt was made."
+)
+"""How the order of attacks came about."""
 
 
 def _rehearsal(run: Run) -> str:
