@@ -231,7 +231,7 @@ def _run_row(run: Run) -> dict[str, Any]:
 
 
 ORDERED = (
-    "Attacks that iterate had their turn, and their part of the time, by what they rehearsed; those "
+    "Attacks that iterate had their turn and their part of the time by what they rehearsed; those "
     "that change the model, and closed forms, in a fixed order: a rehearsal of one would take as "
     "much as the attempt itself, so the attempt was made."
 )
