@@ -62,7 +62,7 @@ def test_what_may_start_is_not_refused_afterwards(name: str) -> None:
             assert start.obstacle in ("refused", "not applicable") and start.outlook.reason
             continue
         started += 1
-        job = Job(chosen, attack, start.letter, 0, 1.0)
+        job = Job(chosen, attack, start.letter, 0)
         run = run_job(job, plan, 1e-9, None, Silent(), Watch())
         assert run.tried, (attack.key, run.status, run.reason)
     assert started >= 5
