@@ -255,6 +255,16 @@ def test_what_is_learned_in_too_little_time_is_a_cut_in_any_process(
     assert not list(cache.glob("seer-*"))  # half-learned: not for the next run
 
 
+def test_attacks_that_lack_time_are_listed_set_up_by_set_up(scripted: Plan) -> None:
+    script(nothing)
+    (run, *_) = carry_out(scripted).runs
+    late = replace(run, status="refused", wants=MORE_TIME, scores=None, verdict="not tested")
+    places = [("dlg", "a"), ("gias", "a"), ("dlg", "b"), ("dlg", "a")]
+    runs = tuple(replace(late, attack=attack, setting=setting) for attack, setting in places)
+    report = replace(carry_out(scripted), runs=runs, comparisons=(), realism=())
+    assert f"refused: dlg, gias on a; dlg on b ({MORE_TIME})" in report.undecided()
+
+
 def test_a_cut_run_leaves_the_audit_undecided_unless_all_came_out_already(scripted: Plan) -> None:
     def cut(view: View, watch: Clock) -> Reconstruction:
         found = nothing(view, watch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ class Report:
             if lost:
                 reasons.append(f"{lost}; make room and repeat the command")
         crashed: dict[str, list[str]] = {}
-        refused: dict[str, list[str]] = {}
+        refused: dict[str, list[Run]] = {}
         for run in every:
             if run.status == "error":
                 said = f"{run.attack} crashed ({run.reason})"
@@ -159,18 +159,17 @@ class Report:
         for run in asked:
             late = MORE_TIME in run.wants
             if run.status == "refused" and run.wants and not (late and self._superseded(run)):
-                refused.setdefault(run.wants, []).append(f"{run.attack} on {run.setting}")
+                refused.setdefault(run.wants, []).append(run)
         for said, settings in crashed.items():
             reasons.append(f"{said} on {'; '.join(dict.fromkeys(settings))}")
         cut = [run for run in asked if run.status == "cut short" and not self._superseded(run)]
         if cut:
-            named = dict.fromkeys(f"{run.attack} on {run.setting}" for run in cut)
             reasons.append(
-                f"cut short: {'; '.join(named)} (what they show is the least that comes out; give "
+                f"cut short: {_by_setting(cut)} (what they show is the least that comes out; give "
                 "them more time, as with --budget)"
             )
         for wants, runs in refused.items():
-            reasons.append(f"refused: {'; '.join(dict.fromkeys(runs))} ({wants.rstrip('.')})")
+            reasons.append(f"refused: {_by_setting(runs)} ({wants.rstrip('.')})")
         return tuple(reasons)
 
     def _superseded(self, cut: Run) -> bool:
@@ -283,3 +282,11 @@ def worst_case(runs: Sequence[Run]) -> dict[str, list[float]]:
             old = best.setdefault(key, now)
             best[key] = {m: (min if m == "mse" else max)(old[m], value) for m, value in now.items()}
     return {m: [values[m] for values in best.values()] for m in ("psnr", "ssim", "mse", "exact")}
+
+
+def _by_setting(runs: Iterable[Run]) -> str:
+    """The attacks of runs, set-up by set-up."""
+    found: dict[str, dict[str, None]] = {}
+    for run in runs:
+        found.setdefault(run.setting, {})[run.attack] = None
+    return "; ".join(f"{', '.join(attacks)} on {setting}" for setting, attacks in found.items())
