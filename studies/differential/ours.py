@@ -27,6 +27,7 @@ from leakatlas.attacks.generative.direct.grnn import tv as smoothness
 from leakatlas.attacks.generative.direct.lti import LTI
 from leakatlas.attacks.generative.latent import ggl as ggl_row
 from leakatlas.attacks.generative.latent.gifd import project_l1, ramp
+from leakatlas.attacks.generative.online import mgan_ai as mgan_ai_row
 from leakatlas.attacks.optimization.augmented.gi_pip import Autoencoder, anomaly
 from leakatlas.attacks.optimization.augmented.mjolnir import flat, padded, reverse, unflat
 from leakatlas.attacks.optimization.augmented.rog import enlarged
@@ -484,6 +485,27 @@ def mjolnir() -> Figures:
         "diffused": noised(x, drawn, share),
         "two reverse steps": end,
         "padded": padded(draw(141, 13_426), 120),
+    }
+
+
+def mgan_ai() -> Figures:
+    """Distance and total variation of representatives at a random start, and their slopes.
+
+    The last row and column are black: beyond the border breaching's variation sees zeros.
+    """
+    model = models.build("lenet", width=4, size=16).double()
+    y = torch.tensor([3, 7])
+    g = gradient(model, uniform(500, 2, 3, 16, 16), y)
+    x = uniform(501, 2, 3, 16, 16)
+    x[..., -1], x[..., -1, :] = 0.0, 0.0
+    x.requires_grad_()
+    distance = matching.squared_l2(gradient(model, x, y, tape=True), g)
+    variation = mgan_ai_row.total_variation(x)
+    return {
+        "distance": distance,
+        "slope of the distance": slope(distance, x),
+        "total variation": variation,
+        "slope of the total variation inside": slope(variation, x)[..., :-1, :-1],
     }
 
 
