@@ -37,15 +37,7 @@ from leakatlas.attacks.optimization.basic.dlfa import DLFA, outside
 from leakatlas.attacks.optimization.basic.e2egi import stage_lengths, stage_rates
 from leakatlas.attacks.optimization.basic.hf_gradinv import HFGradInv, quantised
 from leakatlas.attacks.optimization.basic.sme import SME
-from leakatlas.bench.differential import (
-    Figures,
-    along,
-    draw,
-    gradient,
-    slope,
-    staged,
-    uniform,
-)
+from leakatlas.bench.differential import Figures, along, draw, gradient, slope, staged, uniform
 from leakatlas.bench.examine import errors
 from leakatlas.bench.harness import run_trial
 from leakatlas.blocks import (
@@ -145,11 +137,7 @@ def dcs2() -> Figures:
 
 
 def dia() -> Figures:
-    """The update, and objective and images after twenty steps with the released settings.
-
-    The network drops a quarter; the start and the masks (48, then 32 wide) are drawn from
-    ``stream("dia", "run", 0)``.
-    """
+    """The update, and objective and images after twenty steps, as released, dropping a quarter."""
     scene = staged(
         "fc", 2, size=8, protocol=FedSGD(mode="train"), labels=True,
         widths=(48, 32), act="gelu", dropout=0.25,
@@ -158,9 +146,8 @@ def dia() -> Figures:
     found = DIA(steps=20)(view, seed=0)
     return {
         "update": sum(map(along, view.update.tensors.values())),
-        "objective, 20 steps": found.notes["objective"],
-        "images, 20 steps": found.images,
-    }
+        "objective, 20 steps": found.notes["objective"], "images, 20 steps": found.images,
+    }  # fmt: skip
 
 
 def dlfa() -> Figures:
@@ -193,10 +180,9 @@ def dlg() -> Figures:
     x, logits = draw(51, 1, 3, 32, 32).requires_grad_(), draw(52, 1, 100).requires_grad_()
     distance = matching.squared_l2(gradient(model, x, logits.softmax(dim=1), tape=True), g)
     return {
-        "distance": distance,
-        "slope of the image": slope(distance, x),
+        "distance": distance, "slope of the image": slope(distance, x),
         "slope of the label logits": slope(distance, logits),
-    }
+    }  # fmt: skip
 
 
 def e2egi() -> Figures:
@@ -294,11 +280,10 @@ def ggl() -> Figures:
     masked = {**g, "fc.weight": g["fc.weight"] * (torch.arange(12) % 3 > 0)}
     kl = 0.1 * float(ggl_row.kl(z))
     defenses: dict[str, tuple[dict[str, Tensor], ggl_row.Transform]] = {
-        "plain": (g, dict),
-        "clipping": (small, ggl_row.clipping(small)),
+        "plain": (g, dict), "clipping": (small, ggl_row.clipping(small)),
         "pruning": (sparse, ggl_row.pruning(sparse)),
         "soteria": (masked, ggl_row.soteria(masked, "fc.weight")),
-    }
+    }  # fmt: skip
     return {
         f"loss, {name}": ggl_row.sq_mean(through(trial), seen) + kl
         for name, (seen, through) in defenses.items()
@@ -366,11 +351,9 @@ def hcgla() -> Figures:
     distance = matching.masked(matching.squared_l2, {n: t != 0 for n, t in sent.items()})
     found = distance(gradient(model, start, y, tape=True), sent)
     return {
-        "entries sent": float(sum(int((t != 0).sum()) for t in sent.values())),
-        "sent": flat(sent),
-        "masked distance": found,
-        "slope of the distance": slope(found, start),
-    }
+        "entries sent": float(sum(int((t != 0).sum()) for t in sent.values())), "sent": flat(sent),
+        "masked distance": found, "slope of the distance": slope(found, start),
+    }  # fmt: skip
 
 
 def fragmented_fl() -> Figures:
@@ -388,10 +371,9 @@ def fragmented_fl() -> Figures:
     first, second = (torch.cat([t.flatten() for t in u.tensors.values()]) for u in pair)
     scores = ffl.scores({k: state(350 + 10 * k) for k in range(5)})
     return {
-        "first of a pair": first,
-        "second of a pair": second,
+        "first of a pair": first, "second of a pair": second,
         "scores of five": torch.tensor(list(scores.values()), dtype=torch.float64),
-    }
+    }  # fmt: skip
 
 
 def hf_gradinv() -> Figures:
@@ -419,10 +401,9 @@ def inverting_gradients() -> Figures:
     g = gradient(model, uniform(60, 1, 3, 16, 16), y)
     distance, variation = matching.cosine(gradient(model, x, y, tape=True), g), priors.tv_mean(x)
     return {
-        "cosine distance": distance,
-        "total variation": variation,
+        "cosine distance": distance, "total variation": variation,
         "slope of the objective": slope(distance + 0.1 * variation, x),
-    }
+    }  # fmt: skip
 
 
 def loki() -> Figures:
@@ -477,10 +458,7 @@ def mjolnir() -> Figures:
 
 
 def mgan_ai() -> Figures:
-    """Distance and total variation of representatives with black borders, and their slopes.
-
-    Beyond the border breaching's variation sees zeros.
-    """
+    """Distance and total variation of representatives with black borders, and their slopes."""
     model, y = models.build("lenet", width=4, size=16).double(), torch.tensor([3, 7])
     x = nn.functional.pad(uniform(501, 2, 3, 15, 15), (0, 1, 0, 1)).requires_grad_()
     g = gradient(model, uniform(500, 2, 3, 16, 16), y)
@@ -507,9 +485,8 @@ def mkor() -> Figures:
     rows = readout.ratio_readout(g_w[:5], slope(loss, bias)[:5])
     return {
         "weights of the head": sum(along(p) for layer in layers for p in layer.parameters()),
-        "gradient of the first layer": g_w,
-        "features": rows.x[rows.rows.argsort()],
-    }
+        "gradient of the first layer": g_w, "features": rows.x[rows.rows.argsort()],
+    }  # fmt: skip
 
 
 def local_dp_mod() -> Figures:
@@ -610,9 +587,8 @@ def rog() -> Figures:
         )
         distance = matching.squared_l2(own, {n: t.detach() for n, t in g.items()})
         figures |= {
-            f"distance, {steps} steps": distance,
-            f"slope, {steps} steps": slope(distance, z),
-        }
+            f"distance, {steps} steps": distance, f"slope, {steps} steps": slope(distance, z),
+        }  # fmt: skip
     return figures
 
 
@@ -642,10 +618,7 @@ def seer() -> Figures:
 
 
 def sme() -> Figures:
-    """The update, and loss, images and position after five steps and after twenty.
-
-    A client of four images takes eight local steps; the start is ``stream("sme", "run", 0)``'s.
-    """
+    """The update of eight local steps; loss, images and position after five steps and twenty."""
     protocol = FedAVG(epochs=4, batch_size=2, lr=0.05, mode="eval")
     scene = staged("convnet", 4, size=16, protocol=protocol, labels=True, width=4)
     view = scene.view([scene.federation.play_round()])
