@@ -79,6 +79,8 @@ def at_hand(cell: Cell) -> Cell:
         if images is None or images.set.partition(":")[0] not in ("parquet", "folder"):
             return images
         size = images.size or int(cell.case.model.kwargs.get("size", 32))
+        if cell.case.model.kwargs.get("in_channels") == 1:
+            return Images(set=f"digits:{size}", first=64 * (part == "surrogate"), count=64)
         return Images(set=f"patches:{size}:64:{part}")
 
     said = (m for m in cell.case.measures if not isinstance(m, OwnMeasure))
