@@ -7,6 +7,7 @@ with a random direction (:func:`leakatlas.bench.differential.number`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 
@@ -37,7 +38,16 @@ from leakatlas.attacks.optimization.basic.dlfa import DLFA, outside
 from leakatlas.attacks.optimization.basic.e2egi import stage_lengths, stage_rates
 from leakatlas.attacks.optimization.basic.hf_gradinv import HFGradInv, quantised
 from leakatlas.attacks.optimization.basic.sme import SME
-from leakatlas.bench.differential import Figures, along, draw, gradient, slope, staged, uniform
+from leakatlas.bench.differential import (
+    Figures,
+    along,
+    draw,
+    filled,
+    gradient,
+    slope,
+    staged,
+    uniform,
+)
 from leakatlas.bench.examine import errors
 from leakatlas.bench.harness import run_trial
 from leakatlas.blocks import (
@@ -58,7 +68,11 @@ from leakatlas.defenses.formal.dp.flower_clipping import FlowerClipping
 from leakatlas.defenses.formal.dp.local_dp_mod import LocalDpMod
 from leakatlas.defenses.formal.dp.svt_privacy import SVTPrivacy
 from leakatlas.defenses.heuristic.learning import fragmented_fl as ffl
+from leakatlas.defenses.heuristic.learning.ats._search import accuracy_score, privacy_score
 from leakatlas.defenses.heuristic.learning.dcs2 import DCS2, drawn_back
+from leakatlas.defenses.heuristic.learning.vicinal_augmentation import VicinalAugmentation
+from leakatlas.defenses.heuristic.model.fedkl import KeyLock
+from leakatlas.defenses.heuristic.model.precode import Bottleneck
 from leakatlas.defenses.heuristic.perturbation import grad_defense as slices
 from leakatlas.defenses.heuristic.perturbation import outpost as sparing
 from leakatlas.defenses.heuristic.perturbation import soteria as features
@@ -84,6 +98,16 @@ def april() -> Figures:
     """The image of least norm of a transformer too narrow for its patches."""
     scene = staged("vit", 1, size=16, letter="B", first_block="april", dim=32, classes=8, seed=0)
     return {"error of the image": errors(run_trial(scene, APRIL()))[0]}
+
+
+def ats() -> Figures:
+    """The area of a way of twenty steps, and the score of an untrained network's slopes."""
+    model = models.build("convnet", size=8, width=4, classes=10, act="sigmoid", seed=3).double()
+    x, way = uniform(300, 6, 3, 8, 8), uniform(301, 1, 3, 8, 8)
+    return {
+        "privacy score": privacy_score(model, x[:1], torch.tensor([7]), way),
+        "accuracy score": accuracy_score(model, x),
+    }
 
 
 def censor() -> Figures:
@@ -208,6 +232,17 @@ def fgla() -> Figures:
     """Features of five examples of nine classes, from rows drawn at random, with and without."""
     W, b, y = draw(300, 9, 12), draw(301, 9), torch.tensor([4, 0, 7, 2, 8])
     return {"features": separate(W, b, y, 5, "official")}
+
+
+def fedkl() -> Figures:
+    """A locked convolution in train mode: what it gives, scale and shift."""
+    norm, conv = nn.BatchNorm2d(6).double(), draw(311, 6, 3, 3, 3)
+    lock = KeyLock(norm, uniform(312, 40), "sigmoid").double()
+    filled(lock.scale, 313)
+    filled(lock.shift, 315)
+    scale, shift = lock.affine()
+    given = lock(conv2d(uniform(310, 4, 3, 9, 9), conv, padding=1))
+    return {"given": given, "scale": scale, "shift": shift}
 
 
 def fishing() -> Figures:
@@ -522,6 +557,21 @@ def percentile_privacy() -> Figures:
     }
 
 
+def precode() -> Figures:
+    """The bottleneck on given draws, its divergence, and the slope of both on the features."""
+    bottleneck = Bottleneck(20, 8, 1.0).double()
+    filled(bottleneck.encoder, 321)
+    filled(bottleneck.decoder, 323)
+    bottleneck.noise, h = draw(325, 5, 8), draw(320, 5, 20).requires_grad_()
+    decoded = bottleneck(h)
+    penalty = 1e-3 / math.log(2) * bottleneck.take_divergence().mean()
+    return {
+        "decoded": decoded,
+        "penalty": penalty,
+        "slope": slope(decoded.sin().sum() + penalty, h),
+    }
+
+
 def quantization() -> Figures:
     """A tensor on 16 magnitudes, rounded at random and to the nearest, and its signs."""
     v = draw(200, 300)
@@ -680,3 +730,13 @@ def trap_weights() -> Figures:
         "mean sum of a row": rows.sum(dim=1).mean(),
         "positive over negative weights": (positive / negative).mean(),
     }
+
+
+def vicinal_augmentation() -> Figures:
+    """A batch with its mixtures behind it, and with the reversed images alone."""
+    x, y = uniform(330, 5, 3, 8, 8), torch.arange(5)
+    figures: dict[str, Tensor | float] = {}
+    for name, mix in (("mix", 0.8), ("reverse", 1.0)):
+        images, targets = VicinalAugmentation(mix=mix).simulate_batch(x, y)
+        figures |= {f"images, {name}": images, f"labels, {name}": targets.double()}
+    return figures

@@ -131,6 +131,13 @@ def uniform(seed: int, *shape: int) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)).double()
 
 
+def filled(layer: nn.Module, seed: int) -> None:
+    """Write small numbers of a seed into the parameters of a layer, one seed after the other."""
+    with torch.no_grad():
+        for place, parameter in enumerate(layer.parameters()):
+            parameter.copy_(0.3 * draw(seed + place, *parameter.shape))
+
+
 def along(tensor: Tensor) -> float:
     """A tensor in one number that moves with every entry: its product with a random direction."""
     flat = tensor.detach().flatten().double()
