@@ -49,7 +49,9 @@ def train(
     conditional: Annotated[
         bool, typer.Option("--conditional", help="Condition a gan on the labels.")
     ] = False,
-    latent: Annotated[int, typer.Option(help="Length of the latent.", min=1, max=4096)] = 128,
+    latent: Annotated[
+        int | None, typer.Option(help="Length of the latent; 128 if left out.", min=1, max=4096)
+    ] = None,
     width: Annotated[int, typer.Option(help="Factor on its feature maps.", min=1, max=64)] = 1,
     batch: Annotated[
         int | None, typer.Option(help="Images in a step; 32 or 64 if left out.", min=2)
@@ -93,9 +95,11 @@ def train(
         )
     if size is not None and (size < 8 or size % 8 or size > 1024):
         raise InvalidParameter(f"--size {size}: expected a multiple of 8, 1024 at the most.")
+    if latent is not None and kind == "ddpm":
+        raise InvalidParameter(f"--latent {latent}: a prior of kind ddpm has no latent.")
     images = room.load(data, limit=limit)
     recipe = training.Recipe(
-        kind=kind, size=size, grey=grey, conditional=conditional, latent=latent, width=width,
+        kind=kind, size=size, grey=grey, conditional=conditional, latent=latent or 128, width=width,
         batch=batch, steps=steps, flips=flips, seed=seed,
     )  # fmt: skip
     console = plain.console(stderr=True)
@@ -122,7 +126,8 @@ def _command(data: str, limit: int | None, name: str, recipe: Recipe) -> str:
     """What makes the prior again, but for the steps, which a budget may have made fewer."""
     words = ["leakatlas", "prior", "train", data, "--kind", recipe.kind]
     for option, value in (
-        ("--size", recipe.size), ("--latent", recipe.latent), ("--width", recipe.width),
+        ("--size", recipe.size), ("--latent", None if recipe.kind == "ddpm" else recipe.latent),
+        ("--width", recipe.width),
         ("--batch", recipe.batch), ("--limit", limit), ("--seed", recipe.seed), ("--name", name),
     ):  # fmt: skip
         words += [] if value is None else [option, str(value)]

@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 
 GUIDE = (
     "README", "first-audit", "my-model", "yaml-keys", "captured-update", "reading-a-report",
-    "choosing-a-defense", "in-ci", "gpu-and-cluster", "adding",
+    "choosing-a-defense", "in-ci", "gpu-and-cluster", "priors", "adding",
 )  # fmt: skip
 """Pages of ``docs/guide`` in reading order; the first is the index."""
 BESIDE = {
