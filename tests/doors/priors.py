@@ -18,6 +18,7 @@ from leakatlas import data, priors
 from leakatlas.blocks.watch import Watch
 from leakatlas.priors import Prior, training
 from leakatlas.priors.foreign.stylegan2 import Synthesis
+from leakatlas.priors.learning import Kind
 from tests.doors import hostile
 from tests.doors.hostile import as_json, damaged, tampered
 from tests.doors.registry import Files, door
@@ -26,7 +27,7 @@ ABOUT = {"schema": "leakatlas/prior/1", "data": "nothing", "license": "MIT", "we
 
 
 @functools.cache
-def _kept(kind: training.Kind) -> Files:
+def _kept(kind: Kind) -> Files:
     recipe = training.Recipe(kind=kind, latent=4, steps=1)
     images = data.digits(8).subset(range(20))
     made = training.train(
