@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -21,7 +22,7 @@ from leakatlas import data
 from leakatlas.attacks.api import Attack, Reconstruction, attack
 from leakatlas.audit import Plan, Report, carry_out
 from leakatlas.audit.deadline import LATE, Deadline
-from leakatlas.audit.schedule import PROBE
+from leakatlas.audit.schedule import PROBE, pace
 from leakatlas.bench.spawned import Spawned
 from leakatlas.blocks.watch import Watch
 from leakatlas.catalogue import registry
@@ -238,3 +239,23 @@ def test_other_threads_have_no_alarm() -> None:
     thread.start()
     thread.join()
     assert seen == [True]
+
+
+def test_a_process_that_is_still_starting_makes_no_attack_seem_dear() -> None:
+    """The first run waits for it, and its first iteration loads what the later ones need."""
+    MACHINE.now, MACHINE.load = 0.0, lambda now: 1.0
+    cold = [8.0, 3.0]
+
+    def run(attack: Attack, view: Any, seed: int, watch: Watch) -> Reconstruction:
+        waits, loads = (cold.pop(0), cold.pop(0)) if cold else (0.1, 0.0)
+        MACHINE.work(waits + loads + 0.02 * (attack.length or 1))
+        images = torch.zeros(1, 1, 1, 1)
+        return Reconstruction(images=images, seconds=loads + 0.02 * (attack.length or 1))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("time.perf_counter", lambda: MACHINE.now)
+        view = SimpleNamespace(forget_reads=lambda: None)
+        found = pace(Deceptive(), view, watch=Watch(20.0), run=run)  # type: ignore[arg-type]
+    assert found is not None
+    assert found.iteration == pytest.approx(0.02)
+    assert found.overhead == pytest.approx(0.1)

@@ -21,8 +21,11 @@ PROBE = 4
 """Iterations that are timed, after a run of one that loads what it needs."""
 
 SLOW = 1.0
-"""Seconds that an attack itself spends on one iteration from which no longer run is timed: what it
-sets up matters little."""
+"""Seconds that an attack itself spends on one iteration from which no longer run is timed, unless
+that takes a :data:`SMALL` part of what is left: what it sets up matters little."""
+
+SMALL = 0.05
+"""Part of the time in which it is timed all the same."""
 
 LONGEST = 4_800
 """Iterations beyond which more time does not lengthen a schedule: the published length of most."""
@@ -89,15 +92,18 @@ def pace(
         found = run(probe, view, seed, quiet)
         return time.perf_counter() - begun, found.seconds, probe.length or 1
 
-    def fits(iterations: int) -> bool:
-        """Whether so many more can be timed: what a deadline cuts would seem fast."""
+    def fits(iterations: int, part: float = FILL) -> bool:
+        """Whether so many more can be timed: what a deadline cuts would seem fast.
+
+        What the first run took besides is left out: a process that starts does so once.
+        """
         left = watch.remaining()
-        return left is None or whole - own + iterations * own / made < FILL * left
+        return left is None or iterations * own / made < part * left
 
     whole, own, made = timed(1)
     if own >= SLOW and fits(1):  # perhaps only this once
         whole, own, made = timed(1)
-    if own < SLOW and fits(PROBE):
+    if (own < SLOW and fits(PROBE)) or fits(PROBE, SMALL):
         whole, own, made = timed(PROBE)
     view.forget_reads()
     return Pace(max(whole - own, 0.0), max(own / made, 1e-6))
