@@ -1,0 +1,62 @@
+"""``leakatlas prior train``: what it writes, what it says, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from leakatlas import priors
+from leakatlas.cli import app
+from leakatlas.priors import Prior
+
+
+def _train(*options: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["prior", "train", "digits:8", *options])
+    return done.exit_code, " ".join(done.output.split())
+
+
+def test_the_card_says_what_was_made_and_the_command_that_makes_it_again(tmp_path: Path) -> None:
+    options = ["--limit", "40", "--latent", "8", "--width", "2", "--batch", "16", "--name", "tiny"]
+    said = ["--license", "MIT", "--source", "digits of a test", "--out", str(tmp_path)]
+    code, text = _train(*options, *said, "--steps", "3", "--no-flips")
+    assert code == 0 and "Prior tiny" in text and "held out inversion psnr db" in text
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "tiny.json", "tiny.safetensors", "tiny.seen",
+    }  # fmt: skip
+    card = json.loads((tmp_path / "tiny.json").read_text())
+    assert card["recipe"] == (
+        "leakatlas prior train digits:8 --kind vae --latent 8 --width 2 --batch 16 --limit 40 "
+        "--seed 0 --name tiny --no-flips --steps 3"
+    )
+    assert card["data"].startswith("digits of a test (") and card["device"]
+    assert card["settings"]["widths"] == [192, 128, 96, 48] and card["figures"]["steps"] == 3
+    found = priors.load(tmp_path)
+    assert isinstance(found, Prior) and found.shape == (1, 8, 8)
+
+
+def test_a_diffusion_model_names_no_latent(tmp_path: Path) -> None:
+    code, _ = _train("--limit", "20", "--kind", "ddpm", "--steps", "1", "--out", str(tmp_path))
+    card = json.loads((tmp_path / "prior.json").read_text())
+    assert code == 0 and "--latent" not in card["recipe"] and card["model"] == "denoiser"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--kind", "flow"], "kind of prior"),
+        (["--size", "20"], "expected a multiple of 8"),
+        (["--kind", "ddpm", "--latent", "8"], "no latent"),
+        (["--kind", "vae", "--conditional"], "only a gan takes labels"),
+        (["--name", "../x"], "expected lower-case letters"),
+        (["--limit", "4"], "expected 8 at the least"),
+        (["--device", "tpu"], "device"),
+        (["--budget", "soon"], "budget"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words(tmp_path: Path, options: list[str], words: str) -> None:
+    code, text = _train("--steps", "1", "--out", str(tmp_path / "new"), *options)
+    assert code == 2 and words in text
+    assert not (tmp_path / "new").exists()
