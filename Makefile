@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: audit test touched check types lint unit fuzz compat test-flower test-nvflare test-lightning test-huggingface test-mlflow generate clean
+.PHONY: audit test touched check types lint unit fuzz compat test-flower test-nvflare test-lightning test-huggingface test-mlflow test-priors generate clean
 
 audit: $(STAMP) ## Attack bundled photos in four set-ups; writes leak-report/report.html
 	$(BIN)/leakatlas audit --out leak-report
@@ -43,7 +43,7 @@ compat: $(STAMP) ## The fast tests with the lowest and the newest versions, on e
 
 # Frameworks that cannot share our pins, or would slow every test: an environment each, outside of
 # the repository.
-test-flower test-nvflare test-lightning test-huggingface test-mlflow: test-%: $(STAMP) ## The adapter for a framework, in an environment of its own
+test-flower test-nvflare test-lightning test-huggingface test-mlflow test-priors: test-%: $(STAMP) ## The adapter for a framework, in an environment of its own
 	$(BIN)/python scripts/frameworks.py $*
 
 generate: $(STAMP) ## Rebuild the generated tables and pages from the catalogue

@@ -21,6 +21,7 @@ EXTRAS = {
     "lightning": ("lightning", []),
     "huggingface": ("huggingface", []),
     "mlflow": ("tracking", []),
+    "priors": ("biggan,diffusers", []),
 }
 """For each framework the extra of this project, and what its tests need beside it."""
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import safetensors.torch
 import torch
+import yaml
+from torch import Tensor
 
 from leakatlas.models import Card, Generator
 from leakatlas.priors import Prior, kept
@@ -35,3 +40,18 @@ def prior(G: Generator) -> Prior:
 def held(G: Generator, patch: pytest.MonkeyPatch) -> None:
     """Let attacks find the generator under any name."""
     patch.setattr(kept, "decoder", lambda name: prior(G))
+
+
+ABOUT = {"schema": "leakatlas/prior/1", "data": "nothing", "license": "MIT"}
+"""What every recipe of a prior of others says."""
+
+
+def written(folder: Path, state: dict[str, Tensor], **recipe: object) -> Path:
+    """A folder with weights and the recipe of a prior."""
+    folder.mkdir(exist_ok=True)
+    safetensors.torch.save_file(
+        {n: t.clone().contiguous() for n, t in state.items()}, folder / "weights.safetensors"
+    )
+    text = yaml.safe_dump({**ABOUT, "weights": "weights.safetensors", **recipe})
+    (folder / "prior.yaml").write_text(text)
+    return folder
