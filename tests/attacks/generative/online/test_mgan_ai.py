@@ -88,7 +88,31 @@ def hits(images: Tensor, style: int) -> float:
 QUICK = MGANAI(steps=60, representative_steps=2, representatives=EACH, lr=1e-3)
 
 
+@functools.cache
+def sampled(target: int, identity_weight: float) -> Tensor:
+    attack = MGANAI(
+        steps=60, representative_steps=3, representatives=EACH, lr=2e-3, batch_size=16,
+        identity_weight=identity_weight,
+    )  # fmt: skip
+    stage = scene(rounds=2, model="fc", settings={"widths": (64,), "act": "relu"})
+    return harness.run_trial(stage, attack, target=target).images
+
+
 # -- the verify lines ----------------------------------------------------------------------------
+
+
+def test_swapping_client_ids_moves_the_identity_target() -> None:
+    """The same federation, the same seed: only who is the target differs."""
+    for target in (0, 1):
+        own, other = hits(sampled(target, 1.0), target), hits(sampled(1 - target, 1.0), target)
+        assert own > other + 0.3
+
+
+def test_without_the_identity_weight_the_victims_share_drops_towards_chance() -> None:
+    with_it = sum(hits(sampled(target, 1.0), target) for target in (0, 1)) / 2
+    without = sum(hits(sampled(target, 0.0), target) for target in (0, 1)) / 2
+    assert with_it > 0.7 and without < 0.6
+    assert with_it > without + 0.3
 
 
 def test_step_2_on_a_one_sample_gradient_passes_the_tests_of_dlg() -> None:
@@ -97,7 +121,7 @@ def test_step_2_on_a_one_sample_gradient_passes_the_tests_of_dlg() -> None:
         model="lenet", settings={"width": 6}, letter="D", examples=1, clients=2, size=8,
         public=surrogate(8),
     )  # fmt: skip
-    attack = MGANAI(steps=0, representative_steps=30, tv_weight=0.0)
+    attack = MGANAI(steps=0, representative_steps=12, tv_weight=0.0)
     view, _ = harness.observe(stage, attack)
     client = stage.federation.clients[0]
     g, gradient = observed.mean_gradient(view), mgan_ai.gradient_of(view)
@@ -168,10 +192,13 @@ def test_every_clients_labels_are_counted(protocol: Protocol) -> None:
 
 
 def test_representatives_resemble_their_own_client() -> None:
+    stage = scene(model="lenet", settings={"width": 6})
+    attack = MGANAI(steps=0, representative_steps=4)
+    records = [stage.federation.play_round()]
     for target in range(STYLES):
-        trial = harness.run_trial(scene(), MGANAI(steps=0, representative_steps=8), target=target)
-        assert len(trial.images) == EACH
-        assert hits(trial.images, target) > 0.7
+        found = attack(stage.view(records, target=target, others=True))
+        assert len(found.images) == EACH
+        assert hits(stage.box.denormalize(found.images), target) > 0.7
 
 
 def test_the_trunk_is_the_model_without_its_last_layer() -> None:
