@@ -226,3 +226,35 @@ def test_several_mistakes_at_once_are_all_named() -> None:
     assert found.culprit == "several", found
     for words in ("ImageNet", "too small", "-2 times"):
         assert words in found.explanation
+
+
+def test_two_states_the_wrong_way_round_are_named() -> None:
+    model, (x, y) = _net(), _data()
+    update = _delta(model, x, y, lr=0.3)
+    after = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in after.named_parameters():
+            parameter.add_(update.tensors[name])
+    turned = replace(update, tensors={n: -t for n, t in update.tensors.items()})
+    found = check_replay(after, turned, x, y, FedAVG(epochs=3, batch_size=N, lr=0.3, shuffle=False))
+    assert found.culprit == "swapped", found.explanation
+
+
+@pytest.mark.parametrize(
+    ("real", "said", "culprit"),
+    [
+        ({"lr": 0.3}, {"lr": 0.3}, "images"),
+        ({"lr": 0.3, "momentum": 0.9}, {"lr": 0.3}, "momentum"),
+        ({"lr": 0.3}, {"lr": 0.1}, "learning rate"),
+    ],
+)
+def test_a_mistake_is_named_although_the_images_were_saved_with_eight_bits(
+    real: dict[str, Any], said: dict[str, Any], culprit: str
+) -> None:
+    """The client trained on floats; who describes it holds its images rounded."""
+    model, (x, y) = _net(), _data()
+    rounded = (x * 255).round() / 255
+    protocol = FedAVG(epochs=3, batch_size=N, shuffle=False, **said)
+    found = check_replay(model, _delta(model, x, y, **real), rounded, y, protocol)
+    assert found.culprit == culprit and not found.expected
+    assert "saved with 8 bits" in found.explanation

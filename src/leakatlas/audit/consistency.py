@@ -9,11 +9,18 @@ each as another description, until one explains the update; then several at once
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from leakatlas.audit.described import Described, attempted, residual_of, tolerance_of
+from leakatlas.audit.described import (
+    Described,
+    Residual,
+    attempted,
+    residual_of,
+    tolerance_of,
+)
 from leakatlas.audit.estimates import (
     dropout,
     example_clipping,
@@ -113,22 +120,19 @@ def check_replay(
     known = _known_beforehand(described, update, model, defended=defended, size=first.plain)
     if known is not None:
         return wrong(*known)
-    tried = []
+    tried = list[Tried]()
     for culprit, words, changed in mistakes(described, box):
         found = attempted(changed)
         if found is not None:
-            tried.append((culprit, words, changed, found))
+            tried.append(Tried(culprit, words, changed, found))
             if found.plain <= tolerance_of(changed):
                 return wrong(culprit, words)
-    scalable = [("", "", described, first), *tried]
-    for culprit, words, changed, found in scalable:
-        if found.scaled <= tolerance_of(changed):
-            return wrong(*factor_in_words(found.factor, words if culprit else ""))
-    for estimate in (learning_rate, weight_decay, parameter_order, example_clipping):
-        if (guess := estimate(described)) is not None:
-            return wrong(*guess)
+    if (guess := _multiple(described, tried, first) or _estimated(described)) is not None:
+        return wrong(*guess)
     if (together := several(described, box, first)) is not None:
         return wrong("several", together)
+    if (almost := _almost(described, tried, first)) is not None:
+        return wrong(*almost)
     seen = looks_like(described)
     return wrong(
         "unknown",
@@ -136,6 +140,67 @@ def check_replay(
         "scale, defense or parameter order explains it, nor several together; check the weights, "
         "and the preprocessing of the batch" + (f". {seen}" if seen else ""),
     )
+
+
+class Tried(NamedTuple):
+    """A mistake that was made on purpose.
+
+    Args:
+        culprit: What is wrong, in a word or two.
+        words: The same as a finding.
+        changed: The description with it.
+        found: How far the update is from that.
+    """
+
+    culprit: str
+    words: str
+    changed: Described
+    found: Residual
+
+
+def _multiple(
+    described: Described, tried: Sequence[Tried], first: Residual
+) -> tuple[str, str] | None:
+    """Culprit and words, where the update is a multiple of what some client sends."""
+    for one in (Tried("", "", described, first), *tried):
+        if one.found.scaled <= tolerance_of(one.changed):
+            return factor_in_words(one.found.factor, one.words)
+    return None
+
+
+def _estimated(described: Described) -> tuple[str, str] | None:
+    for estimate in (learning_rate, weight_decay, parameter_order, example_clipping):
+        if (guess := estimate(described)) is not None:
+            return guess
+    return None
+
+
+NEARLY = 0.03
+"""A residual that images which were saved in between leave: rounded to 8 bits, or as JPEG."""
+
+CLEARLY = 5.0
+"""A mistake is named for all but such a rest if it brings the residual down by this factor."""
+
+
+def _almost(
+    described: Described, tried: Sequence[Tried], first: Residual
+) -> tuple[str, str] | None:
+    """Culprit and words, where the images at hand are not the client's to the last digit."""
+    rest = (
+        "{} of the update's norm is left over, more than rounding of the arithmetic: the images at "
+        "hand may not be the client's to the last digit (saved with 8 bits or as JPEG, or resized "
+        "otherwise)"
+    )
+    best = min(tried, key=lambda one: one.found.plain, default=None)
+    if best is not None and best.found.plain <= min(NEARLY, first.plain / CLEARLY):
+        return best.culprit, f"{best.words}. {rest.format(f'{best.found.plain:.1%}')}"
+    if first.plain <= NEARLY:
+        return "images", f"it is nearly what this client sends. {rest.format(f'{first.plain:.1%}')}"
+    loose = replace(described, loose=NEARLY)
+    guess = _multiple(loose, (), first) or _estimated(loose)
+    if guess is None:
+        return None
+    return guess[0], f"{guess[1]}. {rest.format(f'Up to {NEARLY:.0%}')}"
 
 
 def _known_beforehand(

@@ -41,6 +41,7 @@ class Described:
         box: The pixel space that they act in.
         weight_decay: L2 penalty in a single gradient, which no protocol describes.
         clients: Who hold equal parts of the batch, one after the other, and whose mean was seen.
+        loose: A residual that counts as none, beyond what rounding explains.
     """
 
     model: nn.Module
@@ -55,6 +56,7 @@ class Described:
     box: Box | None = None
     weight_decay: float = 0.0
     clients: int = 1
+    loose: float = 0.0
 
     def _augment(self, x: Tensor, step: int) -> Tensor:
         assert self.seeds is not None
@@ -130,11 +132,11 @@ def residual_of(described: Described) -> Residual:
 
 
 def tolerance_of(described: Described) -> float:
-    """The largest residual that rounding explains."""
+    """The largest residual that rounding explains, or that counts as none."""
     dtype = precision(described.update.tensors)
     protocol = described.protocol
     adam = isinstance(protocol, FedAVG) and protocol.optimizer == "adam"
-    tolerance = TOLERANCE.get(dtype, 1e-3)
+    tolerance = max(TOLERANCE.get(dtype, 1e-3), described.loose)
     return max(tolerance, ADAM_TOLERANCE) if adam and dtype != torch.float64 else tolerance
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from leakatlas.audit.described import (
     Described,
@@ -71,16 +72,26 @@ def mistakes(d: Described, box: Box | None) -> Iterator[Mistake]:
             replace(d, defenses=left),
         )
     if d.update.kind == "delta":
-        after = model_state(d.model)
-        before = {
-            n: t - d.update.quantity()[n].to(t) if n in d.update.tensors else t
-            for n, t in after.items()
-        }
         yield (
             "weights after",
             "the model holds the weights after training, not those before it",
-            replace(d, model=load_into(d.model, before)),
+            replace(d, model=_moved(d, -1)),
         )
+        yield (
+            "swapped",
+            "the two states were given the wrong way round: the first is that after training",
+            replace(d, model=_moved(d, 1), update=replace(d.update, sign=-d.update.sign)),
+        )
+
+
+def _moved(d: Described, times: int) -> nn.Module:
+    """The model with the update added so many times."""
+    change = d.update.quantity()
+    moved = {
+        n: t + times * change[n].to(t) if n in change else t
+        for n, t in model_state(d.model).items()
+    }
+    return load_into(d.model, moved)
 
 
 def _training(d: Described) -> Iterator[Mistake]:
