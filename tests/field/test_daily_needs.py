@@ -170,3 +170,19 @@ def test_unknown_devices_are_answered_with_those_that_exist(tmp_path: Path) -> N
     assert done.exit_code == 2 and "no device 'cuda:77'" in done.output.replace("\n", " ")
     done = CliRunner().invoke(app, ["bench", "smoke", "--device", "tpu"])
     assert done.exit_code == 2 and "Unknown device 'tpu'" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("resnet18", _batch()), "expected a torch.nn.Module with its weights, got str"),
+        ((nn.Linear(2, 2, device="meta"), _batch()), "meta device"),
+        ((_net(), _batch(), {"0.weight": 1.0}), "expected an Update or a Capture, got dict"),
+    ],
+)
+def test_what_is_no_model_and_no_update_is_refused_in_words(
+    arguments: tuple[Any, ...], words: str
+) -> None:
+    model, batch, *captured = arguments
+    with pytest.raises(InvalidInput, match=words):
+        leakatlas.doctor(model, batch, captured=captured[0] if captured else None)

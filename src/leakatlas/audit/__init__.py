@@ -24,6 +24,7 @@ from leakatlas.bench.harness import Trial, run_trial
 from leakatlas.blocks.watch import Execution, Watch, parse_budget
 from leakatlas.data import Batch, Box, as_images
 from leakatlas.data.stacks import Classes
+from leakatlas.errors import InvalidInput
 from leakatlas.fl import Defense, FedSGD, ModelRef, Protocol, Update
 from leakatlas.fl.capture import Capture
 from leakatlas.fl.intake import Selector
@@ -242,6 +243,7 @@ def _setting(
     channels: Literal[1, 3] | None,
     classes: Classes | None,
 ) -> Setting:
+    _require_kinds(model, captured)
     capture = None if captured is None else Capture.of(captured)
     known = batch is not None
     if batch is None:
@@ -267,6 +269,26 @@ def _setting(
         grants=frozenset(Grant(grant) for grant in grants),
         device=devices.chosen(device),
     )
+
+
+def _require_kinds(model: object, captured: object) -> None:
+    """Refuse what no type checker saw, in words."""
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(
+            f"model: expected a torch.nn.Module with its weights, got {type(model).__name__}. "
+            "leakatlas.models.build(name) makes one of ours; a YAML file names any (model:)."
+        )
+    if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+        raise InvalidInput(
+            f"The model {type(model).__name__} lies on the meta device, where weights have shapes "
+            "and no values; load them first."
+        )
+    if not isinstance(captured, Capture | Update | None):
+        raise InvalidInput(
+            f"captured: expected an Update or a Capture, got {type(captured).__name__}. "
+            "Update.from_gradients, .from_arrays and .from_state_dicts make one of what clients "
+            "send."
+        )
 
 
 class _CallableRoom(types.ModuleType):
