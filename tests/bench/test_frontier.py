@@ -153,6 +153,14 @@ def test_a_colour_is_of_who_knows_no_more_than_the_letter() -> None:
     )
 
 
+def test_null_baselines_are_those_of_the_undefended_victims() -> None:
+    record = attacked([30.0])
+    assert record.scores is not None
+    record.scores["baselines"]["mean_image"] = {"psnr": 9.5}
+    found = figures({"none/fresh/search": [record]})["null | fresh | mean_image"]
+    assert found["value"] == pytest.approx(9.5) and found["n"] == 1
+
+
 def test_an_image_without_a_candidate_is_not_recovered() -> None:
     """Whatever the public mean image would score in its place."""
     refused = attacked([30.0])

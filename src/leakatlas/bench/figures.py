@@ -52,8 +52,8 @@ def document(
         for label, mine in by_case.items()
         if any(cell.name in done for cell in mine)
     ]
-    if study.file.summary == "frontier":  # a thousand cases, of which points are made
-        cases = [{**case, "curve": []} for case in cases]
+    if study.file.summary == "frontier":  # a thousand cases; the summary says what they share
+        cases = [{**case, "curve": [], "nulls": []} for case in cases]
     machines = {machine.in_words(dict(r.machine)): dict(r.machine) for r in done.values()}
     started = sorted(r.started for r in done.values() if r.started)
     return {

@@ -13,6 +13,7 @@ recovered       share of images of which some adversary reaches 19 dB
 level           the same for one adversary, whose name stands behind the defense
 loss            points of accuracy
 noise           dB that a search gains over one on noise of equal size instead
+null            ``null | network | name``: dB of what an adversary without any update hands in
 private         per defense: least share recovered among strengths that cost 1 point at most
 price           per defense: least loss among strengths that leave 5 % recovered at most
 colour          ``colour | letter | defense``: share recovered on the network that is worst for
@@ -285,6 +286,7 @@ def summarise(
     seeds = len({r.seed for label, m in records.items() if label.endswith(UTILITY) for r in m})
     for point in every:
         yield from _of_point(point, seeds)
+    yield from _nulls(records)
     groups: dict[tuple[str, str], list[Point]] = defaultdict(list)
     for point in every:
         if point.loss is not None and point.defense != UNDEFENDED:
@@ -313,6 +315,19 @@ def _of_point(point: Point, seeds: int) -> Iterator[dict[str, Any]]:
         yield _figure(("noise", *place), point.noise, "dB", point.images, "over equal noise")
     if point.loss is not None:
         yield _figure(("loss", *place), point.loss, "points", seeds, "")
+
+
+def _nulls(records: Mapping[str, Sequence[Record]]) -> Iterator[dict[str, Any]]:
+    """Null baselines of the undefended victims of every network."""
+    found: dict[tuple[str, str], dict[Unit, float]] = defaultdict(dict)
+    for label, mine in records.items():
+        defense, network, _ = label.split("/")
+        for record in mine if defense == UNDEFENDED else ():
+            for name, baseline in (record.scores or {"baselines": {}})["baselines"].items():
+                found[network, name][record.seed, record.batch, 0] = float(baseline["psnr"])
+    for (network, name), values in found.items():
+        place, n = ("null", network, name), len({unit[1:] for unit in values})
+        yield _figure(place, _interval(values, *place), "dB", n, "without any update")
 
 
 def _headlines(network: str, key: str, mine: Sequence[Point]) -> Iterator[dict[str, Any]]:

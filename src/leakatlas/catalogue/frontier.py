@@ -83,6 +83,16 @@ def networks(measures: Iterable[Measure]) -> dict[str, list[Row]]:
     return {network: list(rows.values()) for network, rows in found.items()}
 
 
+def nulls(measures: Iterable[Measure]) -> dict[str, dict[str, Measure]]:
+    """Null baselines, by network and name."""
+    found: dict[str, dict[str, Measure]] = defaultdict(dict)
+    for measure in measures:
+        match measure.name.split(JOIN):
+            case ["null", network, name]:
+                found[network][name.replace("_", " ")] = measure
+    return dict(found)
+
+
 def _point(found: Mapping[str, Mapping[str, Row]], network: str, defense: str) -> Strength:
     key, _, strength = defense.partition(", ")
     return found[network][key].points[strength]
@@ -201,8 +211,10 @@ def render(measured: Sequence[Result]) -> str | None:
         return None
     lines = [INTRODUCTION, f"`{result.command}` ({result.hardware}, {result.date}).", ""]
     lines += _colours(verdicts(measured))
+    baselines = nulls(result.measures)
     for network, rows in networks(result.measures).items():
-        lines += [f"## {network}", "", *_headlines(rows), "", *_points(rows), ""]
+        lines += [f"## {network}", "", *_baselines(baselines.get(network, {}))]
+        lines += [*_headlines(rows), "", *_points(rows), ""]
     return "\n".join(lines)
 
 
@@ -226,6 +238,17 @@ def _colours(found: Sequence[Verdict]) -> list[str]:
         for why, letters in verdict.apart.items():
             lines.append(f"- {verdict.name}, {', '.join(letters)}: {why}.")
     return [*lines, ""]
+
+
+def _baselines(found: Mapping[str, Measure]) -> list[str]:
+    if not found:
+        return []
+    return [f"Without any update: {in_words(found)}.", ""]
+
+
+def in_words(found: Mapping[str, Measure]) -> str:
+    """Null baselines as a list."""
+    return ", ".join(f"{name} {measure.value:.1f} dB" for name, measure in found.items())
 
 
 def _headlines(rows: Sequence[Row]) -> list[str]:

@@ -26,6 +26,10 @@ def context(measured: Sequence[Result]) -> dict[str, Any]:
         "networks": networks,
         "levels": {name: _levels(rows) for name, rows in networks.items()},
         "charts": {name: _chart(name, rows) for name, rows in networks.items()},
+        "nulls": {
+            name: frontier.in_words(found)
+            for name, found in frontier.nulls(result.measures if result else ()).items()
+        },
         "verdicts": frontier.verdicts(measured),
         "data": _data(networks),
     }
