@@ -20,6 +20,7 @@ from leakatlas.audit import Plan, Report, Run, carry_out, effort, iterating
 from leakatlas.audit.budget import COMPARISONS, REPORT, Budget, Writer
 from leakatlas.audit.compare import _alone
 from leakatlas.audit.effort import spend
+from leakatlas.audit.iterating import ambassadors, key_of
 from leakatlas.audit.jobs import Job, not_run
 from leakatlas.audit.listener import Silent
 from leakatlas.audit.ready import Readied, Timed, readied, timed
@@ -439,3 +440,15 @@ def test_rounds_under_masks_wait_for_what_the_others_leave(
     list(spend(jobs, three_targets, Watch(600.0), None, Silent(), Watch()))
     keys = [("one photo", "robbing_the_fed"), ("one photo", "inverting_gradients")]
     assert made == [*keys, ("masked", "robbing_the_fed")]
+
+
+def test_one_attack_of_every_letter_is_timed_before_the_second_of_any(small_plan: Plan) -> None:
+    (setting,) = small_plan.settings
+
+    def job(key: str, letter: str) -> Job:
+        return Job(setting, registry.load_attack(key).tuned(), letter, 0)
+
+    jobs = [job("inverting_gradients", "B"), job("gias", "B"), job("dlg", "A"), job("ggl", "D")]
+    keys = [key_of(job) for job in jobs]
+    chosen = ambassadors(keys, dict(zip(keys, jobs, strict=True)))
+    assert {key for _, key in chosen} == {"inverting_gradients", "dlg", "ggl"}

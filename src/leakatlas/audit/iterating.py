@@ -10,7 +10,7 @@ meanwhile makes schedules shorter.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,14 +100,18 @@ class Iterating:
             yield from ((job, unreached(job, UNTIMED)) for job in untimed)
 
     def _time(self, jobs: Sequence[Job], main: Watch) -> None:
-        """What each attack costs, those with most to choose from first, as far as time goes."""
+        """What each attack costs, as far as time goes.
+
+        First the most promising, those with most to choose from: one for every letter, then all.
+        """
         first = {key_of(job): job for job in reversed(jobs)}
         share = Watch(TIMED * (main.remaining() or 0.0), parent=main)
         # Of equals, the later set-ups come later: sorting keeps the order.
         promising = sorted(
             reversed(first), key=lambda key: -len(distinct_variants(first[key].attack, {}))
         )
-        for key in promising:
+        early = ambassadors(promising, first)
+        for key in sorted(promising, key=lambda key: key not in early):
             watch = share if self._paces else main
             if self.stop.stopped or watch.over:
                 return
@@ -228,6 +232,11 @@ class Iterating:
             ratio = run.seconds / at.pace.seconds(steps)
             self._slower = (self._slower + min(max(ratio, PACES[0]), PACES[1])) / 2
         return run
+
+
+def ambassadors(keys: Sequence[Key], first: Mapping[Key, Job]) -> set[Key]:
+    """The first attack of every letter: without it, nothing might be tried for the letter."""
+    return {next(k for k in keys if first[k].letter == first[key].letter) for key in keys}
 
 
 def _gain(at: Readied) -> float | None:
