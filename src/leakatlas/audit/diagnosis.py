@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -39,8 +40,8 @@ WITHOUT_IMAGES = (
 """Why a capture without its images gets static measures alone."""
 
 OUT_OF_TIME = (
-    "No measure was taken: the examination had used its part of the budget. leakatlas doctor takes "
-    "them without one."
+    "No measure was taken: the examination's part of the budget left no time for them. leakatlas "
+    "doctor takes them without one."
 )
 
 NOT_ASKED = Start(
@@ -107,12 +108,13 @@ def examine(
         attacks: To be judged.
         letters: Threat models to choose from, weakest first.
         captured: What a real client sent, instead of the simulated one.
-        watch: After the end of its time no further attack is asked, and no measure taken.
+        watch: After the end of its time no further attack is asked; where little of it is left, no
+            measure is taken.
 
     Raises:
         InvalidInput: If the captured update does not fit the model or is not finite.
     """
-    watch = watch or Watch()
+    watch, begun = watch or Watch(), time.perf_counter()
     target = min(stage.victims)
     if captured is not None:
         stage = copy.copy(stage)
@@ -127,6 +129,12 @@ def examine(
     model = record.received[target]
     update = record.updates[target]
     update.check().check_fits(dict(model.named_parameters()))
+    # Asked before all else: where time is short, what may start shall have been asked.
+    adversaries = Adversaries(stage, record)
+    outlooks = {
+        attack.key: NOT_ASKED if watch.over else can_start(adversaries, attack, letters)
+        for attack in attacks
+    }
     replay, earlier = NOT_CHECKED, []
     if stage.known and isinstance(federation, Replayed):
         *earlier, replay = [_recorded(federation, one) for one in records]
@@ -158,12 +166,8 @@ def examine(
         findings.insert(0, f"The update cannot be checked to the last digit: {replay.explanation}.")
     elif not replay.expected:
         findings.insert(0, f"The update is not consistent with this set-up: {replay.explanation}.")
-    adversaries = Adversaries(stage, record)
-    outlooks = {
-        attack.key: NOT_ASKED if watch.over else can_start(adversaries, attack, letters)
-        for attack in attacks
-    }
-    if watch.over:
+    left = watch.remaining()
+    if left is not None and left < time.perf_counter() - begun:  # they take about as long as all
         return Diagnosis(replay, facts, tuple(findings), outlooks, (), OUT_OF_TIME)
     case = Case.of_stage(stage, target=target, record=record)
     informed = best_informed(letters) if letters else case.letter
