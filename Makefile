@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
 
-.PHONY: audit test touched check types lint unit fuzz compat test-flower test-nvflare test-lightning test-huggingface test-mlflow test-priors generate clean
+.PHONY: audit test touched check types lint unit fuzz compat test-flower test-nvflare test-lightning test-huggingface test-mlflow test-priors bench-flower generate clean
 
 audit: $(STAMP) ## Attack bundled photos in four set-ups; writes leak-report/report.html
 	$(BIN)/leakatlas audit --out leak-report
@@ -45,6 +45,9 @@ compat: $(STAMP) ## The fast tests with the lowest and the newest versions, on e
 # the repository.
 test-flower test-nvflare test-lightning test-huggingface test-mlflow test-priors: test-%: $(STAMP) ## The adapter for a framework, in an environment of its own
 	$(BIN)/python scripts/frameworks.py $*
+
+bench-flower: $(STAMP) ## What the page of frameworks says of Flower, measured under its engine
+	$(BIN)/python scripts/frameworks.py flower --study flower
 
 generate: $(STAMP) ## Rebuild the generated tables and pages from the catalogue
 	$(BIN)/python scripts/generate.py

@@ -2,7 +2,7 @@
 
 ``python scripts/frameworks.py flower`` makes a virtual environment outside of the repository with
 the project and the extra of that name, runs ``tests/frameworks/test_flower.py`` in it, and ends
-with its exit code.
+with its exit code. With ``--study`` it runs a study of that name in it instead.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("framework", choices=sorted(EXTRAS))
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "frameworks")
+    parser.add_argument("--study", help="run this study there instead of the tests")
     options = parser.parse_args()
     folder = options.folder / options.framework
     binary = str(folder / "bin" / "python")
@@ -46,16 +47,18 @@ def main() -> int:
         done = subprocess.run(command, cwd=ROOT, check=False)
         if done.returncode:
             return done.returncode
+    tests = [
+        "pytest", "-q", "-p", "no:cacheprovider",
+        # What frameworks warn of is theirs to mend.
+        "-W", "default", f"tests/frameworks/test_{options.framework}.py",
+    ]  # fmt: skip
+    study = ["leakatlas", "bench", options.study]
     return subprocess.run(
-        [
-            binary, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-            # What frameworks warn of is theirs to mend.
-            "-W", "default", f"tests/frameworks/test_{options.framework}.py",
-        ],
+        [binary, "-m", *(study if options.study else tests)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
         check=False,
-    ).returncode  # fmt: skip
+    ).returncode
 
 
 if __name__ == "__main__":

@@ -1,73 +1,102 @@
 """Run the app under Flower's engine, then audit what was recorded: ``python audit.py FOLDER``.
 
-``--local-dp`` puts Flower's ``LocalDpMod`` between the two places of capture: their difference is
-the noise, and the doctor says what the promise is worth.
+What is recorded is looked at where adversaries stand: on the wire, at the server, in the mean that
+everybody gets. ``--local-dp`` puts Flower's ``LocalDpMod`` between the two places of capture at a
+client: their difference is the noise, and the doctor says what the promise is worth.
 """
 
 import argparse
 import math
-import subprocess
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from engine import engine, run
 from quickstart.task import load_data, net
 
 import leakatlas
-from leakatlas.audit.promises import checked
+from leakatlas.audit.promises import checked, promise_of
 from leakatlas.fl.recording import protocol_of, read_recording
 
-APP = Path(__file__).parent
+PLACES = ("wire", "server", "aggregate")
 
 
-def run(folder, *, rounds, local_dp):
-    """The app under the engine that ``flwr run`` has at hand."""
-    words = f'leakatlas-folder="{folder}" num-server-rounds={rounds}'
-    if local_dp:
-        words += ' defense="local_dp"'
-    command = ["flwr", "run", str(APP), "local", "--stream", "--run-config", words]
-    subprocess.run(command, check=True)
+def clients_of(folder):
+    """Names of the clients that recorded something, and which part of the data each holds."""
+    names = sorted({path.stem.split("-", 1)[1] for path in Path(folder).glob("*/raw-*.json")})
+    recordings = {name: read_recording(folder, place="raw", client=name) for name in names}
+    return {name: int(r.last.settings["partition-id"]) for name, r in recordings.items()}
 
 
-def diagnose(folder):
-    """Whether the recorded round is what the described client sends for its images."""
-    raw = read_recording(folder, place="raw")
-    protocol = protocol_of(raw.last.settings, kind=raw.last.kind)
-    private = load_data(int(raw.last.settings["partition-id"]))
-    found = leakatlas.doctor(net(), private, captured=raw.capture(net()), protocol=protocol)
-    print(f"Residual of the replay before any mod: {found.replay.residual:.1e}")
+def described(folder):
+    """The local training, as it was recorded, and how many images a client holds."""
+    last = read_recording(folder, place="raw").last
+    return protocol_of(last.settings, kind=last.kind), int(last.settings["examples"])
 
 
-def attack(folder, budget):
-    """What comes out at each place where somebody may look."""
-    reports = {}
-    for place in ("server", "aggregate"):
-        recording = read_recording(folder, place=place)
-        last = recording.last
-        known = read_recording(folder, place="raw").last.settings
-        protocol = protocol_of(known, kind=last.kind)
-        parts = [int(known["partition-id"])] if place == "server" else range(last.cohort)
-        if place == "server":
-            client = read_recording(folder, place="raw").last.client
-            recording = read_recording(folder, place="server", client=client)
-        images, labels = zip(*(load_data(part) for part in parts), strict=True)
-        reports[place] = leakatlas.audit(
-            net(),
-            (torch.cat(images), torch.cat(labels)),
-            captured=recording.capture(net()),
-            protocol=protocol,
-            clients=len(parts),
-            vantage=place,
-            threat="C",
-            attacks=["inverting_gradients"],
-            budget=budget,
-        )
-        (found,) = reports[place].verdicts()
-        print(f"{place}: {found.verdict}")
-    return reports
+def diagnose(folder, **mistakes):
+    """Whether every recorded round is what the described client sends for its images.
+
+    Args:
+        folder: The captures.
+        mistakes: What the description gets wrong: ``momentum=0.9``.
+
+    Returns:
+        The doctor's check of every client's last round; its findings tell of the earlier ones.
+    """
+    protocol, examples = described(folder)
+    found = []
+    for name, part in clients_of(folder).items():
+        captured = read_recording(folder, place="raw", client=name).capture(net())
+        for one in captured.rounds:
+            diagnosis = leakatlas.doctor(
+                net(),
+                load_data(part, examples),
+                captured=replace(captured, rounds=(one,)),
+                protocol=replace(protocol, **mistakes),
+            )
+            found.append(diagnosis.replay)
+    return found
+
+
+def attack(folder, place, *, steps=None, budget="paper", round=1):
+    """What comes out where somebody looks: a report of the first client's update, or of the mean.
+
+    Args:
+        folder: The captures.
+        place: One of :data:`PLACES`.
+        steps: Of the attack; its preset's if None.
+        budget: Of the audit.
+        round: Which is attacked.
+    """
+    protocol, examples = described(folder)
+    clients = clients_of(folder)
+    first, part = next(iter(clients.items()))
+    shared = place == "aggregate"
+    parts = list(clients.values()) if shared else [part]
+    recording = read_recording(folder, place=place, client=None if shared else first)
+    recording = recording.select([round])
+    images, labels = zip(*(load_data(part, examples) for part in parts), strict=True)
+    return leakatlas.audit(
+        net(),
+        (torch.cat(images), torch.cat(labels)),
+        captured=recording.capture(net()),
+        protocol=protocol,
+        clients=len(parts),
+        vantage=place,
+        threat="C",
+        attacks=["inverting_gradients"],
+        attack_parameters={"inverting_gradients": {"steps": steps}} if steps else {},
+        budget=budget,
+    )
 
 
 def noise(folder):
-    """Standard deviation of what stands between the two places, beside what was configured."""
+    """What stands between the two places: its standard deviation, and all that is promised of it.
+
+    The mod clips the change first, then adds noise to every number.
+    """
     raw = read_recording(folder, place="raw").last
     wire = read_recording(folder, place="wire", client=raw.client).last
     moved = {n: (raw.sent[n] - raw.received[n]).double() for n in raw.sent}
@@ -76,9 +105,13 @@ def noise(folder):
     left = [
         (wire.sent[n].double() - raw.received[n] - clip * t).flatten() for n, t in moved.items()
     ]
-    print(f"Noise measured between the two places: {float(torch.cat(left).std()):.4e}")
-    for said in checked(read_recording(folder, place="wire", client=raw.client)):
-        print(said)
+    said = checked(read_recording(folder, place="wire", client=raw.client))
+    return float(torch.cat(left).std()), said
+
+
+def promised(folder):
+    """What ``LocalDpMod`` was told to give."""
+    return promise_of(read_recording(folder, place="wire").last.settings)
 
 
 def main():
@@ -90,11 +123,25 @@ def main():
     parser.add_argument("--budget", default="60s")
     options = parser.parse_args()
     folder = Path(options.folder).absolute()
-    run(folder, rounds=options.rounds, local_dp=options.local_dp)
-    diagnose(folder)
+    with tempfile.TemporaryDirectory() as home, engine(home) as environment:
+        run(
+            environment,
+            leakatlas_folder=folder,
+            num_server_rounds=options.rounds,
+            defense="local_dp" if options.local_dp else "none",
+        )
+    worst = max(check.residual for check in diagnose(folder))
+    print(f"Residual of the replay before any mod: {worst:.1e}")
+    wrong = diagnose(folder, momentum=0.9)[0]
+    print(f"With a wrong optimizer the doctor says: {wrong.explanation}")
     if options.local_dp:
-        noise(folder)
-    attack(folder, options.budget)
+        deviation, promises = noise(folder)
+        print(f"Noise measured between the two places: {deviation:.4e}")
+        print(*promises, sep="\n")
+    for place in PLACES:
+        report = attack(folder, place, budget=options.budget)
+        (found,) = report.verdicts()
+        print(f"{place}: {found.verdict}")
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from leakatlas.cli.recorded import Recorded
+from leakatlas.data import patches
 from leakatlas.errors import InvalidParameter
 from tests.audit.test_recorded import record
 
 
 def _options(**changes: Any) -> Recorded:
-    nothing = dict.fromkeys(("captured", "model", "truth", "shape", "client"))
+    nothing = dict.fromkeys(("captured", "model", "truth", "shape", "client", "place"))
     return Recorded(**{**nothing, "protocol": (), **changes})
 
 
@@ -52,6 +53,45 @@ def test_values_keep_their_kind() -> None:
     assert found is not None
     assert found.protocol == {"lr": 0.1, "epochs": 2, "shuffle": True, "optimizer": "adam"}
     assert found.data.shape == (3, 2, 2)
+
+
+def test_a_place_can_be_chosen() -> None:
+    shape = {"model": "lenet", "shape": "3,2,2"}
+    found = _options(captured=Path("x"), place="aggregate", **shape).config(None)
+    assert found is not None
+    assert vars(found.captured)["place"] == "aggregate"
+    with pytest.raises(ValueError, match="'raw', 'wire', 'server' or 'aggregate'"):
+        _options(captured=Path("x"), place="elsewhere", **shape).config(None)
+
+
+def test_an_audit_of_a_folder_of_captures_is_one_line(tmp_path: Path) -> None:
+    settings = {"learning-rate": 0.05, "local-epochs": 2}
+    record(tmp_path / "captures", images=patches(16, 2), settings=settings)
+    (tmp_path / "net.py").write_text(
+        "from leakatlas.models import build\n"
+        "def net():\n    return build('lenet', size=16, classes=8)\n",
+        encoding="utf-8",
+    )
+
+    def audit(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "leakatlas", "audit", "--captured", "captures", "--model",
+             "net.py:net", "--truth", "patches:16:2", "--out", "report", *options],
+            cwd=tmp_path, text=True, capture_output=True, check=False,
+        )  # fmt: skip
+
+    asked = audit()
+    assert asked.returncode == 2
+    assert "--protocol batch_size=..." in " ".join(asked.stderr.split())
+    done = audit("--protocol", "batch_size=2", "--budget", "5s", "--threat", "B", "--place", "raw")
+    report = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    (diagnosis,) = report["diagnoses"].values()
+    assert diagnosis["replay"]["residual"] < 1e-5, done.stderr
+    (realism,) = report["realism"]
+    assert realism["record"]["update"] == "captured"
+    assert realism["record"]["weights"] == "received by the captured client"
+    assert (realism["record"]["epochs"], realism["record"]["batch_size"]) == (2, 2)
+    assert any("recorded at 'raw'" in finding for finding in diagnosis["findings"])
 
 
 def test_the_doctor_checks_a_folder_of_captures(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ Flower cannot share this project's environment (it wants an older typer and rich
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tomllib
@@ -24,12 +26,13 @@ import leakatlas
 from leakatlas.audit.promises import promise_of
 from leakatlas.errors import InvalidParameter
 from leakatlas.fl import FedAVG
-from leakatlas.fl.recording import protocol_of, read_recording
+from leakatlas.fl.recording import Place, protocol_of, read_recording
 
 pytest.importorskip("flwr", reason="make test-flower builds an environment with Flower")
 
 APP = Path(__file__).parents[2] / "examples" / "flower"
 NODES = 2
+PLACES: tuple[Place, ...] = ("raw", "wire", "server")
 
 
 @pytest.fixture(autouse=True)
@@ -67,14 +70,10 @@ def _message(state: dict[str, torch.Tensor], number: int = 1) -> Any:
 
 
 def _task() -> Any:
-    import importlib
-
     return importlib.import_module("quickstart.task")
 
 
 def _client() -> Any:
-    import importlib
-
     return importlib.import_module("quickstart.client_app")
 
 
@@ -417,47 +416,26 @@ def test_a_model_larger_than_the_limit_costs_no_memory_and_is_told(tmp_path: Pat
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A local superlink of these tests' own, ended with them."""
-    home = tmp_path_factory.mktemp("flwr")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    (home / "config.toml").write_text(
-        '[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = ":local-in-memory:"\n',
-        encoding="utf-8",
-    )
-    binaries = Path(sys.executable).parent
-    yield {
-        **os.environ,
-        "PATH": f"{binaries}:{os.environ['PATH']}",
-        "FLWR_HOME": str(home),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": port,
-        "FLWR_TELEMETRY_ENABLED": "0",
-        # The app runs in this environment; nothing is fetched for it.
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-        # Ray makes its workers wait for everybody else (nice 15), which on a busy machine is for
-        # ever: Flower then gives the client up.
-        "RAY_worker_niceness": "0",
-        # Nor does it end workers because others fill the memory.
-        "RAY_memory_monitor_refresh_ms": "0",
-    }
-    subprocess.run(["pkill", "-f", f"flower-superlink.*--port {port}"], check=False)
+    with _engine().engine(tmp_path_factory.mktemp("flwr")) as environment:
+        yield environment
+
+
+def _engine() -> Any:
+    spec = importlib.util.spec_from_file_location("engine", APP / "engine.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _run(
-    engine: dict[str, str], folder: Path, *, app: Path = APP, rounds: int = 3, **config: str
+    engine: dict[str, str], folder: Path, *, app: Path = APP, rounds: int = 3, **config: Any
 ) -> str:
-    texts = {"leakatlas-folder": str(folder), **config}
-    words = " ".join([*(f'{n}="{v}"' for n, v in texts.items()), f"num-server-rounds={rounds}"])
-    command = ["flwr", "run", str(app), "local", "--stream", "--run-config", words]
-    for _ in range(10):  # Flower gives its superlink 15 seconds, which a busy machine has not
-        done = subprocess.run(command, env=engine, text=True, capture_output=True, check=False)
-        if "Failed to start local SuperLink" not in done.stdout + done.stderr:
-            break
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    print(done.stdout)  # pytest shows it where a test fails
-    return done.stdout
+    said: str = _engine().run(
+        engine, app=app, leakatlas_folder=folder, num_server_rounds=rounds, **config
+    )
+    print(said)  # pytest shows it where a test fails
+    return said
 
 
 def test_three_rounds_of_two_clients_under_the_real_engine(
@@ -478,6 +456,12 @@ def test_three_rounds_of_two_clients_under_the_real_engine(
     )  # fmt: skip
     assert found.replay.residual is not None
     assert found.replay.residual <= 1e-5
+    first = next(
+        c for c in _heard(tmp_path, 1)
+        if read_recording(tmp_path, place="raw", client=c).last.settings["partition-id"] == 0
+    )  # fmt: skip
+    _asked_in_one_line(engine, tmp_path, "--truth", "patches:32:8", "--client", first)
+    _asked_in_one_line(engine, tmp_path, "--truth", "patches:32:16", "--place", "aggregate")
     # What everybody sees is the mean of what the server saw.
     mean = read_recording(tmp_path, place="aggregate").last
     clients = {
@@ -487,6 +471,20 @@ def test_three_rounds_of_two_clients_under_the_real_engine(
     sent = [read_recording(tmp_path, place="server", client=c).last.sent for c in sorted(clients)]
     for name, tensor in mean.sent.items():
         torch.testing.assert_close(tensor, sum(s[name] for s in sent) / NODES)
+
+
+def _asked_in_one_line(engine: dict[str, str], folder: Path, *options: str) -> None:
+    """The doctor, with the network of the app itself and the images behind the capture."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "leakatlas", "doctor", "--captured", str(folder), "--json",
+            "--model", str(APP / "quickstart" / "task.py") + ":net", *options,
+        ],
+        text=True, capture_output=True, check=False, env=engine,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout).values()
+    assert found["replay"]["residual"] <= 1e-5, options
 
 
 def _heard(folder: Path, round: int) -> set[str]:
@@ -582,20 +580,52 @@ def test_under_secure_aggregation_there_is_the_mean_alone(
         torch.testing.assert_close(tensor.float(), mean, atol=16 / 2**22, rtol=0)
 
 
-def test_the_example_runs_and_audits_itself(engine: dict[str, str], tmp_path: Path) -> None:
-    """Capture and audit, with Flower's own local differential privacy in between."""
+def test_a_clipping_strategy_and_its_mod_are_seen_at_every_place(
+    engine: dict[str, str], tmp_path: Path
+) -> None:
+    """Flower's central differential privacy: clients clip, the server adds noise to the mean."""
+    settings = {"dp-clipping-norm": 0.01, "dp-noise-multiplier": 0.5}
+    _run(engine, tmp_path, rounds=1, defense="clipping", **settings)
+    clients = sorted(_heard(tmp_path, 1))
+    assert len(clients) == NODES
+    sent = []
+    for client in clients:
+        places = {p: read_recording(tmp_path, place=p, client=client).last for p in PLACES}
+        norms = {
+            p: sum(float((e.sent[n] - t).double().square().sum()) for n, t in e.received.items())
+            for p, e in places.items()
+        }
+        assert norms["raw"] ** 0.5 > 0.02
+        assert norms["wire"] ** 0.5 == pytest.approx(0.01, rel=1e-3)
+        server = places["server"].sent
+        assert all(torch.equal(t, server[n]) for n, t in places["wire"].sent.items())
+        sent.append(server)
+    mean = read_recording(tmp_path, place="aggregate").last.sent
+    noise = torch.cat(
+        [(t - sum(s[n] for s in sent) / NODES).double().flatten() for n, t in mean.items()]
+    )
+    promised = 0.5 * 0.01 / NODES
+    assert float(noise.std()) == pytest.approx(promised, rel=5 / math.sqrt(2 * len(noise)))
+
+
+@pytest.mark.parametrize("options", [(), ("--local-dp",)])
+def test_the_example_runs_and_audits_itself(
+    engine: dict[str, str], tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """Capture and audit; once with Flower's own local differential privacy in between."""
     done = subprocess.run(
         [
-            sys.executable, "audit.py", str(tmp_path), "--rounds", "1", "--local-dp",
-            "--budget", "20s",
+            sys.executable, "audit.py", str(tmp_path), "--rounds", "1", "--budget", "10s", *options,
         ],
         cwd=APP, text=True, capture_output=True, check=False, env=engine,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     said = dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
     assert float(said["Residual of the replay before any mod"]) <= 1e-5
-    measured = float(said["Noise measured between the two places"])
-    assert measured == pytest.approx(0.01 * math.sqrt(2 * math.log(1.25 / 1e-5)) / 5.0, rel=0.02)
-    assert "NOT given" in done.stdout
-    assert said["server"]
-    assert said["aggregate"]
+    assert "plain SGD" in said["With a wrong optimizer the doctor says"]
+    assert {"wire", "server", "aggregate"} <= set(said)
+    if options:
+        measured = float(said["Noise measured between the two places"])
+        promised = 0.01 * math.sqrt(2 * math.log(1.25 / 1e-5)) / 5.0
+        assert measured == pytest.approx(promised, rel=0.02)
+        assert "NOT given" in done.stdout

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import partial
 
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -15,6 +16,7 @@ from leakatlas.integrations.flower import (
     capture_wire_mod,
     guard_mod,
 )
+from quickstart.meter import meter_mod
 from quickstart.task import load_data, net, train
 
 
@@ -36,12 +38,18 @@ def guard(message, context, call_next):
         momentum=config["momentum"],
         mode=config["mode"],
     )
+    own = (
+        {}
+        if config["guard-sees"] == "weights"
+        else {"examples": lambda: load_data(partition, config["examples"])}
+    )
+    if own and config["defense"] == "none":
+        own["protocol"] = training
     watcher = Guard(
-        model=net,
+        model=partial(net, config["network"]),
         on_alarm=choice,
         defense=leakatlas.defense("clipping", max_norm=0.01) if choice == "defend" else None,
-        examples=lambda: load_data(partition),
-        protocol=training if config["defense"] == "none" else None,
+        **own,
     )
     return guard_mod(watcher)(message, context, call_next)
 
@@ -64,8 +72,20 @@ def privacy(message, context, call_next):
     return mod(message, context, call_next) if mod else call_next(message, context)
 
 
+def where_asked(mod):
+    """A capture, in runs that ask for one."""
+
+    def maybe(message, context, call_next):
+        if not context.run_config["capture"]:
+            return call_next(message, context)
+        return mod(message, context, call_next)
+
+    return maybe
+
+
 # First: what goes on the wire. Last: what training gave. Between them: what guards the update.
-app = ClientApp(mods=[capture_wire_mod, guard, privacy, capture_raw_mod])
+capture_wire, capture_raw = where_asked(capture_wire_mod), where_asked(capture_raw_mod)
+app = ClientApp(mods=[meter_mod, capture_wire, guard, privacy, capture_raw])
 
 
 def break_down(how):
@@ -79,10 +99,11 @@ def break_down(how):
 @app.train()
 def fit(message: Message, context: Context):
     """One round of local training."""
-    model = net()
+    config = context.run_config
+    model = net(config["network"])
     model.load_state_dict(message.content["arrays"].to_torch_state_dict())
-    partition, config = int(context.node_config["partition-id"]), context.run_config
-    images, labels = load_data(partition)
+    partition = int(context.node_config["partition-id"])
+    images, labels = load_data(partition, config["examples"])
     if partition == 0 and message.content["config"]["server-round"] == 2:
         break_down(config["fail"])
     train(

@@ -1,10 +1,13 @@
 """The server: FedAvg, recording what every client is sent and answers."""
 
+import time
+
 from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, FedAvg
 
 from leakatlas.integrations.flower import CapturingStrategy
+from quickstart.meter import note
 from quickstart.task import net, trap
 
 app = ServerApp()
@@ -45,10 +48,13 @@ def main(grid: Grid, context: Context):
             clipping_norm=config["dp-clipping-norm"],
             num_sampled_clients=2,
         )
-    if config["capture-server"]:
+    if config["capture"]:
         strategy = CapturingStrategy(strategy, config["leakatlas-folder"])
+    begun = time.thread_time()
     strategy.start(
         grid=grid,
-        initial_arrays=ArrayRecord(net().state_dict()),
+        initial_arrays=ArrayRecord(net(config["network"]).state_dict()),
         num_rounds=config["num-server-rounds"],
     )
+    if config["meter-folder"]:
+        note(config["meter-folder"], "server", seconds=time.thread_time() - begun)

@@ -1,12 +1,14 @@
-"""The network, the data and the local training of the quickstart."""
+"""The networks, the data and the local training of the quickstart."""
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from leakatlas.data import patches
+from leakatlas.models import build
 
 EXAMPLES = 8
+"""That a client holds, unless it is told otherwise."""
 
 
 class Net(nn.Module):
@@ -28,16 +30,16 @@ class Net(nn.Module):
         return self.fc3(F.relu(self.fc2(x)))
 
 
-def net():
+def net(network="quickstart"):
     """The agreed architecture, with the weights that the server starts from."""
     torch.manual_seed(0)
-    return Net()
+    return Net() if network == "quickstart" else build(network, classes=10)
 
 
-def load_data(partition):
+def load_data(partition, examples=EXAMPLES):
     """Images and labels of one client; nobody else has them."""
-    images = patches(32, n=64).images[partition * EXAMPLES : (partition + 1) * EXAMPLES]
-    labels = torch.arange(EXAMPLES) % 10
+    images = patches(32, n=64).images[partition * EXAMPLES :][:examples]
+    labels = torch.arange(examples) % 10
     return images, labels
 
 

@@ -32,6 +32,7 @@ from leakatlas.fl.losses import with_code
 from leakatlas.fl.recording import described_by, read_recording
 from leakatlas.fl.state import load_into
 from leakatlas.fl.view import defense_from_json, protocol_from_json
+from leakatlas.models.structure import batchnorm_layers
 from leakatlas.report import Context
 from leakatlas.threat import Grant, Vantage, threat_models
 
@@ -87,6 +88,14 @@ IN_ORDER = (
     "more than most adversaries know: say shuffle: true under protocol if it does"
 )
 """Said of a capture from a framework that does not tell."""
+
+DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+TRAINING = (
+    "whether the client computes in train mode was not recorded, and it matters for this model; "
+    "train mode is taken: say mode: eval under protocol if it does not"
+)
+"""Said of a capture from a framework that does not tell, of a model with BN or dropout."""
 
 
 class RecordedConfig(_Strict):
@@ -292,6 +301,8 @@ def make_setting(config: AuditConfig, *, base: Path) -> Setting:
         described = recorded
         if recorded["algorithm"] == "fedavg" and "shuffle" not in recorded:
             assumed = (IN_ORDER,)
+        if recorded["algorithm"] == "fedavg" and "mode" not in recorded and _has_modes(model):
+            assumed = (*assumed, TRAINING)
     known = config.data.victims != "none"
     if known and config.data.shape is not None:
         raise InvalidInput("data.shape belongs to victims: none; images bring their own shape.")
@@ -319,7 +330,10 @@ def make_setting(config: AuditConfig, *, base: Path) -> Setting:
         model_ref=reference,
         victims=victims,
         protocol=_protocol(described, base),
-        clients=config.clients,
+        # A mean is of as many clients as were recorded, unless somebody says otherwise.
+        clients=config.clients
+        if capture is None or "clients" in config.model_fields_set
+        else capture.update.clients,
         targets=config.targets,
         defenses=tuple(_defense(d) for d in config.defenses),
         box=box,
@@ -392,6 +406,13 @@ def _captured(
     recording = replace(recording, notes=(*recording.notes, *promises.checked(recording)))
     described = described_by(recording.last.settings, kind=recording.last.kind, given=said)
     return recording.capture(model, examples=given.examples), described
+
+
+def _has_modes(model: nn.Module) -> bool:
+    """Whether train and eval mode differ: batch normalisation, or dropout of any kind."""
+    return bool(batchnorm_layers(model)) or any(
+        isinstance(module, DROPOUT) for module in model.modules()
+    )
 
 
 def _images(config: AuditConfig, spec: str, base: Path, limit: int | None = None) -> data.ImageSet:

@@ -74,6 +74,7 @@ def audit(
     truth: recorded.Truth = None,
     shape: recorded.Shape = None,
     client: recorded.Client = None,
+    place: recorded.Seen = None,
     protocol: recorded.Protocol = None,
 ) -> None:
     """Attack a set-up and report what leaks, to whom, and what would stop it.
@@ -86,7 +87,7 @@ def audit(
     from leakatlas.report import beside
 
     gates = [parse_gate(text) for text in fail_on or []]
-    capture = recorded.Recorded(captured, model, truth, shape, client, protocol or ())
+    capture = recorded.Recorded(captured, model, truth, shape, client, protocol or (), place)
     plan, asked = planned(config, capture, budget, threat, seed, execution, rehearsal, device, out)
     gates += [parse_gate(text) for text in asked]
     console = plain.console(stderr=True)
@@ -228,6 +229,7 @@ def doctor(
     truth: recorded.Truth = None,
     shape: recorded.Shape = None,
     client: recorded.Client = None,
+    place: recorded.Seen = None,
     protocol: recorded.Protocol = None,
 ) -> None:
     """Check a set-up in seconds: is it consistent, and which attacks can work at all?
@@ -242,7 +244,7 @@ def doctor(
     from leakatlas.cli.progress import realism_lines
     from leakatlas.devices import chosen
 
-    capture = recorded.Recorded(captured, model, truth, shape, client, protocol or ())
+    capture = recorded.Recorded(captured, model, truth, shape, client, protocol or (), place)
     described = capture.config(config)
     if described is not None:
         plan = make_plan(described, base=Path(), command="")

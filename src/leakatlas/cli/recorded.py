@@ -26,6 +26,10 @@ Truth = Annotated[
 ]
 Shape = Annotated[str | None, typer.Option(help="With --captured, without --truth: C,H,W.")]
 Client = Annotated[str | None, typer.Option(help="With --captured: whose exchanges.")]
+Seen = Annotated[
+    str | None,
+    typer.Option("--place", help="With --captured: raw, wire, server or aggregate."),
+]
 Protocol = Annotated[
     list[str] | None,
     typer.Option(help="With --captured: what was not recorded, such as lr=0.1; repeatable."),
@@ -41,6 +45,7 @@ class Recorded(NamedTuple):
     shape: str | None
     client: str | None
     protocol: Sequence[str]
+    place: str | None = None
 
     def words(self) -> list[str]:
         """As on the command line."""
@@ -66,7 +71,7 @@ class Recorded(NamedTuple):
             raise InvalidParameter("Give a YAML file or --captured, not both.")
         return recorded_config(
             self.captured, model=self.model, truth=self.truth, shape=self.shape,
-            client=self.client, protocol=self.protocol,
+            client=self.client, protocol=self.protocol, place=self.place,
         )  # fmt: skip
 
 
@@ -78,6 +83,7 @@ def recorded_config(
     shape: str | None,
     client: str | None,
     protocol: Sequence[str],
+    place: str | None = None,
 ) -> AuditConfig:
     """The configuration that the options say.
 
@@ -88,6 +94,7 @@ def recorded_config(
         shape: Their shape, where they are not at hand.
         client: Whose exchanges of the folder.
         protocol: ``name=value`` each.
+        place: Where it was recorded.
 
     Raises:
         InvalidParameter: If the model, or the images and their shape, are missing.
@@ -104,8 +111,9 @@ def recorded_config(
     if truth is not None:
         data = {"victims": truth, "limit": 10**6}  # all of them stood behind the update
     where: str | dict[str, Any] = str(captured.absolute())
-    if client is not None:
-        where = {"folder": where, "client": client}
+    chosen = {n: v for n, v in (("client", client), ("place", place)) if v is not None}
+    if chosen:
+        where = {"folder": where, **chosen}
     given = dict(_pair(text) for text in protocol)
     return AuditConfig.model_validate(
         {
