@@ -35,40 +35,42 @@ def described(folder):
     return protocol_of(last.settings, kind=last.kind), int(last.settings["examples"])
 
 
-def diagnose(folder, **mistakes):
+def diagnose(folder, *, network="quickstart", **mistakes):
     """Whether every recorded round is what the described client sends for its images.
 
     Args:
         folder: The captures.
+        network: That was trained.
         mistakes: What the description gets wrong: ``momentum=0.9``.
 
     Returns:
-        The doctor's check of every client's last round; its findings tell of the earlier ones.
+        The doctor's diagnosis of every client's every round.
     """
     protocol, examples = described(folder)
     found = []
     for name, part in clients_of(folder).items():
-        captured = read_recording(folder, place="raw", client=name).capture(net())
-        for one in captured.rounds:
-            diagnosis = leakatlas.doctor(
-                net(),
+        captured = read_recording(folder, place="raw", client=name).capture(net(network))
+        found += [
+            leakatlas.doctor(
+                net(network),
                 load_data(part, examples),
                 captured=replace(captured, rounds=(one,)),
                 protocol=replace(protocol, **mistakes),
             )
-            found.append(diagnosis.replay)
+            for one in captured.rounds
+        ]
     return found
 
 
-def attack(folder, place, *, steps=None, budget="paper", round=1):
+def attack(folder, place, *, network="quickstart", round=1, **settings):
     """What comes out where somebody looks: a report of the first client's update, or of the mean.
 
     Args:
         folder: The captures.
         place: One of :data:`PLACES`.
-        steps: Of the attack; its preset's if None.
-        budget: Of the audit.
+        network: That was trained.
         round: Which is attacked.
+        settings: Of the audit: attacks, their parameters, budget.
     """
     protocol, examples = described(folder)
     clients = clients_of(folder)
@@ -79,16 +81,14 @@ def attack(folder, place, *, steps=None, budget="paper", round=1):
     recording = recording.select([round])
     images, labels = zip(*(load_data(part, examples) for part in parts), strict=True)
     return leakatlas.audit(
-        net(),
+        net(network),
         (torch.cat(images), torch.cat(labels)),
-        captured=recording.capture(net()),
+        captured=recording.capture(net(network)),
         protocol=protocol,
         clients=len(parts),
         vantage=place,
         threat="C",
-        attacks=["inverting_gradients"],
-        attack_parameters={"inverting_gradients": {"steps": steps}} if steps else {},
-        budget=budget,
+        **settings,
     )
 
 
@@ -130,16 +130,17 @@ def main():
             num_server_rounds=options.rounds,
             defense="local_dp" if options.local_dp else "none",
         )
-    worst = max(check.residual for check in diagnose(folder))
+    worst = max(found.replay.residual for found in diagnose(folder))
     print(f"Residual of the replay before any mod: {worst:.1e}")
     wrong = diagnose(folder, momentum=0.9)[0]
-    print(f"With a wrong optimizer the doctor says: {wrong.explanation}")
+    print(f"With a wrong optimizer the doctor says: {wrong.replay.explanation}")
     if options.local_dp:
         deviation, promises = noise(folder)
         print(f"Noise measured between the two places: {deviation:.4e}")
         print(*promises, sep="\n")
     for place in PLACES:
-        report = attack(folder, place, budget=options.budget)
+        attacks = ["inverting_gradients"]
+        report = attack(folder, place, attacks=attacks, budget=options.budget)
         (found,) = report.verdicts()
         print(f"{place}: {found.verdict}")
 

@@ -13,7 +13,15 @@ from leakatlas.bench import study
 from leakatlas.bench.cells import Cell
 
 APP = study.default_folder().parent / "examples" / "flower"
-STEPS = 2_000
+AUDIT: dict[str, dict[str, Any]] = {
+    "quickstart": {
+        "attacks": ["inverting_gradients", "tgias_ro", "e2egi"],
+        "attack_parameters": {"inverting_gradients": {"steps": 2_000}},
+        "budget": "paper",
+    },
+    "fc": {"attacks": ["spear"], "budget": "paper"},
+}
+"""By network: where pixels go through convolutions, and where they meet a linear layer."""
 
 
 def measure(cell: Cell) -> dict[str, float | list[float]]:
@@ -25,21 +33,31 @@ def measure(cell: Cell) -> dict[str, float | list[float]]:
         if cell.label.startswith("costs"):
             costs = importlib.import_module("costs").costs
             return release | costs(environment, there, cell.label.split(", ")[1])
-        local_dp = "local_dp" if cell.label == "LocalDpMod" else "none"
+        network = "fc" if cell.case.model.builtin == "fc" else "quickstart"
+        settings: dict[str, Any] = {"examples": cell.case.batch, "network": network}
+        settings["defense"] = "local_dp" if "LocalDpMod" in cell.label else "none"
         folder = Path(there) / "captures"
-        engine.run(environment, leakatlas_folder=folder, defense=local_dp, examples=cell.case.batch)
-        return release | found(example, folder, noisy=local_dp != "none")
+        engine.run(environment, leakatlas_folder=folder, **settings)
+        noisy = settings["defense"] != "none"
+        return release | found(example, folder, network, noisy=noisy)
 
 
-def found(example: Any, folder: Path, *, noisy: bool) -> dict[str, float | list[float]]:
+def found(
+    example: Any, folder: Path, network: str, *, noisy: bool
+) -> dict[str, float | list[float]]:
     """The doctor's answers to right and wrong descriptions, and what comes out at every place."""
-    right = example.diagnose(folder)
-    figures: dict[str, float | list[float]] = {"residual": max(check.residual for check in right)}
+    right = example.diagnose(folder, network=network)
+    figures: dict[str, float | list[float]] = {
+        "residual": max(one.replay.residual for one in right),
+        "constraints per unknown": next(
+            m.value for m in right[0].measures if m.name == "constraints_per_unknown"
+        ),
+    }
     for name, mistake, words in (
         ("optimizer", {"momentum": 0.9}, "plain SGD"),
         ("learning rate", {"lr": 0.1}, "learning rate"),
     ):
-        wrong = example.diagnose(folder, **mistake)
+        wrong = [one.replay for one in example.diagnose(folder, network=network, **mistake)]
         named = [float(not c.expected and words in c.explanation) for c in wrong]
         figures[f"wrong {name} named"] = named
     if noisy:
@@ -48,11 +66,13 @@ def found(example: Any, folder: Path, *, noisy: bool) -> dict[str, float | list[
         figures |= {"noise": deviation, "noise over promised": deviation / promise.sigma}
         figures["epsilon of one round"] = promise.worth()
     for place in example.PLACES:
-        scores = [r.scores for r in example.attack(folder, place, steps=STEPS).runs if r.scores]
+        report = example.attack(folder, place, network=network, **AUDIT[network])
+        scores = [run.scores for run in report.runs if run.scores]
         best = max(scores, key=lambda one: one.psnr.mean)
         figures |= {
             f"{place}, psnr": [image.psnr for image in best.images],
+            f"{place}, exact": [float(image.exact) for image in best.images],
             f"{place}, null": [image.null_psnr for image in best.images],
-            f"{place}, labels": max(one.labels.le_acc for one in scores if one.labels),
+            f"{place}, labels": max((s.labels.le_acc for s in scores if s.labels), default=0.0),
         }
     return figures
