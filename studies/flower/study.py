@@ -32,14 +32,15 @@ def measure(cell: Cell) -> dict[str, float | list[float]]:
         release = {"Flower": float(".".join(version("flwr").split(".")[:2]))}
         if cell.label.startswith("costs"):
             costs = importlib.import_module("costs").costs
-            return release | costs(environment, there, cell.label.split(", ")[1])
+            spent: dict[str, float] = costs(environment, there, cell.label.split(", ")[1])
+            return {**release, **spent}
         network = "fc" if cell.case.model.builtin == "fc" else "quickstart"
         settings: dict[str, Any] = {"examples": cell.case.batch, "network": network}
         settings["defense"] = "local_dp" if "LocalDpMod" in cell.label else "none"
         folder = Path(there) / "captures"
         engine.run(environment, leakatlas_folder=folder, **settings)
         noisy = settings["defense"] != "none"
-        return release | found(example, folder, network, noisy=noisy)
+        return {**release, **found(example, folder, network, noisy=noisy)}
 
 
 def found(

@@ -584,7 +584,7 @@ def test_a_clipping_strategy_and_its_mod_are_seen_at_every_place(
     engine: dict[str, str], tmp_path: Path
 ) -> None:
     """Flower's central differential privacy: clients clip, the server adds noise to the mean."""
-    settings = {"dp-clipping-norm": 0.01, "dp-noise-multiplier": 0.5}
+    settings: dict[str, Any] = {"dp-clipping-norm": 0.01, "dp-noise-multiplier": 0.5}
     _run(engine, tmp_path, rounds=1, defense="clipping", **settings)
     clients = sorted(_heard(tmp_path, 1))
     assert len(clients) == NODES
