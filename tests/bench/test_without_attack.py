@@ -11,6 +11,7 @@ from leakatlas.bench import labelling, run, scene, utility
 from leakatlas.bench import study as studies
 from leakatlas.bench.adversary import Here
 from leakatlas.bench.cells import Cell
+from leakatlas.bench.figures import mean_and_interval
 from leakatlas.bench.schema import Case
 from leakatlas.fl import state_hash
 from leakatlas.fl.state import model_state
@@ -129,3 +130,11 @@ def test_what_is_wrong_is_told(tmp_path: Path, old: str, new: str, told: str) ->
     path.write_text(text.replace(old, new), encoding="utf-8")
     study, problems = studies.check(path)
     assert study is None and told in "\n".join(map(str, problems))
+
+
+def test_of_a_single_training_the_interval_is_over_seeds() -> None:
+    """There are no images to resample, and no interval would be one of width zero."""
+    mean, low, high = mean_and_interval({(0, ""): [0.6, 0.7, 0.8]}, "accuracy")
+    assert mean == pytest.approx(0.7) and low < 0.65 and high > 0.75
+    once = mean_and_interval({(0, ""): [0.6, 0.8], (1, ""): [0.7, 0.7]}, "psnr")
+    assert once == pytest.approx((0.7, 0.7, 0.7))  # seeds of one image move together

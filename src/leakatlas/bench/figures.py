@@ -226,8 +226,14 @@ def _figure(
 
 
 def mean_and_interval(values: Values, *keys: str) -> tuple[float, float, float]:
-    """Mean over all values, and its bootstrap interval over units: seeds of one move together."""
-    per_unit = torch.tensor([sum(v) / len(v) for v in values.values()], dtype=torch.float64)
+    """Mean over all values, and its bootstrap interval over units: seeds of one move together.
+
+    Of a single unit, such as a training, there are only seeds to resample.
+    """
+    several = [sum(v) / len(v) for v in values.values()]
+    if len(several) == 1:
+        (several,) = values.values()
+    per_unit = torch.tensor(several, dtype=torch.float64)
     low, high = bootstrap(per_unit, generator=stream("figures", *keys))
     mean = float(per_unit.mean())
     return mean, min(low, mean), max(high, mean)
