@@ -192,7 +192,7 @@ def tried(name: str, budget: str, device: str) -> tuple[list[dict[str, Any]], li
             seconds = float(report["facts"]["budget_seconds"])
             allowed = measure("wall time of the audit over 1.1 budgets + 15 s",
                               took["wall"] / (1.1 * seconds + 15), "", name)  # fmt: skip
-            wrong += [f"{name}: {run['key']} crashed: {run['reason']}"
+            wrong += [f"{name}: {run['attack']} crashed: {run['reason']}"
                       for run in report["runs"] if run["status"] == "error"]  # fmt: skip
             words = Counter(run["status"] for run in report["runs"])
             found += [_cpu("audit", code, took, name, _listed(words)), allowed]

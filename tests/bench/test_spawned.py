@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import select
 import subprocess
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from leakatlas.attacks.analytic.sparsification.robbing_the_fed import RobbingTheFed
+from leakatlas.attacks.api import Attack
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.bench import harness, machine, task
 from leakatlas.bench.spawned import Spawned
@@ -90,6 +92,44 @@ def test_a_users_own_model_travels_without_its_weights(other: Spawned) -> None:
     attack = InvertingGradients(steps=3)
     here = harness.run_trial(live(model), attack)
     assert same(here, harness.run_trial(live(model), attack, adversary=other))
+
+
+def test_classes_of_files_that_nobody_over_there_can_import_travel(
+    other: Spawned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model file that imports from a file beside itself, and a class that a script imported."""
+    (tmp_path / "beside_it.py").write_text(
+        "from torch import nn\n"
+        "class Body(nn.Sequential):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(nn.Conv2d(3, 4, 3), nn.Sigmoid(), nn.Flatten())\n"
+    )
+    (tmp_path / "its_own.py").write_text(
+        "from torch import nn\n"
+        "from beside_it import Body\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.body, self.head = Body(), nn.Linear(144, 10)\n"
+        "    def forward(self, x):\n"
+        "        return self.head(self.body(x))\n"
+    )
+    for name in ("beside_it", "its_own"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    described = ModelRef("python", f"{tmp_path / 'its_own.py'}:Net")
+    torch.manual_seed(0)
+    by_file, imported = described.build(trust_code=True), importlib.import_module("its_own").Net()
+    scenario = Scenario(model=described, examples=2, letter="G")
+    public = surrogate(8)
+
+    def played(model: nn.Module, attack: Attack, adversary: Spawned | None) -> harness.Trial:
+        live = stage(scenario, model=model, victims=photos(2), surrogate=public, box=Box.unit(3))
+        return harness.run_trial(live, attack, adversary=adversary)
+
+    for model in (by_file, imported):
+        for attack in (InvertingGradients(steps=2), RobbingTheFed(bins=8)):
+            assert same(played(model, attack, None), played(model, attack, other))
 
 
 def test_a_model_that_remembers_a_private_image_does_not_travel() -> None:

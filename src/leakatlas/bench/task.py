@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import base64
 import copy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -33,6 +35,8 @@ VIEW = "view"
 CODE = "code.pickle"
 FOUND = "found.safetensors"
 SENT = "sent.safetensors"
+LOADED = "leakatlas_user_"
+"""How :func:`leakatlas.fl.factory.find` calls the modules that it makes of people's files."""
 TENSORS = ("images", "labels", "label_counts", "confidence")
 
 
@@ -59,7 +63,8 @@ def code_of(stage: Stage) -> bytes | None:
             tensor.zero_()
     name = type(model).__name__
     try:
-        blob: bytes = cloudpickle.dumps((model, None if plain else loss))
+        with _by_value():
+            blob: bytes = cloudpickle.dumps((model, None if plain else loss))
     except (TypeError, AttributeError, ValueError, cloudpickle.pickle.PicklingError) as problem:
         raise InvalidInput(
             f"The model {name} cannot be sent to the attack's process ({problem}). Describe it as "
@@ -73,6 +78,22 @@ def code_of(stage: Stage) -> bytes | None:
                 "inputs?), so it cannot be shown to an adversary; pass a fresh one."
             )
     return blob
+
+
+@contextmanager
+def _by_value() -> Iterator[None]:
+    """Within the block, what was loaded from a ``file.py`` travels itself.
+
+    Over there nobody finds it by the name of its module, which no import knows.
+    """
+    loaded = [module for name, module in sys.modules.items() if name.startswith(LOADED)]
+    for module in loaded:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        for module in loaded:
+            cloudpickle.unregister_pickle_by_value(module)
 
 
 def asked(
