@@ -162,8 +162,8 @@ def test_not_adapting_hurts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_baseline_descends_on_the_same_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     held(generator(), monkeypatch)
     view, _ = harness.observe(_scene(dtype=torch.float32), QUICK)
-    adam = replace(QUICK, optimizer="adam", rounds=60)
-    assert _loss(view, adam) < 0.8 * _loss(view, replace(adam, rounds=1))
+    adam = replace(QUICK, optimizer="adam", rounds=300)  # signed steps of 0.1 take their time
+    assert _loss(view, adam) < 0.1 * _loss(view, replace(adam, rounds=1))
 
 
 def test_more_trials_never_end_worse(monkeypatch: pytest.MonkeyPatch) -> None:
