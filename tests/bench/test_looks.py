@@ -46,8 +46,24 @@ def test_an_undefended_upload_is_compared_with_nothing() -> None:
     assert found == {"error": [], "cosine": [], "psnr_equal_noise": []}
 
 
+def test_the_undefended_upload_is_that_of_the_weights_that_were_received() -> None:
+    """Not of the network as it is described, which a study may have trained."""
+    described = scene().scenario
+    model = described.model.build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    clipped = stage(
+        replace(described, defenses=(Clipping(max_norm=1e9),)), model=model.double(),
+        victims=patches(8, 2), surrogate=patches(8, 8, part="surrogate"), box=Box.unit(3),
+    )  # fmt: skip
+    found = looks.of(played(clipped), clipped, ATTACK, ["error", "size"])
+    assert found == pytest.approx({"error": 0.0, "size": 1.0}, abs=1e-9)
+
+
 def test_noise_of_equal_size_is_as_far_away() -> None:
-    noisy = looks.under(scene(), looks.EqualNoise(ratio=0.25))
+    plain = scene()
+    noisy = looks.under(plain, played(plain).view, looks.EqualNoise(ratio=0.25))
     (error,) = looks.of(played(noisy), noisy, ATTACK, ["error"]).values()
     assert error == pytest.approx(0.25, rel=1e-4)
 

@@ -15,7 +15,7 @@ from leakatlas.bench import examine, harness, scene, secrets
 from leakatlas.bench.harness import Trial
 from leakatlas.blocks.watch import Conduct, Watch
 from leakatlas.data import ImageSet
-from leakatlas.fl import ClientContext, Defense, Stage, Update, View
+from leakatlas.fl import ClientContext, Defense, Stage, Update, View, state
 from leakatlas.fl import stage as staged
 from leakatlas.metrics.assignment import pairwise_mse
 from leakatlas.metrics.baselines import mean_image
@@ -53,15 +53,26 @@ def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([t.flatten() for t in tensors.values()])
 
 
-def under(stage: Stage, *defenses: Defense) -> Stage:
-    """The same clients and weights under other defenses."""
+def under(stage: Stage, view: View, *defenses: Defense) -> Stage:
+    """The same clients under other defenses, at the weights that they received.
+
+    Args:
+        stage: Whose clients.
+        view: What the adversary saw of the round; weights that only the present defenses' network
+            has are left out, those that only the plain one has are fresh.
+        defenses: The others.
+    """
     parts = list(stage.victims.values())
     victims = ImageSet(
         torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]),
         parts[0].classes, parts[0].name,
     )  # fmt: skip
+    model, received = stage.scenario.model.build(), view.rounds[-1].state
+    kind = next((t.dtype for t in received.values() if t.is_floating_point()), torch.float32)
+    fresh = state.model_state(model.to(kind))
+    fits = {n: t for n, t in received.items() if n in fresh and t.shape == fresh[n].shape}
     return staged(
-        replace(stage.scenario, defenses=defenses),
+        replace(stage.scenario, defenses=defenses), model=state.load_into(model, fresh | fits),
         victims=victims, surrogate=stage.surrogate, box=stage.box,
     )  # fmt: skip
 
@@ -72,7 +83,7 @@ Pair = tuple[Tensor, Tensor]
 
 def uploads(view: View, stage: Stage, target: int) -> Pair | None:
     """What a client sent, and what it sends undefended; None if they do not compare."""
-    plain = under(stage)
+    plain = under(stage, view)
     undefended = plain.view([plain.federation.play_round()], target=target)
     a, b = view.update.tensors, undefended.update.tensors
     return None if a.keys() != b.keys() else (_flat({name: a[name] for name in b}), _flat(b))
@@ -143,7 +154,8 @@ def _psnr_equal_noise(look: Look) -> list[float]:
     ratio = _error(look)
     if not isinstance(ratio, float):
         return []
-    noisy, seed = under(look.stage, EqualNoise(ratio=ratio)), look.stage.scenario.seed
+    noisy = under(look.stage, look.trial.view, EqualNoise(ratio=ratio))
+    seed = look.stage.scenario.seed
     watch = Watch(conduct=Conduct(execution="eager"))
     trial = harness.run_trial(noisy, look.attack, target=look.target, seed=seed, watch=watch)
     return look.psnr(trial, noisy)
