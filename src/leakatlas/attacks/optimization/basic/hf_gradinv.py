@@ -33,7 +33,9 @@ Departures:
       100 before its start so that the best is replaced then, and overwrites it every 500 steps.
     - Left out, as they are off in the release: group consistency, blur, radial decay, a norm whose
       start lies beyond the run.
-    - :meth:`HFGradInv.tuned` is ours, a first guess that was tuned on no image.
+    - :meth:`HFGradInv.tuned` is ours, a first guess that was tuned on no image. On a small fresh
+      network its window, its mask and its quantised slope each cost something (study
+      ``hf_gradinv``).
 
 Released code: ``MiLab-HITSZ/2023YeHFGradInv``, ``breaching/attacks/auxiliaries/objectives.py``,
 ``regularizers.py``, ``breaching/config/attack/our_res34_pretrained.yaml``.
