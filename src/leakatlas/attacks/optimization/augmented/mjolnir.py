@@ -13,8 +13,8 @@ Adaptive Diffusion", AAAI 2025.   FedSGD, a stage in front of any inversion.
    and ends at a clean gradient.
 4. *Inversion* by another attack; DLG in the paper.
 
-Measured (study ``channels``): the denoiser helps under noise, and there alone; Wiener's formula does
-as well as the learned network, and a rehearsed [3] without either reaches more.
+Measured (study ``channels``): the denoiser helps under noise, and there alone; Wiener's formula
+does as well as the learned network, and a rehearsed [3] without either reaches more.
 
 Departures:
     - In the released reverse loop every step reads the noisy *input* and none the output of the
