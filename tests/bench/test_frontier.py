@@ -75,9 +75,12 @@ def test_who_holds_the_secret_is_a_bound_and_does_not_count() -> None:
 
 
 def test_who_was_refused_has_tried_nothing_and_is_named() -> None:
-    refused = made(seed=0, batch=0, status="refused", scores=attacked([5.0]).scores)
-    alone = {"odd, k=1/fresh/search": [refused]}
-    assert not [p for p in points(cases(**alone)) if p.key == "odd"]
+    scores = attacked([5.0]).scores
+    refused = made(seed=0, batch=0, status="refused", reason="no key", scores=scores)
+    alone = cases(**{"odd, k=1/fresh/search": [refused]})
+    assert not [p for p in points(alone) if p.key == "odd"]
+    untried = figures(alone)["untried | fresh | odd, k=1"]
+    assert untried["value"] == 1 and untried["note"] == "no key"
     beside = {"noise, sigma=0.1/fresh/imprint": [refused, refused]}
     found = figures(cases(**beside))["recovered | fresh | noise, sigma=0.1"]
     assert found["value"] == 0.5 and "imprint: 2 of 2 refused" in found["note"]

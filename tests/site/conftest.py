@@ -88,6 +88,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frontier += [
         {"name": "level | fresh | client_dp, noise_multiplier=1 | with its secret", "value": 0.75,
          "interval": [0.3, 0.9], "n": 4, "note": "C, server; a bound"},
+        {"name": "untried | fresh | odd, k=1", "value": 2.0, "interval": [2.0, 2.0], "n": 2,
+         "note": "no <key>"},
         {"name": "colour | C | clipping", "value": 1.0, "interval": [0.4, 1.0], "n": 4,
          "note": "<search> (C, server) on fresh, at clipping, max_norm=1"},
     ]  # fmt: skip

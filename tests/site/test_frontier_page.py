@@ -28,6 +28,11 @@ def test_every_adversary_has_a_column_and_a_bound_does_not_count(built: Path) ->
     assert "75 %" in strong and strong.index("0 %") < strong.index("75 %")
 
 
+def test_what_nobody_could_try_is_named_with_the_reason(built: Path) -> None:
+    page = (built / "frontier.html").read_text(encoding="utf-8")
+    assert "Nobody could try odd, k=1: no &lt;key&gt;" in page
+
+
 def test_measured_colours_name_the_attack_and_the_setting(built: Path) -> None:
     page = (built / "frontier.html").read_text(encoding="utf-8")
     differs = "C: fails, 100% [40%, 100%] of 4 images: &lt;search&gt; (C, server) on fresh"

@@ -13,6 +13,7 @@ recovered       share of images of which some adversary reaches 19 dB
 level           the same for one adversary, whose name stands behind the defense
 loss            points of accuracy
 noise           dB that a search gains over one on noise of equal size instead
+untried         how many runs were refused or crashed, where no adversary could try at all
 null            ``null | network | name``: dB of what an adversary without any update hands in
 private         per defense: least share recovered among strengths that cost 1 point at most
 price           per defense: least loss among strengths that leave 5 % recovered at most
@@ -117,23 +118,30 @@ class Point:
 
 
 def points(records: Mapping[str, Sequence[Record]]) -> list[Point]:
-    """Every point that has records, in the order of the study.
+    """Every point that somebody has tried, in the order of the study.
 
     Args:
         records: By case, named ``defense/network/adversary``.
     """
     losses = _losses(records)
+    found = [
+        point
+        for (network, defense), by_adversary in _attacks(records).items()
+        if (point := _point(network, defense, by_adversary, losses)) is not None
+    ]
+    return [replace(p, dominated=any(_dominates(other, p) for other in found)) for p in found]
+
+
+def _attacks(
+    records: Mapping[str, Sequence[Record]],
+) -> dict[tuple[str, str], dict[str, Sequence[Record]]]:
+    """By network and defense, the records of every adversary."""
     attacks: dict[tuple[str, str], dict[str, Sequence[Record]]] = defaultdict(dict)
     for label, mine in records.items():
         defense, network, adversary = label.split("/")
         if adversary != UTILITY and mine:
             attacks[network, defense][adversary] = mine
-    found = [
-        point
-        for (network, defense), by_adversary in attacks.items()
-        if (point := _point(network, defense, by_adversary, losses)) is not None
-    ]
-    return [replace(p, dominated=any(_dominates(other, p) for other in found)) for p in found]
+    return attacks
 
 
 def _point(
@@ -286,6 +294,7 @@ def summarise(
     seeds = len({r.seed for label, m in records.items() if label.endswith(UTILITY) for r in m})
     for point in every:
         yield from _of_point(point, seeds)
+    yield from _untouched(records, every)
     yield from _nulls(records)
     groups: dict[tuple[str, str], list[Point]] = defaultdict(list)
     for point in every:
@@ -315,6 +324,18 @@ def _of_point(point: Point, seeds: int) -> Iterator[dict[str, Any]]:
         yield _figure(("noise", *place), point.noise, "dB", point.images, "over equal noise")
     if point.loss is not None:
         yield _figure(("loss", *place), point.loss, "points", seeds, "")
+
+
+def _untouched(
+    records: Mapping[str, Sequence[Record]], every: Sequence[Point]
+) -> Iterator[dict[str, Any]]:
+    """Where nobody could try: nothing can be said of it, and that is said."""
+    tried = {(point.network, point.defense) for point in every}
+    for place, by_adversary in _attacks(records).items():
+        ends = [record for mine in by_adversary.values() for record in mine]
+        if place not in tried:
+            n = float(len(ends))
+            yield _figure(("untried", *place), (n, n, n), "runs", len(ends), ends[0].reason)
 
 
 def _nulls(records: Mapping[str, Sequence[Record]]) -> Iterator[dict[str, Any]]:

@@ -93,6 +93,16 @@ def nulls(measures: Iterable[Measure]) -> dict[str, dict[str, Measure]]:
     return dict(found)
 
 
+def untried(measures: Iterable[Measure]) -> dict[str, dict[str, str]]:
+    """Where no adversary could try: why, by network and strength."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for measure in measures:
+        match measure.name.split(JOIN):
+            case ["untried", network, defense]:
+                found[network][defense] = measure.note
+    return dict(found)
+
+
 def _point(found: Mapping[str, Mapping[str, Row]], network: str, defense: str) -> Strength:
     key, _, strength = defense.partition(", ")
     return found[network][key].points[strength]
@@ -211,10 +221,12 @@ def render(measured: Sequence[Result]) -> str | None:
         return None
     lines = [INTRODUCTION, f"`{result.command}` ({result.hardware}, {result.date}).", ""]
     lines += _colours(verdicts(measured))
-    baselines = nulls(result.measures)
+    baselines, closed = nulls(result.measures), untried(result.measures)
     for network, rows in networks(result.measures).items():
         lines += [f"## {network}", "", *_baselines(baselines.get(network, {}))]
         lines += [*_headlines(rows), "", *_points(rows), ""]
+        lines += [f"- Nobody could try {d}: {why}" for d, why in closed.get(network, {}).items()]
+        lines.append("")
     return "\n".join(lines)
 
 
