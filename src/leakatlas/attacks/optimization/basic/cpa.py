@@ -28,6 +28,9 @@ Independence is measured by negentropy, with :math:`m_i = \mathbb{E} \log\cosh \
 ``off``. The paper's form lacks the Gaussian's value. It grows with *sub*-Gaussian signals, so it
 opposes the separation of sparse ones (embeddings); the reference makes both kinds separate.
 
+Measured (studies ``cpa`` and ``cpa_sums``): in minutes on a CPU few images of a sum come apart,
+fewer the more there are, and [3], its labels granted, reaches more on sums of dozens.
+
 Departures:
     - ``negentropy`` is ``fastica`` by default, for the reason above. In the released code the term
       is set to zero right after it is computed, which is ``off``; with the priors off as well,
