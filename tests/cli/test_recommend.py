@@ -56,3 +56,10 @@ def test_a_file_without_an_aim_is_bad_input(
     done = asked(tmp_path, monkeypatch, ["clipping"])
     assert done.exit_code == 2
     assert "give fail_on" in done.output
+
+
+def test_a_price_without_alternatives_is_a_key_without_effect(tmp_path: Path) -> None:
+    file = tmp_path / "audit.yaml"
+    file.write_text(yaml.safe_dump({**CONFIG, "utility": "own"}), encoding="utf-8")
+    done = CliRunner().invoke(app, ["audit", str(file), "--out", str(tmp_path / "out")])
+    assert done.exit_code == 2 and "give alternatives" in " ".join(done.output.split())

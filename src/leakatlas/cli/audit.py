@@ -17,6 +17,7 @@ from leakatlas.cli import plain, recorded
 from leakatlas.cli.codes import FINE, GATE_FAILED, UNDECIDED
 from leakatlas.cli.options import DEVICE
 from leakatlas.cli.plain import escape
+from leakatlas.errors import InvalidInput
 
 if TYPE_CHECKING:  # torch takes a second to load; --help should not wait for it
     from collections.abc import Callable, Sequence
@@ -89,6 +90,11 @@ def audit(
     gates = [parse_gate(text) for text in fail_on or []]
     capture = recorded.Recorded(captured, model, truth, shape, client, protocol or (), place)
     plan, asked = planned(config, capture, budget, threat, seed, execution, rehearsal, device, out)
+    if plan.task is not None and not plan.alternatives:
+        raise InvalidInput(
+            "utility says where the price of alternatives is measured, and the file names none; "
+            "give alternatives, or ask leakatlas recommend for some."
+        )
     gates += [parse_gate(text) for text in asked]
     console = plain.console(stderr=True)
     report = with_bars(
