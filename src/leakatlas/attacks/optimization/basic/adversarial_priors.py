@@ -18,6 +18,10 @@ features at the last one.
 Only the abstract could be read: it states gradient matching with features and style of images that
 the adversary controls. Forms, layers and weights of the losses are ours.
 
+Measured (study ``adversarial_priors``): where most of an update is pruned, style alone puts it
+ahead of the same search without priors and of a rehearsed [3]; features add nothing. On a whole
+update the gain is within chance.
+
 Departures (ours):
     - Of several examples each has priors of its own class. Where one's images show no image of a
       class, those to which the network gives it the highest probability stand in.
