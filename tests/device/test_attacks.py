@@ -16,9 +16,13 @@ from leakatlas.fl import tampering
 from tests.attacks.case import Case
 from tests.attacks.test_contract import CASES, SEED, TABLED
 from tests.conftest import build_stage, surrogate
-from tests.device.elsewhere import Elsewhere, near, pretended
+from tests.device.elsewhere import REAL, Elsewhere, near, pretended
 
 KEYS = TABLED
+
+LEARNED = {"gradvit": 5e-3}
+"""Whose prior is learned in float32, step by step with Adam, however exact the update is: rounding
+of 1e-6 in the learned weights moves the images by 1e-3."""
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +57,8 @@ def test_it_runs_where_its_view_is_and_finds_what_the_cpu_finds(
     assert found.status == here.status, found.reason
     off = (found.images - here.images).abs()
     record_property("largest deviation", float(off.max()) if off.numel() else 0.0)
-    torch.testing.assert_close(found.images, here.images, rtol=near(1e-6), atol=near(1e-6))
+    within = max(near(1e-6), LEARNED.get(key, 0.0)) if REAL else 1e-6
+    torch.testing.assert_close(found.images, here.images, rtol=within, atol=within)
     for name in ("labels", "label_counts", "confidence"):
         a, b = getattr(found, name), getattr(here, name)
         assert (a is None) == (b is None)

@@ -146,8 +146,13 @@ class SVTPrivacy(Defense):
             above = truncated[rest].abs() + laplace(query, len(rest)) >= threshold
             accepted[rest[above]] = True
         chosen = choose(accepted.nonzero()[:, 0], n)
-        # Of an entry that is drawn twice the last draw stays, as in the release.
-        sent[chosen] = truncated[chosen] + laplace(2 * self.gamma / self.noise_var, n)
+        noisy = truncated[chosen] + laplace(2 * self.gamma / self.noise_var, n)
+        # Of an entry that is drawn twice the last draw stays, as in the release; a GPU would write
+        # either.
+        turns = torch.arange(n, device=d.device)
+        last = torch.zeros_like(sent, dtype=torch.int64).scatter_reduce(0, chosen, turns, "amax")
+        stays = last[chosen] == turns
+        sent[chosen[stays]] = noisy[stays]
         return sent
 
     def simulate(
