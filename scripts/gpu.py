@@ -187,8 +187,8 @@ def parity(device: torch.device, figures: Figures, quick: bool) -> None:
             same = str(mine.labels) == str(other.labels)
             apart = (other.images - mine.images).abs()
             figures.add(
-                "images of an attack in float32, largest distance",
-                float(apart.max()) if apart.numel() else 0.0, "", key,
+                key, float(apart.max()) if apart.numel() else 0.0, "",
+                "attacks in float32, largest distance of an image",
                 f"{mine.status} on the CPU, {other.status} on the GPU; "
                 + ("the same labels" if same else "OTHER LABELS"),
             )  # fmt: skip
@@ -332,8 +332,8 @@ def tests(device: torch.device, figures: Figures, quick: bool, folder: Path) -> 
     for case in cases:
         for found in case.iter("property"):
             figures.add(
-                "images of an attack in float64, largest distance", float(found.attrib["value"]),
-                "", case.attrib["name"].partition("[")[2].rstrip("]"),
+                case.attrib["name"].partition("[")[2].rstrip("]"), float(found.attrib["value"]),
+                "", "attacks in float64, largest distance of an image",
             )  # fmt: skip
     for case in wrong:
         print(f"FAILED {case.attrib['classname']}::{case.attrib['name']}", flush=True)
