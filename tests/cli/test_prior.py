@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from leakatlas import priors
 from leakatlas.cli import app
-from leakatlas.priors import Prior
+from leakatlas.models import checkpoints
+from leakatlas.priors import Prior, kept
 
 
 def _train(*options: str) -> tuple[int, str]:
@@ -60,3 +61,12 @@ def test_what_cannot_be_is_refused_in_words(tmp_path: Path, options: list[str], 
     code, text = _train("--steps", "1", "--out", str(tmp_path / "new"), *options)
     assert code == 2 and words in text
     assert not (tmp_path / "new").exists()
+
+
+def test_every_shipped_prior_is_listed_with_its_ceiling() -> None:
+    done = CliRunner().invoke(app, ["prior", "list"], env={"COLUMNS": "300"})
+    assert done.exit_code == 0
+    for name in kept.shipped():
+        ceiling = checkpoints.card(name).figures.get(priors.CEILING)
+        line = next(line for line in done.output.splitlines() if f" {name} " in line)
+        assert ("-" if ceiling is None else f"{ceiling:.1f}") in line

@@ -122,6 +122,28 @@ def train(
     _show(card, out, watch.planned, steps)
 
 
+@commands.command("list")
+def list_() -> None:
+    """The priors in the package: what they draw, what they saw, how close they come."""
+    from leakatlas.models import checkpoints
+    from leakatlas.priors import CEILING, kept
+
+    table = Table(title="Shipped priors")
+    for column in ("prior", "draws", "trained on", "closest picture (dB)", "licence"):
+        table.add_column(column)
+    for name in kept.shipped():
+        card = checkpoints.card(name)
+        side, channels = card.settings.get("size", 32), card.settings.get("channels", 3)
+        labels = card.settings.get("classes", 0)
+        told = f", by {labels} labels" if labels else ""
+        ceiling = card.figures.get(CEILING)
+        plain.row(
+            table, name, f"{channels}x{side}x{side}{told}", f"{card.data}; {card.split}",
+            "-" if ceiling is None else f"{ceiling:.1f}", card.license,
+        )  # fmt: skip
+    plain.console().print(table)
+
+
 def _command(data: str, limit: int | None, name: str, recipe: Recipe) -> str:
     """What makes the prior again, but for the steps, which a budget may have made fewer."""
     words = ["leakatlas", "prior", "train", data, "--kind", recipe.kind]
