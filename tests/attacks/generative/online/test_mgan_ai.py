@@ -231,6 +231,10 @@ def test_its_outlook_promises_samples_and_no_images() -> None:
     assert "no image of its data set; 2 rounds" in outlook.reason
 
 
+def test_before_any_round_nothing_is_promised() -> None:
+    assert QUICK.outlook(scene().view()).verdict == "unknown"
+
+
 def test_public_images_without_the_models_labels_teach_nothing() -> None:
     _, public, _ = _images()
     strange = ImageSet(public.images, public.labels + 10, tuple(map(str, range(20))), "strange")

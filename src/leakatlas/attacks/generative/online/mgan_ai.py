@@ -124,9 +124,11 @@ class MGANAI(Attack):
         """Whether there are clients to tell apart, and images of the task to learn from."""
         if len(view.input_shape) != 3:
             return Outlook("hopeless", f"it draws images, not inputs of {view.input_shape}")
-        if view.has("surrogate") and len(auxiliary(view)[1]) < FEWEST_PUBLIC:
+        if not view.rounds:
+            return Outlook("unknown", "no round was seen yet")
+        if len(auxiliary(view)[1]) < FEWEST_PUBLIC:
             return Outlook("hopeless", "no public images bear the labels of the model's classes")
-        if view.has("rounds") and view.rounds and not view.has("others"):
+        if not view.has("others"):
             return Outlook(
                 "hopeless",
                 "it tells the victim's updates from those of other clients, and none are seen "
@@ -184,16 +186,16 @@ class MGANAI(Attack):
             "representative_loss": met.victim.loss,
             "identity_gap": met.gap(),
         }
-        if not self.steps:
+        if not self.steps:  # nobody taught the discriminator
             x_hat, y_hat = met.victim.x, met.victim.y
+            confidence = torch.full((len(y_hat),), -met.victim.loss)
         else:
             y_hat = estimated_labels(clients_of(view, -1)[None], x_aux, y_aux, view.num_examples)
             with torch.no_grad():
                 z = init.normal((len(y_hat), LATENT), generator=generator, like=x_aux)
                 x_hat = images(G(z, y_hat))
-        with torch.no_grad():
-            told = met.D(x_hat)
-            confidence = F.logsigmoid(told.real) + F.logsigmoid(told.identity)
+                told = met.D(x_hat)
+                confidence = F.logsigmoid(told.real) + F.logsigmoid(told.identity)
         return Reconstruction(
             images=view.box.clip(x_hat.detach()),
             labels=y_hat,
