@@ -156,6 +156,11 @@ def test_a_colour_is_of_who_knows_no_more_than_the_letter() -> None:
     )
 
 
+def test_the_undefended_training_is_shown_with_what_its_seeds_reach() -> None:
+    found = figures(cases())["accuracy | fresh | none"]
+    assert found["value"] == pytest.approx(91.0) and found["note"] == "seeds reach 90.0, 92.0"
+
+
 def test_null_baselines_are_those_of_the_undefended_victims() -> None:
     record = attacked([30.0])
     assert record.scores is not None

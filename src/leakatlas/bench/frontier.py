@@ -12,6 +12,7 @@ The figures are named ``what | network | defense``, so that a page can take them
 recovered       share of images of which some adversary reaches 19 dB
 level           the same for one adversary, whose name stands behind the defense
 loss            points of accuracy
+accuracy        ``accuracy | network | none``: percent, of the training without a defense
 noise           dB that a search gains over one on noise of equal size instead
 untried         how many runs were refused or crashed, where no adversary could try at all
 null            ``null | network | name``: dB of what an adversary without any update hands in
@@ -295,6 +296,7 @@ def summarise(
     for point in every:
         yield from _of_point(point, seeds)
     yield from _untouched(records, every)
+    yield from _undefended(records)
     yield from _nulls(records)
     groups: dict[tuple[str, str], list[Point]] = defaultdict(list)
     for point in every:
@@ -336,6 +338,17 @@ def _untouched(
         if place not in tried:
             n = float(len(ends))
             yield _figure(("untried", *place), (n, n, n), "runs", len(ends), ends[0].reason)
+
+
+def _undefended(records: Mapping[str, Sequence[Record]]) -> Iterator[dict[str, Any]]:
+    """What all prices are held against, and how far seeds move it."""
+    for label, mine in records.items():
+        defense, network, adversary = label.split("/")
+        reached = [100 * float(r.own["accuracy"]) for r in mine if "accuracy" in r.own]
+        if (defense, adversary) == (UNDEFENDED, UTILITY) and reached:
+            place = ("accuracy", network, UNDEFENDED)
+            note = "seeds reach " + ", ".join(f"{value:.1f}" for value in reached)
+            yield _figure(place, _bootstrapped(reached, *place), "%", len(reached), note)
 
 
 def _nulls(records: Mapping[str, Sequence[Record]]) -> Iterator[dict[str, Any]]:

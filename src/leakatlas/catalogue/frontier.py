@@ -93,6 +93,16 @@ def nulls(measures: Iterable[Measure]) -> dict[str, dict[str, Measure]]:
     return dict(found)
 
 
+def undefended(measures: Iterable[Measure]) -> dict[str, Measure]:
+    """Accuracy of the training without a defense, in percent, by network."""
+    found = {}
+    for measure in measures:
+        match measure.name.split(JOIN):
+            case ["accuracy", network, key] if key == UNDEFENDED:
+                found[network] = measure
+    return found
+
+
 def untried(measures: Iterable[Measure]) -> dict[str, dict[str, str]]:
     """Where no adversary could try: why, by network and strength."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
@@ -223,7 +233,10 @@ def render(measured: Sequence[Result]) -> str | None:
     lines += _colours(verdicts(measured))
     baselines, closed = nulls(result.measures), untried(result.measures)
     for network, rows in networks(result.measures).items():
-        lines += [f"## {network}", "", *_baselines(baselines.get(network, {}))]
+        lines += [f"## {network}", ""]
+        if (plain := undefended(result.measures).get(network)) is not None:
+            lines += [f"Prices are held against {plain.value:.1f} % ({plain.note}).", ""]
+        lines += _baselines(baselines.get(network, {}))
         lines += [*_headlines(rows), "", *_points(rows), ""]
         lines += [f"- Nobody could try {d}: {why}" for d, why in closed.get(network, {}).items()]
         lines.append("")

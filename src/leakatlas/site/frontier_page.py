@@ -30,6 +30,7 @@ def context(measured: Sequence[Result]) -> dict[str, Any]:
             name: frontier.in_words(found)
             for name, found in frontier.nulls(result.measures if result else ()).items()
         },
+        "undefended": frontier.undefended(result.measures if result else ()),
         "untried": frontier.untried(result.measures if result else ()),
         "verdicts": frontier.verdicts(measured),
         "data": _data(networks),
