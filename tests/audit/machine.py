@@ -26,9 +26,9 @@ class Machine:
             interrupt(signal.SIGALRM, None)
         self.now = ended
 
-    def set_alarm(self, which: int, seconds: float) -> None:
+    def set_alarm(self, which: int, seconds: float, interval: float = 0.0) -> None:
         """In place of :func:`signal.setitimer`."""
-        assert which == signal.ITIMER_REAL
+        assert which == signal.ITIMER_REAL and interval == 0
         self.alarm = self.now + seconds if seconds > 0 else None
 
 

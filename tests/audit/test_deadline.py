@@ -228,6 +228,24 @@ def test_the_alarm_is_real(cache: Any) -> None:
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+def test_somebodys_own_alarm_still_rings() -> None:
+    """As those of test runners do: ours comes before it, or not at all."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, frame: heard.append(number))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1_000.0)
+        with Deadline(time.perf_counter(), 10.0).ends():
+            assert signal.getitimer(signal.ITIMER_REAL)[0] < 20
+        assert 900 < signal.getitimer(signal.ITIMER_REAL)[0] <= 1_000
+        with Deadline(time.perf_counter(), 5_000.0).ends():
+            assert 900 < signal.getitimer(signal.ITIMER_REAL)[0] <= 1_000
+            signal.raise_signal(signal.SIGALRM)
+        assert heard == [signal.SIGALRM]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_other_threads_have_no_alarm() -> None:
     seen: list[bool] = []
 

@@ -21,6 +21,9 @@ LATE = 5.0
 LAST = 1.0
 """Seconds that a phase has which begins later: to say what it left out."""
 
+SOON = 1e-3
+"""Seconds after which an alarm rings that somebody had set, and that was due meanwhile."""
+
 
 class OutOfTime(BaseException):
     """The time is over; nobody's error, so that nobody takes it for one."""
@@ -53,16 +56,23 @@ class Deadline:
         if self.seconds is None or not mine or not hasattr(signal, "setitimer"):
             yield
             return
-        previous = signal.signal(signal.SIGALRM, _interrupt)
         left = max(self.seconds + LATE - self.spent, LAST)
+        theirs, interval = signal.getitimer(signal.ITIMER_REAL)
+        if 0 < theirs <= left:  # somebody's own alarm ends this sooner
+            yield
+            return
+        previous = signal.signal(signal.SIGALRM, _interrupt)
         signal.setitimer(signal.ITIMER_REAL, left)
+        begun = time.perf_counter()
         try:
             yield
         except OutOfTime:
             pass
         finally:
+            rest = max(theirs - (time.perf_counter() - begun), SOON) if theirs else 0.0
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             signal.signal(signal.SIGALRM, previous)
+            signal.setitimer(signal.ITIMER_REAL, rest, interval)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
