@@ -442,13 +442,15 @@ def test_rounds_under_masks_wait_for_what_the_others_leave(
     assert made == [*keys, ("masked", "robbing_the_fed")]
 
 
-def test_one_attack_of_every_letter_is_timed_before_the_second_of_any(small_plan: Plan) -> None:
+def test_what_every_letter_needs_is_timed_first(small_plan: Plan) -> None:
+    """What B can do, so can C and D: of them none needs an attack of its own; A does."""
     (setting,) = small_plan.settings
 
     def job(key: str, letter: str) -> Job:
         return Job(setting, registry.load_attack(key).tuned(), letter, 0)
 
-    jobs = [job("inverting_gradients", "B"), job("gias", "B"), job("dlg", "A"), job("ggl", "D")]
+    jobs = [job("inverting_gradients", "B"), job("gias", "D"), job("dlg", "A"), job("idlg", "A")]
     keys = [key_of(job) for job in jobs]
-    chosen = ambassadors(keys, dict(zip(keys, jobs, strict=True)))
-    assert {key for _, key in chosen} == {"inverting_gradients", "dlg", "ggl"}
+    chosen = ambassadors(keys, dict(zip(keys, jobs, strict=True)), "ABCD")
+    assert {key for _, key in chosen} == {"inverting_gradients", "dlg"}
+    assert {key for _, key in ambassadors(keys[1:2], {keys[1]: jobs[1]}, "ABCD")} == {"gias"}

@@ -102,7 +102,7 @@ class Iterating:
     def _time(self, jobs: Sequence[Job], main: Watch) -> None:
         """What each attack costs, as far as time goes.
 
-        First the most promising, those with most to choose from: one for every letter, then all.
+        First the most promising, those with most to choose from: what every letter needs, then all.
         """
         first = {key_of(job): job for job in reversed(jobs)}
         share = Watch(TIMED * (main.remaining() or 0.0), parent=main)
@@ -110,7 +110,7 @@ class Iterating:
         promising = sorted(
             reversed(first), key=lambda key: -len(distinct_variants(first[key].attack, {}))
         )
-        early = ambassadors(promising, first)
+        early = ambassadors(promising, first, self.plan.letters)
         for key in sorted(promising, key=lambda key: key not in early):
             watch = share if self._paces else main
             if self.stop.stopped or watch.over:
@@ -234,9 +234,20 @@ class Iterating:
         return run
 
 
-def ambassadors(keys: Sequence[Key], first: Mapping[Key, Job]) -> set[Key]:
-    """The first attack of every letter: without it, nothing might be tried for the letter."""
-    return {next(k for k in keys if first[k].letter == first[key].letter) for key in keys}
+def ambassadors(keys: Sequence[Key], first: Mapping[Key, Job], letters: Sequence[str]) -> set[Key]:
+    """The first of all attacks, and the first of each letter that none before it stands for.
+
+    Args:
+        keys: Of the attacks, the most promising first.
+        first: A job of each.
+        letters: Of the audit, weakest first.
+    """
+    chosen = set(keys[:1])
+    for letter in letters:
+        able = [key for key in keys if _stands_for(first[key], letter)]
+        if able and not chosen.intersection(able):
+            chosen.add(able[0])
+    return chosen
 
 
 def _gain(at: Readied) -> float | None:
