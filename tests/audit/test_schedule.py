@@ -21,10 +21,11 @@ from leakatlas.audit.budget import COMPARISONS, REPORT, Budget, Writer
 from leakatlas.audit.compare import _alone
 from leakatlas.audit.effort import spend
 from leakatlas.audit.iterating import ambassadors, key_of
-from leakatlas.audit.jobs import Job, not_run
+from leakatlas.audit.jobs import Job, not_run, would_not_fit
 from leakatlas.audit.listener import Silent
 from leakatlas.audit.ready import Readied, Timed, readied, timed
 from leakatlas.audit.rehearsal import Rehearsal
+from leakatlas.audit.run import enough
 from leakatlas.audit.schedule import Pace, Try, pace, reserved, shares
 from leakatlas.audit.start import Start
 from leakatlas.audit.utility import Utility
@@ -454,3 +455,28 @@ def test_what_every_letter_needs_is_timed_first(small_plan: Plan) -> None:
     chosen = ambassadors(keys, dict(zip(keys, jobs, strict=True)), "ABCD")
     assert {key for _, key in chosen} == {"inverting_gradients", "dlg"}
     assert {key for _, key in ambassadors(keys[1:2], {keys[1]: jobs[1]}, "ABCD")} == {"gias"}
+
+
+def test_a_letter_without_a_try_hears_which_budget_would_make_one(small_plan: Plan) -> None:
+    """The cheapest attack that counts for it, three times, on top of what examining took."""
+    (setting,) = small_plan.settings
+    plan = replace(small_plan, letters=("A", "B"), seconds=30.0)
+
+    def left_out(key: str, letter: str, seconds: float) -> Run:
+        job = Job(setting, registry.load_attack(key).tuned(), letter, 0)
+        return would_not_fit(job, seconds, 1.0)
+
+    runs = [left_out("inverting_gradients", "B", 80.0), left_out("gias", "B", 50.0)]
+    found = enough(plan, runs, 12.0)
+    assert found == {"B": {"attack": "gias", "seconds": 162.0}}
+
+    def said(letters: tuple[str, ...], **facts: object) -> str:
+        report = Report(tuple(runs), (), letters, {}, {"budget_seconds": 30.0, **facts}, "", {},
+                        complete=True, seconds=30.0)  # fmt: skip
+        return report.undecided()[0]
+
+    words = said(("B",), enough=found)
+    assert words == "nothing was tried for letter B (a budget of about 3 min would try gias)"
+    alone = "nothing was tried for letters A, B (of 30 s, start-up and examination alone took 28)"
+    assert said(("A", "B"), enough=found, examined_seconds=28.0) == alone
+    assert said(("A", "B"), enough=found, examined_seconds=12.0) == alone[:35]

@@ -30,6 +30,9 @@ from leakatlas.report import Run
 CLOSED = 0.35
 """Share of the attacks' time after which closed forms give way to attacks that iterate."""
 
+ROUNDS = 10.0
+"""Client's rounds that a closed form takes, about, with its preparation and its reading."""
+
 LATE = 0.4
 """Largest share of what closed forms leave that waits for attacks that learn and rounds under
 masks."""
@@ -142,7 +145,8 @@ def _divided(jobs: Sequence[Job], around: Iterating, pool: Watch) -> Iterator[tu
         if around.stop.stopped:
             return
         if pool.over:
-            yield job, unreached(job)
+            one = job.setting.known_client_seconds(around.plan.seed)
+            yield job, unreached(job, seconds=None if one is None else ROUNDS * one)
         else:
             part = _part(job, len(jobs) - position)
             allowance = _allowance(pool, part)

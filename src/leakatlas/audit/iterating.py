@@ -49,6 +49,9 @@ what it overruns, later runs are not given."""
 
 UNTIMED = "not tried: the budget left no time to find out what it costs here"
 
+GRADIENTS = 4.0
+"""Client's rounds that an iteration of gradient matching takes, about: it differentiates twice."""
+
 JITTER = 1.0
 """Seconds that a run may take besides, for a machine that halts a short one for a moment."""
 
@@ -97,7 +100,7 @@ class Iterating:
         yield from self._run_in_order(timed_ones, self._sure(timed_ones, main), main)
         if not self.stop.stopped:
             untimed = (job for job in jobs if key_of(job) not in self._paces)
-            yield from ((job, unreached(job, UNTIMED)) for job in untimed)
+            yield from ((job, untried(job, self.plan.seed)) for job in untimed)
 
     def _time(self, jobs: Sequence[Job], main: Watch) -> None:
         """What each attack costs, as far as time goes.
@@ -244,10 +247,17 @@ def ambassadors(keys: Sequence[Key], first: Mapping[Key, Job], letters: Sequence
     """
     chosen = set(keys[:1])
     for letter in letters:
-        able = [key for key in keys if _stands_for(first[key], letter)]
+        able = [key for key in keys if stands_for(first[key].letter, letter)]
         if able and not chosen.intersection(able):
             chosen.add(able[0])
     return chosen
+
+
+def untried(job: Job, seed: int) -> Run:
+    """The entry of an attack that was not timed; a guess at what a try takes, if that can be."""
+    one = job.setting.known_client_seconds(seed)
+    seconds = None if one is None else GRADIENTS * job.attack.fewest * one
+    return unreached(job, UNTIMED, seconds=seconds)
 
 
 def _gain(at: Readied) -> float | None:
@@ -292,13 +302,13 @@ def leading(jobs: Sequence[Job], paces: dict[Key, Timed], letters: Sequence[str]
     chosen = set(best.values())
     alone: set[Key] = set()
     for letter in letters:
-        able = [key for key in keys if _stands_for(first[key], letter)]
+        able = [key for key in keys if stands_for(first[key].letter, letter)]
         if able and not chosen.union(alone).intersection(able):
             nearest = [key for key in able if key[0] == able[0][0]]
             alone.add(min(nearest, key=lambda key: paces[key].least))
     return Leads(frozenset(chosen), frozenset(alone))
 
 
-def _stands_for(job: Job, letter: str) -> bool:
-    """Whether a run under a job's letter counts for another one, which knows at least as much."""
-    return not LETTERS[job.letter].knowledge & ~LETTERS[letter].knowledge
+def stands_for(weaker: str, letter: str) -> bool:
+    """Whether a run under a letter counts for another one, which knows at least as much."""
+    return not LETTERS[weaker].knowledge & ~LETTERS[letter].knowledge

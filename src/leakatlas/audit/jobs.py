@@ -250,15 +250,31 @@ def not_run(setting: Setting, attack: Attack, start: Start) -> Run:
     )
 
 
+TRY = "seconds_of_a_try"
+"""Note of a run that was not begun: what it is expected to take here."""
+
+
 def unreached(
-    job: Job, why: str = "the budget ended before it began", *, wants: str = MORE_TIME
+    job: Job,
+    why: str = "the budget ended before it began",
+    *,
+    wants: str = MORE_TIME,
+    seconds: float | None = None,
 ) -> Run:
-    """The entry of a job whose turn did not come: its outcome is open, and ``wants`` would tell."""
-    return not_run(
+    """The entry of a job whose turn did not come: its outcome is open, and ``wants`` would tell.
+
+    Args:
+        job: What was to be run.
+        why: Its turn did not come.
+        wants: What the user could do.
+        seconds: Of a bare try here, if that is known.
+    """
+    blank = not_run(
         replace(job.setting, targets=(job.target,)),
         job.attack,
         Start(job.letter, Outlook("unknown", why), "refused", wants),
     )
+    return blank if seconds is None else replace(blank, notes={TRY: seconds})
 
 
 def would_not_fit(job: Job, least: float, left: float) -> Run:
@@ -267,4 +283,4 @@ def would_not_fit(job: Job, least: float, left: float) -> Run:
         f"not tried: would not fit; {job.attack.fewest} iterations take about {least:.1f} s here, "
         f"and {max(left, 0.0):.1f} s of the budget are left for it"
     )
-    return unreached(job, why)
+    return unreached(job, why, seconds=least)

@@ -189,6 +189,10 @@ class Setting:
         self.honest_round(seed)
         return self._took[seed] / self.clients
 
+    def known_client_seconds(self, seed: int) -> float | None:
+        """The same, if the honest rounds were played; none is played for it."""
+        return self._took[seed] / self.clients if seed in self._took else None
+
     def shown_to(self, letter: str, seed: int) -> tuple[Stage, tuple[RoundRecord, ...]]:
         """The honest rounds, and their stage under one adversary."""
         live, records = self.honest_round(seed)

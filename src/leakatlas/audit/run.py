@@ -23,7 +23,8 @@ from leakatlas.audit.deadline import Deadline
 from leakatlas.audit.diagnosis import examine
 from leakatlas.audit.effort import once_more, spend
 from leakatlas.audit.formal import guarantees
-from leakatlas.audit.jobs import Job, not_run, unreached
+from leakatlas.audit.iterating import stands_for
+from leakatlas.audit.jobs import TRY, Job, not_run, unreached
 from leakatlas.audit.listener import Listener, Silent
 from leakatlas.audit.plan import Plan, Setting, presets
 from leakatlas.audit.ready import iterates
@@ -37,7 +38,7 @@ from leakatlas.fl.view import defense_json
 from leakatlas.report import Comparison, Realism, Report, Run, check_writable
 from leakatlas.threat import Vantage
 
-EXAMINED = 0.6
+EXAMINED = 0.7
 """Share of the budget, start-up included, after which set-ups are examined no further than must be:
 measures are left out, attacks are not asked, and both is said."""
 
@@ -93,6 +94,7 @@ def _carry_out(
     for setting in plan.settings:
         if setting.name not in diagnoses:
             runs += _unexamined(setting, plan)
+    examined = deadline.spent
     listener.begin(len(jobs))
     pairs = [pair_of(setting, wanted=plan.upper_bound) for setting in plan.settings]
     budget = Budget.of(plan, begun, other_side=_share_of_other_sides(jobs, pairs))
@@ -106,7 +108,11 @@ def _carry_out(
             comparisons=tuple(comparisons),
             letters=plan.letters,
             diagnoses=diagnoses,
-            facts=_facts(plan),
+            facts={
+                **_facts(plan),
+                "examined_seconds": examined,
+                "enough": enough(plan, runs, examined),
+            },
             command=plan.command,
             source=plan.source,
             complete=complete,
@@ -138,6 +144,30 @@ def _carry_out(
             listener.done(run)
     whole = report(comparisons, realism, complete=not stop.stopped)
     return written.finally_(whole)
+
+
+LEFT = 3.0
+"""A budget that holds so many times a bare try of an attack, beyond the examination, tries it: the
+attacks are not all that a budget is for."""
+
+
+def enough(plan: Plan, runs: Sequence[Run], examined: float) -> dict[str, Any]:
+    """Per letter for which nothing was tried: an attack, and seconds of a budget that tries it.
+
+    Args:
+        plan: The letters.
+        runs: All of them; those that were not begun note what they are expected to take.
+        examined: Seconds until the first attack.
+    """
+    found: dict[str, Any] = {}
+    for letter in plan.letters:
+        able = [run for run in runs if run.letter and stands_for(run.letter, letter)]
+        priced = [run for run in able if TRY in run.notes]
+        if priced and not any(run.tried for run in able):
+            first = min(priced, key=lambda run: run.notes[TRY])
+            seconds = examined + LEFT * first.notes[TRY]
+            found[letter] = {"attack": first.attack, "seconds": seconds}
+    return found
 
 
 def _examine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +143,8 @@ class Report:
         untested = [found.letter for found in self.verdicts() if found.run is None]
         if untested:
             plural = "s" if len(untested) > 1 else ""
-            reasons.append(f"nothing was tried for letter{plural} {', '.join(untested)}")
+            named = f"letter{plural} {', '.join(untested)}"
+            reasons.append(f"nothing was tried for {named}{self._enough(untested)}")
         if any(run.verdict == "not scored" for run in self.runs):
             reasons.append("reconstructions of a capture without its images cannot be scored")
         asked = (*self.runs, *(run for c in self.comparisons for run in c.runs))
@@ -171,6 +173,18 @@ class Report:
         for wants, runs in refused.items():
             reasons.append(f"refused: {_by_setting(runs)} ({wants.rstrip('.')})")
         return tuple(reasons)
+
+    def _enough(self, letters: Sequence[str]) -> str:
+        """Which budget would try something for these letters, as far as that is known."""
+        known, budget = self.facts.get("enough", {}), self.facts.get("budget_seconds")
+        if all(letter in known for letter in letters):
+            most = max((known[letter] for letter in letters), key=lambda one: float(one["seconds"]))
+            minutes = math.ceil(float(most["seconds"]) / 30) / 2
+            return f" (a budget of about {minutes:g} min would try {most['attack']})"
+        examined = self.facts.get("examined_seconds", 0.0)
+        if budget is not None and examined > budget / 2:
+            return f" (of {budget:.0f} s, start-up and examination alone took {examined:.0f})"
+        return ""
 
     def _superseded(self, cut: Run) -> bool:
         """Whether trying more could show nothing that a run's adversary does not have already.
