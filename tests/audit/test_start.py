@@ -14,6 +14,7 @@ import torch
 import leakatlas
 from leakatlas import data, models
 from leakatlas.audit import Plan, Setting, Watch, carry_out, examine, presets
+from leakatlas.audit import start as asking
 from leakatlas.audit.jobs import Job, run_job
 from leakatlas.audit.listener import Silent
 from leakatlas.audit.start import Adversaries, can_start
@@ -180,6 +181,19 @@ def test_attacks_are_asked_one_after_the_other_about_the_same_views(
     assert together[::-1] == alone
     assert len(made) <= 2 * len(LETTERS) < len(attacks)
     assert adversaries.view("C", passive=True).reads == frozenset()
+
+
+def test_of_a_large_network_few_views_are_held_and_the_answers_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = SETTINGS["linear, gradients"].stage(letter="A", seed=0)
+    record = stage.federation.play_round()
+    attacks = presets(None, {}, published=False)
+    small, large = Adversaries(stage, record), Adversaries(stage, record)
+    expected = [can_start(small, attack, tuple(LETTERS)) for attack in attacks]
+    monkeypatch.setattr(asking, "is_large", lambda model: True)
+    assert [can_start(large, attack, tuple(LETTERS)) for attack in attacks] == expected
+    assert len(large._views) <= asking.MOST < len(small._views)
 
 
 def test_an_examination_ends_with_its_time() -> None:

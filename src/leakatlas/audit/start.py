@@ -11,6 +11,7 @@ from leakatlas.attacks.api import ActiveAttack, Attack, Outlook
 from leakatlas.errors import InvalidParameter, LeakAtlasError, NotGranted
 from leakatlas.fl import RoundRecord, Stage, View, unrolled
 from leakatlas.fl.capture import Replayed
+from leakatlas.fl.draws import is_large
 from leakatlas.fl.granted import SOURCES
 from leakatlas.report import Status
 from leakatlas.threat import threat_model
@@ -43,6 +44,10 @@ class Start:
         return self.obstacle or self.outlook.verdict
 
 
+MOST = 3
+"""Views of a large network that are held at once: each is two copies of it."""
+
+
 @dataclass(frozen=True)
 class Adversaries:
     """Those of one stage, by letter: a view of a large model takes seconds, so each is made once.
@@ -64,6 +69,9 @@ class Adversaries:
         records = [self.record] if passive and self.record is not None else []
         place = letter, bool(records), others
         if place not in self._views:
+            if is_large(self.stage.federation.model):
+                for oldest in [*self._views][: 1 - MOST]:
+                    del self._views[oldest]
             seen = copy.copy(self.stage)
             seen.scenario = replace(self.stage.scenario, letter=letter)
             self._views[place] = seen.view(records, target=min(self.stage.victims), others=others)
