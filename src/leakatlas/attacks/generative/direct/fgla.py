@@ -22,8 +22,10 @@ example's probabilities are equal over the classes, as near the initialisation; 
 :math:`\kappa = (B - 1) / B` is not, for B > 1, and without an offset the examples stay mixed.
 
 A factor on the gradient cancels: clipping is no defense. Pruning keeps what is large, and the rows
-of the present classes are. Labels that repeat share a row; then one mixed feature comes out for
-each class. Where the model pools its last feature map, only texture is left in the features.
+of the present classes are; once these have more entries than are kept, features are cut, so that
+what one image survives is the end of a large batch (``leakatlas bench fgla``). Labels that repeat
+share a row; then one mixed feature comes out for each class. Where the model pools its last feature
+map, only texture is left in the features.
 
 Departures:
     - ``offset="full"`` is ours and the default of :meth:`FGLA.tuned`; the paper's is the default.
