@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -212,6 +213,39 @@ def test_a_tampered_job_is_refused_by_its_sites(tmp_path: Path) -> None:
     said = done.stdout + done.stderr
     assert "refuses round 0" in said, said[-3000:]
     assert not list((tmp_path / "captures").glob("*/*.json")), "nobody trained on it"
+
+
+def test_a_job_in_json_names_the_filters(tmp_path: Path) -> None:
+    """As somebody writes it by hand: no recipe and no job API, and arguments in JSON."""
+    written = (
+        "from job import fed_job\n"
+        "job = fed_job('', tamper=True, opt_out=True)\n"
+        f"job.export_job({str(tmp_path)!r})"
+    )
+    subprocess.run([sys.executable, "-c", written], cwd=APP, check=True, env=_environment())
+    described = tmp_path / "captured" / "app" / "config" / "config_fed_client.json"
+    content = json.loads(described.read_text(encoding="utf-8"))
+    lint = {
+        "path": "leakatlas.integrations.nvflare.LintFilter",
+        "args": {"model": "net:Net", "on_alarm": "log"},
+    }
+    record = {
+        "path": "leakatlas.integrations.nvflare.CaptureFilter",
+        "args": {"folder": str(tmp_path / "captures")},
+    }
+    content["task_data_filters"] = [{"tasks": ["train"], "filters": [lint, record]}]
+    content["task_result_filters"] = [{"tasks": ["train"], "filters": [record]}]
+    described.write_text(json.dumps(content), encoding="utf-8")
+    done = subprocess.run(
+        ["nvflare", "simulator", str(tmp_path / "captured"), "-n", "2", "-w", str(tmp_path / "w")],
+        text=True, capture_output=True, check=False, env=_environment(), cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "refuses round 0: the received model looks tampered with" in done.stdout + done.stderr
+    # Logged and gone on: of those whom the server waited for, the exchange is there.
+    recorded = {path.name for path in (tmp_path / "captures").glob("*/*.json")}
+    assert recorded
+    assert recorded <= {"raw-site-1.json", "raw-site-2.json"}
 
 
 def test_the_policy_of_a_site_holds_where_a_job_opts_out(tmp_path: Path) -> None:
