@@ -16,7 +16,7 @@ APP = study.default_folder().parent / "examples" / "flower"
 AUDIT: dict[str, dict[str, Any]] = {
     "quickstart": {
         "attacks": ["inverting_gradients"],
-        "attack_parameters": {"inverting_gradients": {"steps": 1_000}},
+        "attack_parameters": {"inverting_gradients": {"steps": 200}},
         "budget": "paper",
         "upper_bound": False,
     },
@@ -66,7 +66,7 @@ def found(
         deviation, _ = example.noise(folder)
         promise = example.promised(folder)
         figures |= {"noise": deviation, "noise over promised": deviation / promise.sigma}
-        figures["epsilon of one round"] = promise.worth()
+        return figures | {"epsilon of one round": promise.worth()}
     for place in example.PLACES:
         report = example.attack(folder, place, network=network, **AUDIT[network])
         scores = [run.scores for run in report.runs if run.scores]
