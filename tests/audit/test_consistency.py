@@ -258,3 +258,17 @@ def test_a_mistake_is_named_although_the_images_were_saved_with_eight_bits(
     found = check_replay(model, _delta(model, x, y, **real), rounded, y, protocol)
     assert found.culprit == culprit and not found.expected
     assert "saved with 8 bits" in found.explanation
+
+
+def test_a_little_noise_is_not_laid_to_the_images_alone() -> None:
+    model, (x, y) = _net(), _data()
+    update = _gradient(model, x, y)
+    size = torch.cat([t.flatten() for t in update.tensors.values()])
+    generator = torch.Generator().manual_seed(3)
+    sigma = 0.02 * float(size.norm()) / len(size) ** 0.5
+    noisy = {
+        n: t + sigma * torch.randn(t.shape, generator=generator, dtype=t.dtype)
+        for n, t in update.tensors.items()
+    }
+    found = check_replay(model, replace(update, tensors=noisy), x, y, FedSGD())
+    assert found.culprit == "images" and "looks like added noise" in found.explanation

@@ -195,7 +195,9 @@ def _almost(
     if best is not None and best.found.plain <= min(NEARLY, first.plain / CLEARLY):
         return best.culprit, f"{best.words}. {rest.format(f'{best.found.plain:.1%}')}"
     if first.plain <= NEARLY:
-        return "images", f"it is nearly what this client sends. {rest.format(f'{first.plain:.1%}')}"
+        seen = looks_like(described)
+        words = f"it is nearly what this client sends. {rest.format(f'{first.plain:.1%}')}"
+        return "images", words + (f". {seen}" if seen else "")
     loose = replace(described, loose=NEARLY)
     guess = _multiple(loose, (), first) or _estimated(loose)
     if guess is None:
