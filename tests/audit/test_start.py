@@ -141,7 +141,7 @@ def test_a_replay_beyond_the_memory_is_refused_and_the_others_go_on(
     assert start.obstacle == "refused" and start.wants == unrolled.WAY_OUT
     assert re.search(r"4 local steps needs 4\.5 PB .*4 graphs of a step", start.outlook.reason)
     assert all("local steps needs" not in found[key].outlook.reason for key in ("april", "mkor"))
-    (refused,) = [r for r in carry_out(Plan(settings=(chosen,), letters=("C",), seconds=1.0)).runs
+    (refused,) = [r for r in carry_out(Plan(settings=(chosen,), letters=("C",), seconds=600.0)).runs
                   if r.attack == "inverting_gradients"]  # fmt: skip
     assert refused.status == "refused" and "this machine has" in refused.reason
 

@@ -83,7 +83,7 @@ def test_an_audit_of_a_folder_of_captures_is_one_line(tmp_path: Path) -> None:
     asked = audit()
     assert asked.returncode == 2
     assert "--protocol batch_size=..." in " ".join(asked.stderr.split())
-    done = audit("--protocol", "batch_size=2", "--budget", "5s", "--threat", "B", "--place", "raw")
+    done = audit("--protocol", "batch_size=2", "--budget", "10s", "--threat", "B", "--place", "raw")
     report = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
     (diagnosis,) = report["diagnoses"].values()
     assert diagnosis["replay"]["residual"] < 1e-5, done.stderr

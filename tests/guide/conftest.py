@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from leakatlas.audit import compare, iterating, ready, utility
+from leakatlas.audit import compare, iterating, ready, run, utility
 from leakatlas.audit.budget import Budget
+from leakatlas.audit.deadline import Deadline
 
 MADE = Budget.of
 
@@ -23,3 +24,5 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
         return replace(MADE(*given, **named), seconds=3_600.0)
 
     monkeypatch.setattr(Budget, "of", ample)
+    monkeypatch.setattr(run, "Deadline", lambda begun, seconds: Deadline(begun, None))
+    monkeypatch.setattr(run, "EXAMINED", 1_000.0)

@@ -42,7 +42,7 @@ def report() -> Report:
             settings=(setting,),
             letters=("A", "B", "G"),
             attack_parameters={"inverting_gradients": {"steps": 3}},
-            seconds=10.0,
+            seconds=600.0,  # more than it needs on any machine
             command=f"leakatlas audit '{EVIL}'",
             source={"model": EVIL},
         )
