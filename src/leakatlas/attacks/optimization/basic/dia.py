@@ -19,6 +19,10 @@ or with granted masks, this is [3].
 Labels: the paper takes them as known; here ``Grant.LABELS`` gives them, or the rules of
 :func:`~leakatlas.blocks.observed.known_labels` read them.
 
+Measured (study ``dia``): on transformers, fresh and trained, and on trained fully connected
+networks finding the masks gives clearly more than ignoring them, about as much as being granted
+them; on fresh fully connected ones the gain is within chance and the oracle is far ahead.
+
 Departures:
     - Settings and steps follow the released code; of the paper, the abstract was read.
     - The released step size falls tenfold when the objective has not improved for 800 iterations,

@@ -17,8 +17,10 @@ pull the candidate's to zero. Two learned parts help where little is left to mat
    a denoiser, and L-BFGS begins anew. The denoiser learns on the adversary's own unfinished
    inversions, of which those near their image are kept.
 
-Measured (study ``channels``): the mask helps where entries are withheld, and there alone; a
-rehearsed [3] that mirrors the channel reaches more under each.
+Measured (studies ``hcgla`` and ``channels``): of one image, the generated start carries nearly all
+of it, and puts it ahead of a rehearsed [3] that mirrors the channel, at one and at ten percent; the
+mask helps where entries are withheld, and there alone; the filter changes nothing. From noise, on
+batches, [3] reaches more under every channel.
 
 Departures:
     - The released single-image script feeds the *private image* to a network of its own and starts
