@@ -281,11 +281,13 @@ def _trained(cell: Cell, training: Training, model: nn.Module) -> dict[str, Tens
         optimizer = torch.optim.Adam(model.parameters(), lr=training.lr)
         generator = stream("study training")
         model.train()
-        for _ in range(training.epochs):
-            for part in torch.randperm(len(x), generator=generator).split(training.batch_size):
-                optimizer.zero_grad()
-                task_loss(model(x[part]), public.labels[part]).backward()
-                optimizer.step()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator.initial_seed())  # dropout draws from the global generator
+            for _ in range(training.epochs):
+                for part in torch.randperm(len(x), generator=generator).split(training.batch_size):
+                    optimizer.zero_grad()
+                    task_loss(model(x[part]), public.labels[part]).backward()
+                    optimizer.step()
         _TRAINED[key] = model_state(model)
     return _TRAINED[key]
 
