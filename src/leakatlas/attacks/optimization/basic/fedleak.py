@@ -21,6 +21,10 @@ the slope itself, so that a step costs two slopes of f and no more,
           (1 - \kappa) \, \nabla f(x) + \kappa \, \nabla f\Bigl(x + \rho
           \frac{\nabla f(x)}{\lVert \nabla f(x) \rVert}\Bigr), \qquad \kappa = \lambda / \rho .
 
+Measured (study ``fedleak``): with as many slopes and as much CPU time [3] reaches more, preset
+against preset and rehearsed against rehearsed, on a fresh and a trained network with batch
+normalisation; on the trained one partial matching and regularisation each take something away.
+
 Departures (the paper's formulas and settings were not at hand; this is rebuilt from its abstract,
 which names both ingredients and says that both are approximated):
     * The rule that selects entries, the difference above, the cosine, the prior and every default
