@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -111,7 +112,7 @@ def _model(
 ) -> tuple[nn.Module, dict[str, Any]]:
     library = _library()
     config = _config(file, who, expected=name)
-    make: Callable[[], nn.Module] = lambda: getattr(library, name).from_config(config)  # noqa: E731
+    make = functools.partial(getattr(library, name).from_config, config)
     return filled(make, state, who), config
 
 
