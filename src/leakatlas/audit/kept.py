@@ -12,6 +12,7 @@ from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import filelock
 import safetensors.torch
@@ -50,7 +51,7 @@ def alone(folder: Path) -> Iterator[None]:
             f"Another audit is writing to {str(folder)!r}; wait until it has ended, or choose "
             "another folder with --out. Nothing was computed."
         ) from None
-    token = _HASHED.set({})
+    token = _HASHED.set(WeakKeyDictionary())
     try:
         yield
     finally:
@@ -58,18 +59,18 @@ def alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-_HASHED: ContextVar[dict[int, str] | None] = ContextVar("hashed", default=None)
+_HASHED: ContextVar[WeakKeyDictionary[nn.Module, str] | None] = ContextVar("hashed", default=None)
 """Hashes of the models of the audit that is under way, which leaves them as they are: of a large
-one it takes a second, and every run asks for it."""
+one it takes a second, and every run asks for it. A model that is gone leaves no hash to another."""
 
 
 def _weights(model: nn.Module) -> str:
     known = _HASHED.get()
     if known is None:
         return state_hash(held(model))
-    if id(model) not in known:
-        known[id(model)] = state_hash(held(model))
-    return known[id(model)]
+    if model not in known:
+        known[model] = state_hash(held(model))
+    return known[model]
 
 
 def recipe_of(setting: Setting, attack: Attack, scenario: dict[str, Any], plan: Plan) -> Recipe:
