@@ -29,8 +29,8 @@ What comes out are samples of the victim's kind, its classes and its style, and 
 data set: PSNR against that set says nothing. Negatives are those of the same round.
 
 Departures:
-    - Only the abstract and another library's step 2 could be read; losses and hyperparameters of
-      the GAN are from memory.
+    - Reconstructed: only the abstract and another library's step 2 could be read; losses and
+      hyperparameters of the GAN are ours, after what is told of the paper elsewhere.
     - The discriminator follows the architecture under attack, whatever it is, in evaluation mode;
       the paper's network holds a softmax and 158 million weights.
     - Representatives are at most ``representatives`` images a client, and each round goes on from
