@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -121,6 +122,7 @@ def asked(
         "do": what,
         "attack": _text(cloudpickle.dumps(attack)),
         "code": code is not None,
+        "path": [os.path.abspath(entry) for entry in sys.path],
         "seed": request.seed,
         "turn": request.turn,
         "draws": None if draws is None else _text(draws.numpy().tobytes()),
@@ -165,6 +167,8 @@ def perform(
             trail=Trail() if message["trail"] else None,
         ),
     )
+    # What was imported over here after that process began, as beside a model's file, is found too.
+    sys.path += [entry for entry in message["path"] if entry not in sys.path]
     attack: Attack = cloudpickle.loads(_bytes(message["attack"]))
     model, loss = (
         cloudpickle.loads((folder / CODE).read_bytes()) if message["code"] else (None, None)

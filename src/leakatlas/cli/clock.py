@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -11,11 +12,24 @@ STARTED = 19
 
 
 def began() -> float:
-    """The start of this process, by ``time.perf_counter``; now, where the system does not tell."""
+    """The start of this process, by ``time.perf_counter``.
+
+    Now, where the system does not tell, or where another program calls the command: what that did
+    before is nothing that anybody waits for here.
+    """
     now = time.perf_counter()
+    if not _is_ours():
+        return now
     try:
         figures = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         started = int(figures[STARTED]) / os.sysconf("SC_CLK_TCK")
         return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - started)
     except (OSError, AttributeError):
         return now
+
+
+def _is_ours() -> bool:
+    """Whether this process was started as ``leakatlas`` or ``python -m leakatlas``."""
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    module = Path(__file__).parents[1] / "__main__.py"
+    return file is not None and (Path(file).stem == "leakatlas" or Path(file).resolve() == module)

@@ -50,7 +50,6 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from scipy.optimize import nnls
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -341,6 +340,8 @@ def estimated_labels(own: View, x_aux: Tensor, y_aux: Tensor, count: int) -> Ten
             if head.bias_name is None
             else labels.confusion(seen) - torch.eye(head.classes).to(rows)
         )
+    from scipy.optimize import nnls  # half a second to import
+
     A, ones = torch.stack(parts).mean(0), torch.ones_like(rows)
     shares, _ = nnls(
         torch.cat([A.T, ones[None]]).cpu().numpy(), torch.cat([rows, ones[:1]]).cpu().numpy()
