@@ -108,3 +108,13 @@ def test_too_few_images_are_said(tmp_path: Path) -> None:
         own(tmp_path, {"limit": 20, "clients": 40})
     with pytest.raises(InvalidInput, match="Name train and test"):
         own(tmp_path, limit=1_797)
+
+
+def test_the_test_images_choose_no_step_size(tmp_path: Path) -> None:
+    """Where those held back tell nothing apart, the first step size stands, the worse one too."""
+    task = replace(own(tmp_path, SMALL), validation=None, rates=(1e-4, 0.5))
+    first = accuracy_under([], replace(task, rates=(1e-4,)))
+    second = accuracy_under([], replace(task, rates=(0.5,)))
+    assert first.accuracy is not None and second.accuracy is not None
+    assert first.accuracy < second.accuracy
+    assert accuracy_under([], task) == first

@@ -143,3 +143,18 @@ def test_of_a_single_training_the_interval_is_over_seeds() -> None:
     assert mean == pytest.approx(0.7) and low < 0.65 and high > 0.75
     once = mean_and_interval({(0, ""): [0.6, 0.8], (1, ""): [0.7, 0.7]}, "psnr")
     assert once == pytest.approx((0.7, 0.7, 0.7))  # seeds of one image move together
+
+
+def test_of_step_sizes_that_validate_alike_the_first_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The test images choose nothing: the better accuracy on them, at the second, is left."""
+    found = {0.5: (0.8, 0.6), 0.1: (0.8, 0.9), 0.01: (0.7, 1.0)}
+    monkeypatch.setattr(utility, "_trained", lambda cell, told, lr: found[lr])
+    told = {
+        "train": {"set": "digits", "count": 320}, "test": {"set": "digits", "count": 100},
+        "validation": {"set": "digits", "first": 320, "count": 100},
+        "rounds": 1, "rates": list(found),
+    }  # fmt: skip
+    one = cell([{"name": "accuracy"}], utility=told)
+    assert utility.measure(one) == {"accuracy": 0.6, "lr": 0.5}

@@ -192,17 +192,18 @@ def accuracy_under(
         watch: Budget and stop switch.
     """
     watch = watch or Watch()
-    best = (-1.0, -1.0)
+    best, accuracy = -1.0, -1.0
     try:
         for lr, part in zip(task.rates, watch.share(len(task.rates)), strict=False):
             federation = _federation(defenses, task, lr, seed)
             for _ in part.steps(task.rounds):
                 federation.play_round(apply=True)
             held = 0.0 if task.validation is None else _accuracy(federation, task, task.validation)
-            best = max(best, (held, _accuracy(federation, task, task.test)))
+            if held > best:  # of equals the first: the test images have no say
+                best, accuracy = held, _accuracy(federation, task, task.test)
     except LeakAtlasError as problem:
         return Utility(None, str(problem))
-    return Utility(best[1]) if best[1] >= 0 else Utility(None, "there was no time to train")
+    return Utility(accuracy) if accuracy >= 0 else Utility(None, "there was no time to train")
 
 
 def _federation(defenses: Sequence[Defense], task: Task, lr: float, seed: int) -> Federation:

@@ -26,7 +26,8 @@ def measure(cell: Cell) -> dict[str, float]:
     assert told is not None
     if len(told.rates) == 1:
         return {"accuracy": _trained(cell, told, told.rates[0])[1], "lr": told.rates[0]}
-    _, accuracy, lr = max((*_trained(cell, told, lr), lr) for lr in told.rates)
+    trained = [(*_trained(cell, told, lr), lr) for lr in told.rates]
+    _, accuracy, lr = max(trained, key=lambda one: one[0])  # of equals the first
     return {"accuracy": accuracy, "lr": lr}
 
 
