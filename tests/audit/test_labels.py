@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from leakatlas import models
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
@@ -43,9 +44,16 @@ def _view(count: int = 4, grants: frozenset[Grant] = frozenset()) -> View:
     return made.view([made.federation.play_round()])
 
 
+def _no_more_batches() -> Watch:
+    """No hurry, but no batch beyond the fewest."""
+    watch = Watch()
+    watch.stop()
+    return watch
+
+
 def test_the_chosen_rule_beats_the_one_for_fresh_networks_on_a_trained_one() -> None:
     view = _view()
-    read = Reader(view, strangers(photos(32), CROPS), watch=Watch(0.0))(view)
+    read = Reader(view, strangers(photos(32), CROPS), watch=_no_more_batches())(view)
     assert view.reads == frozenset()
     told = read.to_json()
     assert told["rule"] in candidates() and 0 < told["batches"] <= LEAST // 2
@@ -53,6 +61,37 @@ def test_the_chosen_rule_beats_the_one_for_fresh_networks_on_a_trained_one() -> 
     assert 0 <= told["trust"] <= told["right"] <= told["overlap"] <= 1
     assert len(read.labels) == 4 and list(read.labels) == sorted(read.labels)
     torch.testing.assert_close(known_labels(view, read.labels), torch.tensor(read.labels))
+
+
+class Hours(Evidence):
+    """One rule takes hours by the clock."""
+
+    now = 0.0
+
+    def answers(self, view: View, rules: Sequence[str]) -> Mapping[str, Tensor]:
+        type(self).now += 3_600.0 * (CERTIFIED in rules)
+        return super().answers(view, rules)
+
+
+def test_a_rule_that_takes_longer_than_there_is_is_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("leakatlas.audit.labels.Evidence", Hours)
+    monkeypatch.setattr("leakatlas.audit.labels.time.perf_counter", lambda: Hours.now)
+    view = _view()
+    reader = Reader(view, strangers(photos(32), CROPS), watch=Watch(7_200.0))
+    assert CERTIFIED not in reader.rules and len(reader.rules) == len(candidates()) - 1
+    told = reader(view).to_json()
+    assert told["untried"] == [CERTIFIED] and told["rule"] in reader.rules
+    assert Hours.now == 3_600.0
+
+
+def test_one_rule_is_kept_however_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leakatlas.audit.labels.Evidence", Hours)
+    monkeypatch.setattr("leakatlas.audit.labels.time.perf_counter", lambda: Hours.now)
+    rules = [CERTIFIED]
+    reader = Reader(_view(), strangers(photos(32), CROPS), watch=Watch(0.0), rules=rules)
+    assert reader.rules == rules
 
 
 def test_trust_is_the_lower_end_of_what_own_batches_allow() -> None:
@@ -66,6 +105,7 @@ def made_reader(own: list[tuple[float, dict[str, int]]], surprise: float, answer
     """Of batches of four: their surprise, and how many labels each rule read."""
     reader = Reader.__new__(Reader)
     reader.rules, reader._size = ["guess", CERTIFIED], 4
+    reader._untried = ()
     reader._own = [_Own(seen, read) for seen, read in own]
 
     class Known:

@@ -12,12 +12,14 @@ batches are made of images that the network is more or less sure of, and of them
 surprised it as much as the victim's batch did. One half of these chooses the order of the rules; on
 the other half, which chose nothing, it is counted how often the rule that answered was right.
 Stated is the lower end of the Wilson interval of that share. ``factored`` answers only where one
-set of labels explains the update; where it cannot, the next best rule answers. The study
+set of labels explains the update; where it cannot, the next best rule answers. A rule for which
+there is no time is left out, and named. The study
 ``labels_rehearsed`` holds what was stated against what was read.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +77,7 @@ class Reading:
         right: Of how many own batches like this one that rule read every label.
         batches: How many there were, none of which chose the rule.
         overlap: Share of their labels that it read.
+        untried: Rules for which there was no time.
     """
 
     labels: tuple[int, ...]
@@ -82,6 +85,7 @@ class Reading:
     right: int
     batches: int
     overlap: float
+    untried: tuple[str, ...] = ()
 
     @property
     def trust(self) -> float:
@@ -91,8 +95,9 @@ class Reading:
     def to_json(self) -> dict[str, Any]:
         """Which rule, and how far it can be trusted here, as plain JSON values."""
         share = self.right / self.batches if self.batches else 0.0
-        return {"rule": self.rule, "right": share, "trust": self.trust, "overlap": self.overlap,
+        told = {"rule": self.rule, "right": share, "trust": self.trust, "overlap": self.overlap,
                 "batches": self.batches}  # fmt: skip
+        return {**told, "untried": list(self.untried)} if self.untried else told
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,8 @@ class Reader:
         view: The adversary's side of the real game; its labels are neither granted nor single.
         public: Images in the victims' shape; half of them are attacked, half are evidence.
         seed: Of batches and labels.
-        watch: When to stop trying; :data:`LEAST` batches are tried in any case.
+        watch: When to stop trying. :data:`LEAST` batches are tried in any case, but without the
+            rules that would take longer than there is.
         rules: Which are tried; :func:`candidates` if None.
 
     Raises:
@@ -132,12 +138,15 @@ class Reader:
         self.rules = candidates() if rules is None else list(rules)
         self._size = view.num_examples
         self._own: list[_Own] = []
+        self._untried: tuple[str, ...] = ()
         draws = stream(seed, "rehearsal", "labels")
         for number in range(BATCHES):
             if number >= LEAST and watch is not None and (watch.over or watch.stopped):
                 break
             x, y = self.evidence.draw(self._size, SURE[number % len(SURE)], draws)
             own = view.rehearse(x, y, seed=seed + number)
+            if number == 0 and watch is not None:
+                self._leave_out_the_slow(own, watch)
             wanted = torch.bincount(y, minlength=view.classes).cpu()
             read = {
                 rule: int(torch.minimum(counts, wanted).sum())
@@ -145,6 +154,26 @@ class Reader:
             }
             self._own.append(_Own(self.evidence.surprise(own), read))
         view.forget_reads()
+
+    def _leave_out_the_slow(self, own: View, watch: Watch) -> None:
+        """Only rules that can read the fewest batches in the time that there is, the fastest first.
+
+        One is kept however slow: without labels there is nothing to rehearse.
+        """
+        seconds: dict[str, float] = {}
+        for rule in self.rules:
+            begun = time.perf_counter()
+            self.evidence.answers(own, [rule])
+            seconds[rule] = time.perf_counter() - begun
+        left = watch.remaining()
+        spent = 0.0
+        kept: list[str] = []
+        for rule in sorted(self.rules, key=lambda rule: seconds[rule]):
+            spent += (LEAST - 1) * seconds[rule]
+            if not kept or left is None or spent <= left:
+                kept.append(rule)
+        self._untried = tuple(rule for rule in self.rules if rule not in kept)
+        self.rules = [rule for rule in self.rules if rule in kept]
 
     def __call__(self, view: View) -> Reading:
         """The labels behind a view's update, and what the reading is worth."""
@@ -168,8 +197,9 @@ class Reader:
                     right=sum(read == self._size for read in judged),
                     batches=len(judged),
                     overlap=sum(judged) / self._size / max(len(judged), 1),
+                    untried=self._untried,
                 )
-        return Reading((), "", 0, 0, 0.0)
+        return Reading((), "", 0, 0, 0.0, self._untried)
 
     def _order(self, alike: Sequence[_Own]) -> list[str]:
         """The rules, the one that reads most of such updates first."""

@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from leakatlas import openmp
+
 Message = dict[str, Any]
 
 GRACE = 10.0
@@ -54,6 +56,7 @@ class Child:
         # The same code as here, wherever it was imported from; the folder of a caller counts too.
         environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(p) for p in sys.path)
         environment["TMPDIR"] = str(self.folder)
+        openmp.spin_briefly(environment)
         self._errors = (self.folder / "stderr").open("w+b")
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
+from leakatlas import openmp
 from leakatlas.cli import audit, bench, capture, catalogue, clock, init, lint, prior, recommend
 from leakatlas.cli.codes import Guarded
 
@@ -26,4 +29,6 @@ catalogue.register(app)
 
 def main() -> None:
     """Run a command; :mod:`leakatlas.cli.codes` says what its exit code means."""
-    app(obj=clock.began())
+    begun = clock.began()
+    openmp.spin_briefly(os.environ)  # before a command loads torch
+    app(obj=begun)

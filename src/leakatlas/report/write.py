@@ -264,13 +264,15 @@ def _rehearsal(run: Run) -> str:
 
 def _of_labels(rule: Mapping[str, Any]) -> str:
     """Which rule read the labels, and how far it can be trusted."""
+    untried = ", ".join(map(repr, rule.get("untried", ())))
+    late = f"; the budget left no time for the label rules {untried}" if untried else ""
     if not rule["rule"]:
-        return "; no rule reads labels of such an update"
+        return f"; no rule reads labels of such an update{late}"
     right, least = (f"{100 * rule[name]:.0f} %" for name in ("right", "trust"))
     return (
         f"; labels by {rule['rule']!r}, which read all labels of {right} of {rule['batches']} own "
         f"batches that surprised the network as much (so of at least {least} of such batches, with "
-        f"95 % confidence), and {100 * rule['overlap']:.0f} % of the labels"
+        f"95 % confidence), and {100 * rule['overlap']:.0f} % of the labels{late}"
     )
 
 
