@@ -6,7 +6,7 @@ The gate tries the blocks of these networks as small as they go (tests/field); h
 224 pixels, 1,000 classes, random weights. Each is described by what ``leakatlas init`` writes. The
 figures, exit codes and words go to ``results/full_size.json`` (``full_size_cuda.json`` of a GPU, or
 where ``--result`` says), network by network; a traceback or
-an exit code beyond those that the manual lists ends the script with 1.
+an exit code beyond those that the manual lists, or a budget overrun, ends the script with 1.
 """
 
 from __future__ import annotations
@@ -194,12 +194,15 @@ def tried(name: str, budget: str, device: str) -> tuple[list[dict[str, Any]], li
                               took["wall"] / (1.1 * seconds + 15), "", name)  # fmt: skip
             wrong += [f"{name}: {run['attack']} crashed: {run['reason']}"
                       for run in report["runs"] if run["status"] == "error"]  # fmt: skip
+            if allowed["value"] > 1:
+                wrong.append(f"{name}: a budget of {budget} took {took['wall']:.0f} s")
             words = Counter(run["status"] for run in report["runs"])
             found += [_cpu("audit", code, took, name, _listed(words)), allowed]
             tested = Counter(str(v["verdict"]) for v in report["verdicts"])
             found.append(measure("letters with a verdict",
                                  sum(n for v, n in tested.items() if v != "not tested"),
-                                 "", name, _listed(tested)))  # fmt: skip
+                                 "", name, "; ".join([_listed(tested), *report["undecided"]])[:600],
+                                 ))  # fmt: skip
         return found, wrong
 
 
