@@ -62,6 +62,11 @@ NEEDS: dict[str, tuple[str, ...]] = {
         "test_images_as_they_come."
         "test_too_few_images_for_the_clients_names_the_key_that_holds_them_back",
     ),
+    "images of another size than the model's": (
+        "test_images_as_they_come."
+        "test_images_that_a_model_cannot_read_are_answered_with_those_that_it_reads",
+        "test_images_as_they_come.test_a_file_follows_the_answer",
+    ),
     "grey 16-bit pictures in class folders for a colour network": (
         "test_images_as_they_come.test_x_rays_of_16_bits_reach_a_network_of_three_channels",
         "test_images_as_they_come.test_whole_number_folders_are_the_labels_themselves",

@@ -16,12 +16,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision.models import VisionTransformer
 
 import leakatlas
 from leakatlas.audit import AuditConfig, doctor
 from leakatlas.audit.config import make_plan
 from leakatlas.data import Box, ImageSet, as_images, image_folder, load
 from leakatlas.errors import InvalidInput, InvalidParameter
+from leakatlas.fl import Update
 
 COUNT, HIGH, WIDE = 5, 6, 8
 BYTES = torch.randint(
@@ -285,6 +287,79 @@ def test_too_few_images_for_the_clients_names_the_key_that_holds_them_back() -> 
     keys = {"model": {"builtin": "lenet"}, "data": {"victims": "photos:16"}, "clients": 7}
     with pytest.raises(InvalidInput, match=r"4 images .* 7 clients.*data\.limit .* 4 if left out"):
         make_plan(AuditConfig.model_validate(keys), base=Path(), command="")
+
+
+class Reshaping(nn.Module):
+    """Folds what is too large into more rows, as ``view(-1, ...)`` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3 * 16 * 16, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc(x.reshape(-1, 3 * 16 * 16))
+        return out
+
+
+UNREADABLE: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, int, int], str]] = {
+    "an assertion": (
+        lambda: VisionTransformer(96, 16, 1, 2, 8, 16, num_classes=6), (3, 48, 48),
+        r"Wrong image height.*It reads \(1, 3, 96, 96\): folder:PATH@96, .*that size\.$",
+    ),
+    "a full layer": (
+        lambda: nn.Sequential(nn.Conv2d(3, 2, 5), nn.Flatten(), nn.Linear(2 * 28 * 28, 6)),
+        (3, 40, 36), r"It reads \(1, 3, 32, 32\): folder:PATH@32, .*ImageSet\.resize, gives",
+    ),
+    "channels alone": (
+        lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        (3, 20, 30), r"It reads \(1, 1, 20, 30\): data\.channels in YAML",
+    ),
+    "channels and size": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 6)), (3, 32, 32),
+        r"It reads \(1, 1, 28, 28\): folder:PATH@28, .*that size; data\.channels",
+    ),
+    "more rows than images": (
+        Reshaping, (3, 32, 32), r"it makes 4 rows of one image\. It reads \(1, 3, 16, 16\)",
+    ),
+    "a size of its own": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 50 * 61, 6)), (3, 50, 60),
+        r"one tensor of images: .*change the images: folder:PATH@SIZE.*data\.channels",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_images_that_a_model_cannot_read_are_answered_with_those_that_it_reads(case: str) -> None:
+    build, shape, words = UNREADABLE[case]
+    for ask in (doctor, leakatlas.audit):
+        with pytest.raises(InvalidInput, match=words):
+            ask(build(), (torch.rand(2, *shape), [1, 0]))
+
+
+def test_a_file_follows_the_answer(tmp_path: Path) -> None:
+    for place in range(2):
+        folder = tmp_path / "pictures" / str(place)
+        folder.mkdir(parents=True)
+        _picture(PIXELS[place]).save(folder / "one.png")
+    keys = {
+        "model": {"builtin": "fc", "kwargs": {"size": 28}},
+        "data": {"victims": "folder:pictures"},
+    }
+    with pytest.raises(InvalidInput, match=r"inputs of shape \(1, 3, 6, 8\).*folder:PATH@28"):
+        make_plan(AuditConfig.model_validate(keys), base=tmp_path, command="")
+    keys["data"] = {"victims": "folder:pictures@28"}
+    (setting,) = make_plan(AuditConfig.model_validate(keys), base=tmp_path, command="").settings
+    assert setting.victims.shape == (3, 28, 28)
+
+
+def test_a_capture_without_its_images_is_told_where_their_shape_is_said() -> None:
+    torch.manual_seed(4)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2))
+    sent = Update.from_gradients(
+        [torch.rand_like(p) for p in net.parameters()], net, num_examples=2
+    )
+    with pytest.raises(InvalidInput, match=r"It reads \(1, 3, 16, 16\): data\.shape in YAML"):
+        doctor(net, captured=sent, input_shape=(3, 17, 17))
 
 
 @pytest.mark.parametrize("shape", [(1, 10, 17), (3, 19, 10), (1, 16, 16)])

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from leakatlas.attacks.api import Attack
+from leakatlas.audit.sizes import require_readable
 from leakatlas.audit.utility import Task
 from leakatlas.bench import harness
 from leakatlas.blocks.descent import EXECUTIONS
@@ -104,6 +105,7 @@ class Setting:
         if notes and not self.notes:
             object.__setattr__(self, "model", model)
             object.__setattr__(self, "notes", notes)
+        require_readable(model, self.victims.shape, self.device, known=self.known)
         if self.captured is not None:
             object.__setattr__(self, "clients", self._clients_behind(self.captured))
         if len(self.victims) < self.clients:
