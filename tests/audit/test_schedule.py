@@ -469,6 +469,8 @@ def test_a_letter_without_a_try_hears_which_budget_would_make_one(small_plan: Pl
     runs = [left_out("inverting_gradients", "B", 80.0), left_out("gias", "B", 50.0)]
     found = enough(plan, runs, 12.0)
     assert found == {"B": {"attack": "gias", "seconds": 162.0}}
+    short = enough(plan, [left_out("gias", "B", 2.0)], 12.0)
+    assert short["B"]["seconds"] == 36.0, "more than the budget that did not do"
 
     def said(letters: tuple[str, ...], **facts: object) -> str:
         report = Report(tuple(runs), (), letters, {}, {"budget_seconds": 30.0, **facts}, "", {},

@@ -166,6 +166,8 @@ def enough(plan: Plan, runs: Sequence[Run], examined: float) -> dict[str, Any]:
         if priced and not any(run.tried for run in able):
             first = min(priced, key=lambda run: run.notes[TRY])
             seconds = examined + LEFT * first.notes[TRY]
+            if plan.seconds is not None and seconds <= plan.seconds:
+                seconds += plan.seconds - examined  # others took all of it, and would again
             found[letter] = {"attack": first.attack, "seconds": seconds}
     return found
 
