@@ -252,6 +252,32 @@ def test_a_peer_also_holds_its_own_contribution_and_can_subtract_it() -> None:
     assert relative_error(rest, record.updates[1].tensors) < 1e-12
 
 
+@pytest.mark.parametrize("vantage", Vantage)
+def test_granted_labels_are_of_the_examples_behind_the_update(vantage: Vantage) -> None:
+    protocol = FedSGD(mode="eval")
+    stage = _stage(grants=frozenset({Grant.LABELS}), vantage=vantage, protocol=protocol)
+    view = stage.view([stage.federation.play_round()], target=1)
+    clients = stage.federation.clients
+    behind = [0, 1] if vantage in (Vantage.AGGREGATE, Vantage.PEER) else [1]
+    assert torch.equal(view.labels, torch.cat([clients[c].y for c in behind]))
+    assert len(view.labels) == view.num_examples == view.update.num_examples
+    replayed = torch.cat([clients[c].x for c in behind])
+    assert relative_error(view.replay(replayed, view.labels), view.update.tensors) < 1e-12
+
+
+@pytest.mark.parametrize("vantage", [Vantage.AGGREGATE, Vantage.PEER])
+def test_of_a_sum_no_single_batch_is_described(vantage: Vantage) -> None:
+    told = frozenset({Grant.BATCH_BN, Grant.BATCH_ORDER, Grant.DROPOUT_MASKS, Grant.AUGMENTATION})
+    stage = _stage(grants=told, vantage=vantage)
+    view = stage.view([stage.federation.play_round()], target=1)
+    with pytest.raises(NotGranted, match="the sum of several has none"):
+        _ = view.batch_bn
+    for name in told:
+        assert not view.has(name.value)
+    alone = stage.view([stage.federation.play_round(cohort=[1])], target=1)
+    assert alone.has("batch_bn") and alone.has("batch_order")
+
+
 class _Sealed(Defense):
     """A stand-in for encryption: the message leaves encoded."""
 

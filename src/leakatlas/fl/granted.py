@@ -271,7 +271,7 @@ class Granted:
 
     @property
     def labels(self) -> Tensor:
-        """The private labels ``(N,)``, in order; an oracle."""
+        """The private labels ``(N,)``, in order; of a sum, all its clients'. An oracle."""
         return self._get("labels")  # type: ignore[no-any-return]
 
     @property
@@ -312,5 +312,10 @@ def _absence(name: str) -> str:
             )
         case "distribution":
             return "it takes other images of the population, or `surrogate` data; there are none"
+        case "batch_bn" | "batch_order" | "dropout_masks" | "augmentation":
+            return (
+                "this view holds none (they exist once a round was played, and describe one "
+                "client's batch: the sum of several has none)"
+            )
         case _:
             return "this view holds none (it may exist only once a round was played)"

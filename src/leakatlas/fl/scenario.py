@@ -332,19 +332,18 @@ class Stage:
     def _granted(
         self, records: Sequence[RoundRecord], target: int, wanted: Collection[str]
     ) -> dict[str, Any]:
-        """What no column settles: the client's labels, statistics, draws and secrets."""
+        """What no column settles: labels, statistics, draws and secrets.
+
+        Of a sum, the labels of everyone in it; what only one client's batch has is not given then.
+        """
         scenario, federation = self.scenario, self.federation
         client = federation.clients[target]
+        members = self._behind(records, target)
+        single = members == [target]
         found: dict[str, Any] = {}
         if "labels" in wanted and self.known:
-            summed = records and scenario.vantage is Vantage.AGGREGATE
-            members = (
-                [c for c in records[-1].cohort if c not in records[-1].sybils]
-                if summed
-                else [target]
-            )
             found["labels"] = torch.cat([federation.clients[c].y for c in members])
-        if records and "batch_bn" in wanted and self.known:
+        if records and single and "batch_bn" in wanted and self.known:
             received = records[-1].received[target]
             received.train(scenario.protocol.mode == "train")
             found["batch_bn"] = {
@@ -353,11 +352,11 @@ class Stage:
                     received, state.model_state(received), client.x
                 ).items()
             }
-        if records and "batch_order" in wanted and target in records[-1].order:
+        if records and single and "batch_order" in wanted and target in records[-1].order:
             found["batch_order"] = tuple(i.clone() for i in records[-1].order[target])
-        if records and "dropout_masks" in wanted and target in records[-1].draws:
+        if records and single and "dropout_masks" in wanted and target in records[-1].draws:
             found["dropout_masks"] = records[-1].draws[target]
-        if records and "augmentation" in wanted and target in records[-1].augmentation:
+        if records and single and "augmentation" in wanted and target in records[-1].augmentation:
             found["augmentation"] = records[-1].augmentation[target]
         if "secrets" in wanted:
             found["secrets"] = {
@@ -373,6 +372,12 @@ class Stage:
                     for name in sorted(federation.private_names & began.keys())
                 }
         return found
+
+    def _behind(self, records: Sequence[RoundRecord], target: int) -> list[int]:
+        """The honest clients whose examples are behind the update that is seen."""
+        if records and self.scenario.vantage in (Vantage.AGGREGATE, Vantage.PEER):
+            return [c for c in records[-1].cohort if c not in records[-1].sybils]
+        return [target]
 
     def _public_architecture(self) -> nn.Module:
         """The global model in the clients' mode.
