@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +19,7 @@ from leakatlas.catalogue.results import Measure, Result
 from leakatlas.data import Box
 from leakatlas.errors import InvalidParameter
 from leakatlas.fl import FedSGD, ModelRef
+from tests.audit.machine import MACHINE
 
 EXACT = parse_gate("exact > 0")
 
@@ -133,6 +136,42 @@ def test_what_stopped_most_on_the_frontier_is_tried_first(
         "25% [25%, 25%] of 10 recovered at +3.0 [+3.0, +3.0] points (trained)"
     )
     assert said["client_dp, noise_multiplier = 1"] == ""
+
+
+@pytest.mark.parametrize("seconds", [12.0, 1000.0])
+@pytest.mark.parametrize("where", [
+    "leakatlas.audit.run.examine",
+    "leakatlas.audit.recommend.menu_of",
+    "leakatlas.audit.compare._playable",
+    "leakatlas.audit.recommend.price_of",
+])  # fmt: skip
+def test_its_budget_ends_it_whatever_it_is_doing(
+    one_digit: Plan, where: str, seconds: float, cache: object, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Under a clock of its own; what was not reached is told."""
+    MACHINE.now, MACHINE.load, MACHINE.alarm = 0.0, lambda now: 1.0, None
+    monkeypatch.setattr("time.perf_counter", lambda: MACHINE.now)
+    monkeypatch.setattr("signal.setitimer", MACHINE.set_alarm)
+    really = pkgutil.resolve_name(where)
+
+    def slow(*arguments: Any, **named: Any) -> Any:
+        MACHINE.work(seconds)
+        return really(*arguments, **named)
+
+    monkeypatch.setattr(where, slow)
+    found = recommend(
+        replace(one_digit, seconds=30.0, in_process=True), [EXACT], out=tmp_path, begun=-2.0
+    )
+    assert MACHINE.now + 2 <= 1.1 * 30 + 15 and MACHINE.alarm is None
+    assert (tmp_path / "report.json").is_file()
+    told = {advice.name.partition(",")[0] for advice in found.advice} | {*found.left_out}
+    assert {"client_dp", "clipping", "fedkl"} <= told
+    if where.endswith("price_of"):
+        unpriced = [a for a in found.advice if a.accuracy is None]
+        assert unpriced and all("before its price was measured" in a.reason for a in unpriced)
+    elif seconds > 30:
+        assert found.undecided and not found.kept
 
 
 def test_an_aim_is_needed(one_digit: Plan, tmp_path: Path) -> None:

@@ -19,10 +19,11 @@ from typing import Any, Literal
 from leakatlas.audit import kept
 from leakatlas.audit.budget import REPORT
 from leakatlas.audit.compare import compare
+from leakatlas.audit.deadline import Deadline
 from leakatlas.audit.listener import Listener, Silent
 from leakatlas.audit.plan import Plan
 from leakatlas.audit.run import carry_out
-from leakatlas.audit.utility import REFERENCE, price_of
+from leakatlas.audit.utility import REFERENCE, Utility, price_of
 from leakatlas.bench.study import strength
 from leakatlas.blocks.watch import Watch
 from leakatlas.catalogue import frontier, registry, results
@@ -45,6 +46,9 @@ in accuracy are measured last, first of what keeps them."""
 
 KNOWING = "C"
 """The weakest adversary that knows which defenses are in force."""
+
+UNREACHED = "the budget ended before it was reached"
+UNPRICED = Utility(None, "the budget ended before its price was measured")
 
 UNKNOWN = (0.5, math.inf)
 """Place of a defense of which the frontier says nothing: behind what mostly holds."""
@@ -88,7 +92,7 @@ class Recommendation:
         conditions: As written.
         as_it_is: The set-up under the defenses that it has.
         advice: What was tried, the cheapest that keeps the conditions first.
-        left_out: By name of a defense, why it cannot take part here.
+        left_out: By name of a defense, why it cannot take part here, or was not reached.
         report: The audit behind it, with the comparisons.
         task: Whose accuracy is meant.
     """
@@ -104,6 +108,12 @@ class Recommendation:
     def kept(self) -> tuple[Advice, ...]:
         """What keeps every condition, cheapest first."""
         return tuple(advice for advice in self.advice if advice.finding == "keeps")
+
+    @property
+    def undecided(self) -> bool:
+        """Whether something was not tried to its end, or not at all for want of time."""
+        judged = (self.as_it_is, *self.advice)
+        return UNREACHED in self.left_out.values() or any(a.finding == "undecided" for a in judged)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -124,6 +134,7 @@ def recommend(
     out: Path,
     listener: Listener | None = None,
     stop: Watch | None = None,
+    begun: float | None = None,
 ) -> Recommendation:
     """Try the implemented defenses on the first setting of a plan, on top of those it has.
 
@@ -133,6 +144,7 @@ def recommend(
         out: Folder that keeps finished runs and gets the report.
         listener: Told about progress.
         stop: Ends it early.
+        begun: From when on the budget counts, by ``time.perf_counter``; from now if None.
 
     Raises:
         InvalidParameter: If there is no condition, or the update was captured.
@@ -149,29 +161,37 @@ def recommend(
             "A captured update cannot be sent again under other defenses; leave out captured to "
             "simulate the client."
         )
-    begun = time.perf_counter()
+    begun = time.perf_counter() if begun is None else begun
+    deadline = Deadline(begun, plan.seconds)
     listener, stop = listener or Silent(), stop or Watch()
     seconds = plan.seconds
     passive = any(letter in "AB" for letter in plan.letters)
     letters = tuple(sorted({*plan.letters, *(KNOWING if passive else "")}))
     plan = replace(plan, settings=(first,), letters=letters, alternatives={}, upper_bound=False)
     bare = replace(plan, seconds=None if seconds is None else AS_IT_IS * seconds)
-    report = carry_out(bare, out=out, listener=listener, stop=stop)
+    report = carry_out(bare, out=out, listener=listener, stop=stop, begun=begun)
     as_it_is = _judged("as it is", first.defenses, report.runs, conditions)
     local = not isinstance(first.protocol, FedSGD)
     expected = frontier.expectations(results.load(results.default_folder()), local=local)
-    menu, left_out = menu_of(plan, expected) if as_it_is.finding != "keeps" else ({}, {})
+    menu: dict[str, Ladder] = {}
+    left_out: dict[str, str] = {}
+    if as_it_is.finding != "keeps":
+        left_out = dict.fromkeys(registry.defense_keys(), UNREACHED)
+        with deadline.ends():
+            menu, left_out = menu_of(plan, expected)
     sets = {"as configured": first.defenses}
     met: dict[str, Comparison] = {}
 
     def part(share: float) -> Watch:
-        left = None if seconds is None else seconds - (time.perf_counter() - begun)
+        left = None if seconds is None else seconds - deadline.spent
         return Watch(None if left is None else max(share * left, 0.0), parent=stop)
 
     def meet(alternatives: Mapping[str, tuple[Defense, ...]], share: float) -> None:
         sets.update(alternatives)
         asked = replace(plan, alternatives=alternatives)
-        tried = compare(asked, report.runs, part(share), out, listener, stop, priced=False)
+        tried = compare(
+            asked, report.runs, part(share), out, listener, stop, priced=False, deadline=deadline
+        )
         met.update((found.name, found) for found in tried)
 
     with kept.alone(out):
@@ -186,14 +206,22 @@ def recommend(
         if weaker:
             meet(weaker, WEAKER)
     pricing = part(1 - REPORT)
-    for name in sorted(met, key=lambda n: (n != "as configured", not _holds(met[n], conditions))):
-        price = price_of(sets[name], local=local, seed=plan.seed, watch=pricing, task=plan.task)
+    prices: dict[str, Utility] = {}
+    with deadline.ends():
+        for name in sorted(
+            met, key=lambda n: (n != "as configured", not _holds(met[n], conditions))
+        ):
+            prices[name] = price_of(
+                sets[name], local=local, seed=plan.seed, watch=pricing, task=plan.task
+            )
+    for name in met:
+        price = prices.get(name, UNPRICED)
         met[name] = replace(met[name], accuracy=price.accuracy, reason=price.reason)
     report = replace(
         report,
         comparisons=tuple(met.values()),
         complete=report.complete and not stop.stopped,
-        seconds=time.perf_counter() - begun,
+        seconds=deadline.spent,
     )
     report.save(out)
     base = met.pop("as configured", None)

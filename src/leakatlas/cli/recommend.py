@@ -30,6 +30,7 @@ def register(app: typer.Typer) -> None:
 
 
 def recommend(
+    context: typer.Context,
     config: Annotated[Path, typer.Argument(help="YAML file of an audit; its fail_on is the aim.")],
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = OUT,
     budget: Annotated[
@@ -64,7 +65,9 @@ def recommend(
     console = plain.console(stderr=True)
     found = with_bars(
         console,
-        lambda listener, stop: tried(plan, gates, out=out, listener=listener, stop=stop),
+        lambda listener, stop: tried(
+            plan, gates, out=out, listener=listener, stop=stop, begun=context.obj
+        ),
         silent=as_json,
     )
     if as_json:
@@ -73,8 +76,7 @@ def recommend(
         _show(found, out, console)
     if found.kept or found.as_it_is.finding == "keeps":
         raise typer.Exit(FINE)
-    undecided = any(advice.finding == "undecided" for advice in (found.as_it_is, *found.advice))
-    raise typer.Exit(UNDECIDED if undecided else GATE_FAILED)
+    raise typer.Exit(UNDECIDED if found.undecided else GATE_FAILED)
 
 
 def _show(found: Recommendation, out: Path, console: Console) -> None:
@@ -106,7 +108,7 @@ def _show(found: Recommendation, out: Path, console: Console) -> None:
             words = f"{advice.name}: {advice.reason}"
             console.print(words, style="dim", markup=False, highlight=False)
     for key, why in found.left_out.items():
-        words = f"{key} cannot take part: {why}"
+        words = f"{key} was not tried: {why}"
         console.print(words, style="dim", markup=False, highlight=False)
     console.print(_words(found), markup=False, highlight=False)
     console.print(f"Report: {escape(str(out / 'report.html'))}")
