@@ -108,6 +108,18 @@ def test_without_it_the_changed_images_are_the_exact_zero() -> None:
     assert relative_error(replayed(view, x), view.update.tensors) > 0.01
 
 
+def test_a_network_that_only_turns_channels_is_undone_exactly() -> None:
+    """The bound of what D can hide: the read-out gives x', and an orthogonal D takes it back."""
+    x, small = photos(), 1e-5
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(2)).double()).Q
+    weights = {"first": torch.zeros(3, 3, 3, 3).double(), "last": torch.zeros(3, 3, 3, 3).double()}
+    weights["first"][:, :, 1, 1] = small * torch.eye(3)  # where tanh is the identity
+    weights["last"][:, :, 1, 1] = (turn - torch.eye(3)) / small
+    changed = digested(x, {**weights, "shift": torch.zeros(3).double()})
+    assert float((changed - x).abs().max()) > 0.5
+    torch.testing.assert_close(torch.einsum("dc,ndhw->nchw", turn, changed), x)
+
+
 def test_the_readout_gives_the_changed_image_and_not_the_true_one() -> None:
     assert readout_error(DigestNN(distance=0)) < 1e-9
     assert readout_error(FAST) > 0.3
