@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from leakatlas.bench.adversary import Here
 from leakatlas.bench.cells import Cell
 from leakatlas.bench.figures import mean_and_interval
 from leakatlas.bench.schema import Case
-from leakatlas.fl import state_hash
+from leakatlas.fl import Federation, RoundRecord, state_hash
 from leakatlas.fl.state import model_state
 
 DIGITS: dict[str, dict[str, Any]] = {
@@ -117,6 +118,30 @@ def test_noise_costs_accuracy_and_the_step_is_chosen() -> None:
         protocol={"algorithm": "fedsgd", "mode": "train"},
     )
     assert noisy["accuracy"] < plain["accuracy"]
+
+
+def test_of_many_clients_some_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """User-level noise is little among many; a cell that samples nobody keeps its name."""
+    told = {
+        "train": {"set": "digits", "count": 320}, "test": {"set": "digits", "first": 420},
+        "clients": 320, "rounds": 5, "rates": [0.1],
+    }  # fmt: skip
+    sizes: list[int] = []
+    really = Federation.play_round
+
+    def counted(self: Federation, **named: Any) -> RoundRecord:
+        sizes.append(len(named["cohort"]))
+        return really(self, **named)
+
+    monkeypatch.setattr(Federation, "play_round", counted)
+    some = cell([{"name": "accuracy"}], utility={**told, "sampled": 0.05})
+    assert utility.measure(some) == utility.measure(some)
+    assert sizes[:5] == sizes[5:] and len(set(sizes)) > 1 and 5 < sum(sizes[:5]) / 5 < 30
+    everyone = cell([{"name": "accuracy"}], utility=told)
+    assert "sampled" not in json.dumps(everyone.recipe) and some.name != everyone.name
+    nobody = cell([{"name": "accuracy"}], utility={**told, "sampled": 1e-9})
+    sizes.clear()
+    assert utility.measure(nobody)["accuracy"] < 0.3 and not sizes
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from leakatlas.catalogue.schema import Letter, Strict, Text
 
@@ -186,11 +192,27 @@ class Utility(Strict):
         Images | None, Field(description="Images on which the step size is chosen.")
     ] = None
     clients: Annotated[Counted, Field(description="Number of clients.", examples=[8])] = 8
-    rounds: Annotated[Counted, Field(description="Rounds, all clients in each.", examples=[25])]
+    sampled: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            le=1,
+            description="Probability with which a client takes part in a round, independently of "
+            "the others; all take part if left out.",
+            examples=[0.05],
+        ),
+    ] = None
+    rounds: Annotated[Counted, Field(description="Number of rounds.", examples=[25])]
     rates: Annotated[
         tuple[PositiveNumber, ...],
         Field(min_length=1, description="Step sizes tried (`lr`).", examples=[[0.5, 0.15]]),
     ]
+
+    @model_serializer(mode="wrap")
+    def _as_before_there_was_sampling(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Not used, it changes no cell's name."""
+        values: dict[str, Any] = plain(self)
+        return {k: v for k, v in values.items() if k != "sampled" or v is not None}
 
     @model_validator(mode="after")
     def _chosen_on_something(self) -> Utility:

@@ -9,7 +9,7 @@ from leakatlas.bench import scene
 from leakatlas.bench.cells import Cell
 from leakatlas.bench.schema import Images, Utility
 from leakatlas.errors import InvalidInput
-from leakatlas.fl import Client, Federation
+from leakatlas.fl import Client, Federation, poisson_cohort, stream
 from leakatlas.fl.view import defense_from_json
 
 EVALUATED = 2
@@ -42,8 +42,12 @@ def _trained(cell: Cell, told: Utility, lr: float) -> tuple[float, float]:
     federation = Federation(
         scene.network(cell)[1], dict(enumerate(own)), protocol, defenses, seed=cell.seed
     )
+    drawn = stream(cell.seed, "cohorts")
     for _ in range(told.rounds):
-        federation.play_round(apply=True)
+        everyone = federation.clients
+        cohort = poisson_cohort(everyone, told.sampled, drawn) if told.sampled else tuple(everyone)
+        if cohort:  # of an empty one nothing is heard
+            federation.play_round(cohort=cohort, apply=True)
     # A defended model may draw when it predicts.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(cell.seed)
