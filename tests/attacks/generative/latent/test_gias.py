@@ -19,6 +19,7 @@ from leakatlas.attacks.generative import prior as chosen
 from leakatlas.attacks.generative.latent import gias
 from leakatlas.attacks.generative.latent.gias import GIAS
 from leakatlas.bench import harness
+from leakatlas.blocks import latent as searches
 from leakatlas.blocks import matching, watch
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import ImageSet, bundled
@@ -29,7 +30,7 @@ from leakatlas.priors import CEILING
 from leakatlas.threat import Grant
 from tests.attacks.case import LENET, Case
 from tests.conftest import BOX, build_stage, photos, surrogate
-from tests.priors.support import SIZE, generator, held
+from tests.priors.support import SIZE, generator, held, prior
 
 CASE = Case(
     {"latent_steps": 2, "generator_steps": 2, "restarts": 2, "prior_steps": 3, "prior_latent": 8},
@@ -119,6 +120,38 @@ def test_the_matching_loss_never_rises_from_one_search_to_the_next() -> None:
     assert both.notes["matching_loss"] < both.notes["latent_loss"]
     assert both.confidence is not None
     assert both.confidence.tolist() == [-both.notes["matching_loss"]]
+
+
+def test_the_second_search_leaves_the_latents_alone_and_gives_every_image_its_own_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    G = generator()
+    held(G, monkeypatch)
+    before = {n: p.clone() for n, p in G.named_parameters()}
+    chosen_z: list[Tensor] = []
+    kept_z: list[Tensor] = []
+    search, draw = searches.search_latent, searches.drawn
+
+    def first(*arguments: Any, **options: Any) -> Any:
+        found = search(*arguments, **options)
+        chosen_z.append(found.best["z"][int(found.criterion.argmin())].clone())
+        return found
+
+    def last(network: Any, weights: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+        kept_z.append(inputs[0])
+        return draw(network, weights, inputs)
+
+    monkeypatch.setattr(searches, "search_latent", first)
+    monkeypatch.setattr(searches, "drawn", last)
+    two = replace(QUICK, latent_steps=5, generator_steps=10, prior="held")
+    view, _ = harness.observe(_scene(photos(2, SIZE), "fc"), two)
+    met = two.attack_round(view, -1, prior(G), torch.Generator().manual_seed(0), Watch())
+    assert torch.equal(kept_z[-1], chosen_z[0])
+    assert met.found.notes["matching_loss"] < met.found.notes["latent_loss"]
+    assert all(torch.equal(before[n], p) for n, p in G.named_parameters())
+    own = met.weights["stages.0.0.weight"]
+    assert len(own) == 2 and not torch.equal(own[0], own[1])
+    assert not torch.equal(own[0], before["stages.0.0.weight"])
 
 
 def test_the_search_without_a_gradient_signal_does_not_find_the_photo() -> None:

@@ -79,6 +79,15 @@ def test_every_centred_input_lies_in_the_row_space_of_the_gradient() -> None:
     assert float((centred - centred @ basis.T @ basis).norm() / centred.norm()) < 1e-8
 
 
+def test_with_more_examples_than_rows_inputs_stick_out_of_the_row_space() -> None:
+    """Theory's failure: no unmixing of four rows gives six images, however it is found."""
+    G, _, x = mixed(wide(6, settings={"widths": (4,), "act": "relu"}))
+    centred = x - x.mean(1, keepdim=True)
+    _, _, basis = torch.linalg.svd(G - G.mean(1, keepdim=True), full_matrices=False)
+    residual = (centred - centred @ basis.T @ basis).norm(dim=1) / centred.norm(dim=1)
+    assert float(residual.max()) > 0.1
+
+
 def test_whitened_rows_have_unit_covariance_and_the_mean_comes_back() -> None:
     G = noise(32, 8) @ uniform(8, 500)
     white = separation.whiten(G, 8)

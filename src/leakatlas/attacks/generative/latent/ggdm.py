@@ -21,7 +21,9 @@ usually done (Chung et al., 2023); step sizes are ours, :math:`s_t = 0.1\, \kapp
 
 Departures:
     - Sampling is respaced to fewer steps (DDIM with eta = 1, which is DDPM's noise).
-    - ``wrt="xt"`` evaluates the distance at x_t itself, without a pass through the denoiser.
+    - ``wrt="xt"`` evaluates the distance at x_t itself, without a pass through the denoiser. It
+      guides through smooth networks alone: with the exact denoiser of 24 images it finds eight of
+      eight victims through sigmoids and next to none through ReLUs.
     - The prior is a small denoiser: the shipped one, one learned on the surrogate images, or, with
       ``prior="images"``, the exact denoiser of the surrogate images, which gives back one of them.
     - Of several samples the one of smallest distance is returned.
@@ -67,7 +69,9 @@ class GGDM(Attack):
         eta: Share of DDPM's noise in every step; 0 is deterministic.
         samples: Independent samples; the one of smallest distance counts.
         prior: ``auto``, ``surrogate`` (learned), ``images`` (the surrogate images themselves), the
-            name of a shipped diffusion model, or the folder of one.
+            name of a shipped diffusion model, or the folder of one. ``auto`` is the shipped
+            ``ddpm32-s``, of CIFAR-10 images, for every client of 3x32x32 images, whatever they or
+            the surrogate images show; for other shapes one is learned.
         prior_steps: Steps of learning one.
         labels: Labels that were read from this update beforehand, where none are granted; the
             attack's own rule if empty.
@@ -104,8 +108,10 @@ class GGDM(Attack):
         """Whether there is a diffusion model, or images to learn one from."""
         if len(view.input_shape) != 3:
             return Outlook("hopeless", f"it samples images, not inputs of {view.input_shape}")
-        if self.priors(tuple(view.input_shape)):
-            return Outlook("unknown", "as good as the diffusion model knows the client's images")
+        if kept := self.priors(tuple(view.input_shape)):
+            return Outlook(
+                "unknown", f"as good as the diffusion model {kept[0]} knows the client's images"
+            )
         if not view.has("surrogate"):
             return Outlook("hopeless", "no diffusion model of this shape, and no surrogate images")
         return Outlook("unknown", f"a diffusion model of {len(view.surrogate)} surrogate images")
