@@ -51,7 +51,7 @@ def point(defense: str, **more: list[Record]) -> Point:
 
 
 def figures(records: Cases, published: dict[str, str] | None = None) -> dict[str, dict[str, Any]]:
-    return {figure["name"]: figure for figure in summarise(records, published or {})}
+    return {figure["name"]: figure for figure in summarise(records, published or {}, {})}
 
 
 def test_an_image_is_recovered_if_any_adversary_recovers_it() -> None:
@@ -84,6 +84,15 @@ def test_who_was_refused_has_tried_nothing_and_is_named() -> None:
     beside = {"noise, sigma=0.1/fresh/imprint": [refused, refused]}
     found = figures(cases(**beside))["recovered | fresh | noise, sigma=0.1"]
     assert found["value"] == 0.5 and "imprint: 2 of 2 refused" in found["note"]
+
+
+def test_what_has_no_record_yet_is_told() -> None:
+    planned = {"none/fresh/search": 1, "noise, sigma=1/fresh/search": 3, "odd, k=1/fresh/search": 2}
+    named = {figure["name"]: figure for figure in summarise(cases(), {}, planned)}
+    found = named["unmeasured | fresh | search"]
+    assert found["value"] == 4 and found["n"] == 6
+    assert found["note"] == "noise, sigma=1 (2 of 3); odd, k=1 (2 of 2)"
+    assert not [name for name in figures(cases()) if name.startswith("unmeasured")]
 
 
 def test_the_price_is_paired_by_seed() -> None:

@@ -90,6 +90,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
          "interval": [0.3, 0.9], "n": 4, "note": "C, server; a bound"},
         {"name": "untried | fresh | odd, k=1", "value": 2.0, "interval": [2.0, 2.0], "n": 2,
          "note": "no <key>"},
+        {"name": "unmeasured | fresh | trap <weights>", "value": 3.0, "interval": [3.0, 3.0],
+         "n": 4, "note": "odd, k=1 (3 of 4)"},
         {"name": "colour | C | clipping", "value": 1.0, "interval": [0.4, 1.0], "n": 4,
          "note": "<search> (C, server) on fresh, at clipping, max_norm=1"},
     ]  # fmt: skip

@@ -31,6 +31,7 @@ def test_every_adversary_has_a_column_and_a_bound_does_not_count(built: Path) ->
 def test_what_nobody_could_try_is_named_with_the_reason(built: Path) -> None:
     page = (built / "frontier.html").read_text(encoding="utf-8")
     assert "Nobody could try odd, k=1: no &lt;key&gt;" in page
+    assert "Not measured, trap &lt;weights&gt;: 3 of 4 cells: odd, k=1 (3 of 4)" in page
 
 
 def test_measured_colours_name_the_attack_and_the_setting(built: Path) -> None:

@@ -90,7 +90,9 @@ def _summary(
     }
     found = list(correlations.figures(study, done)) if study.file.correlate else []
     if study.file.summary == "frontier":
-        found += frontier.summarise(done, published_strengths())
+        found += frontier.summarise(
+            done, published_strengths(), {label: len(mine) for label, mine in cells.items()}
+        )
     elif study.file.summary:
         assert study.hook is not None
         summarise = own.function(

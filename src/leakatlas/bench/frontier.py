@@ -15,6 +15,7 @@ loss            points of accuracy
 accuracy        ``accuracy | network | none``: percent, of the training without a defense
 noise           dB that a search gains over one on noise of equal size instead
 untried         how many runs were refused or crashed, where no adversary could try at all
+unmeasured      ``unmeasured | network | adversary``: how many cells have no record yet
 null            ``null | network | name``: dB of what an adversary without any update hands in
 private         per defense: least share recovered among strengths that cost 1 point at most
 price           per defense: least loss among strengths that leave 5 % recovered at most
@@ -283,19 +284,23 @@ def _dominates(one: Point, other: Point) -> bool:
 
 
 def summarise(
-    records: Mapping[str, Sequence[Record]], published: Mapping[str, str]
+    records: Mapping[str, Sequence[Record]],
+    published: Mapping[str, str],
+    cells: Mapping[str, int],
 ) -> Iterator[dict[str, Any]]:
     """The figures of the frontier; see above.
 
     Args:
         records: By case.
         published: By key of a defense, the value of the axis that is its published strength.
+        cells: How many every case has, run or not.
     """
     every = points(records)
     seeds = len({r.seed for label, m in records.items() if label.endswith(UTILITY) for r in m})
     for point in every:
         yield from _of_point(point, seeds)
     yield from _untouched(records, every)
+    yield from _unmeasured(records, cells)
     yield from _undefended(records)
     yield from _nulls(records)
     groups: dict[tuple[str, str], list[Point]] = defaultdict(list)
@@ -338,6 +343,24 @@ def _untouched(
         if place not in tried:
             n = float(len(ends))
             yield _figure(("untried", *place), (n, n, n), "runs", len(ends), ends[0].reason)
+
+
+def _unmeasured(
+    records: Mapping[str, Sequence[Record]], cells: Mapping[str, int]
+) -> Iterator[dict[str, Any]]:
+    """What has no record yet, by network and adversary, and which defenses that concerns."""
+    planned: Counter[tuple[str, str]] = Counter()
+    missing: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
+    for label, many in cells.items():
+        defense, network, adversary = label.split("/")
+        planned[network, adversary] += many
+        lacks = many - len(records.get(label, ()))
+        if lacks:
+            missing[network, adversary][f"{defense} ({lacks} of {many})"] = lacks
+    for place, lacking in missing.items():
+        n = float(sum(lacking.values()))
+        words = "; ".join(lacking)
+        yield _figure(("unmeasured", *place), (n, n, n), "cells", planned[place], words)
 
 
 def _undefended(records: Mapping[str, Sequence[Record]]) -> Iterator[dict[str, Any]]:

@@ -113,6 +113,18 @@ def untried(measures: Iterable[Measure]) -> dict[str, dict[str, str]]:
     return dict(found)
 
 
+def unmeasured(measures: Iterable[Measure]) -> dict[str, dict[str, str]]:
+    """What was not run yet, by network and adversary."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for measure in measures:
+        match measure.name.split(JOIN):
+            case ["unmeasured", network, adversary]:
+                found[network][adversary] = (
+                    f"{measure.value:.0f} of {measure.n} cells: {measure.note}"
+                )
+    return dict(found)
+
+
 def _point(found: Mapping[str, Mapping[str, Row]], network: str, defense: str) -> Strength:
     key, _, strength = defense.partition(", ")
     return found[network][key].points[strength]
@@ -232,6 +244,7 @@ def render(measured: Sequence[Result]) -> str | None:
     lines = [INTRODUCTION, f"`{result.command}` ({result.hardware}, {result.date}).", ""]
     lines += _colours(verdicts(measured))
     baselines, closed = nulls(result.measures), untried(result.measures)
+    open_ = unmeasured(result.measures)
     for network, rows in networks(result.measures).items():
         lines += [f"## {network}", ""]
         if (plain := undefended(result.measures).get(network)) is not None:
@@ -239,6 +252,7 @@ def render(measured: Sequence[Result]) -> str | None:
         lines += _baselines(baselines.get(network, {}))
         lines += [*_headlines(rows), "", *_points(rows), ""]
         lines += [f"- Nobody could try {d}: {why}" for d, why in closed.get(network, {}).items()]
+        lines += [f"- Not measured, {a}: {what}" for a, what in open_.get(network, {}).items()]
         lines.append("")
     return "\n".join(lines)
 

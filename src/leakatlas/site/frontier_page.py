@@ -32,6 +32,7 @@ def context(measured: Sequence[Result]) -> dict[str, Any]:
         },
         "undefended": frontier.undefended(result.measures if result else ()),
         "untried": frontier.untried(result.measures if result else ()),
+        "unmeasured": frontier.unmeasured(result.measures if result else ()),
         "verdicts": frontier.verdicts(measured),
         "data": _data(networks),
     }
