@@ -50,6 +50,7 @@ def a_setting(**changes: Any) -> Setting:
 
 
 ONE = {"victims": data.photos(16).subset([0])}
+SUM = {"protocol": FedAVG(shuffle=True), "clients": 2, "vantage": Vantage.AGGREGATE}
 
 
 @pytest.mark.parametrize(
@@ -62,6 +63,7 @@ ONE = {"victims": data.photos(16).subset([0])}
         (ONE | {"protocol": FedSGD(shared=("layers.*",))}, [Grant.LABELS]),
         (ONE | {"model": Normed()}, [Grant.BATCH_BN]),
         ({"protocol": FedAVG(shuffle=True)}, [Grant.LABELS, Grant.BATCH_ORDER]),
+        (SUM, [Grant.LABELS]),  # there is no one order
     ],
 )
 def test_what_an_oracle_would_add(changes: Mapping[str, Any], separates: list[Grant]) -> None:

@@ -70,7 +70,7 @@ def pair_of(setting: Setting, *, wanted: bool = True) -> Pair:
         setting: As configured.
         wanted: Whether the other side shall be run.
     """
-    held = [grant for grant in ORACLES if grant in setting.grants]
+    held = [grant for grant in ORACLES if grant in setting.grants and _exists(setting, grant)]
     configured: Side = "diagnostic upper bound" if held else "as deployed"
     missing = [] if held else [grant for grant in ORACLES if _separates(setting, grant)]
     words = [ORACLES[grant] for grant in held or missing]
@@ -100,8 +100,16 @@ def pair_of(setting: Setting, *, wanted: bool = True) -> Pair:
     return Pair(setting, configured, other, tuple(words))
 
 
+def _exists(setting: Setting, grant: Grant) -> bool:
+    """Whether there is such a thing: the sum of several clients has no one batch."""
+    summed = setting.effective_vantage in (Vantage.AGGREGATE, Vantage.PEER) and setting.clients > 1
+    return not summed or grant in (Grant.LABELS, Grant.DEFENSE_SECRETS)
+
+
 def _separates(setting: Setting, grant: Grant) -> bool:
     """Whether a client's adversary lacks this, and attacks would gain by it."""
+    if not _exists(setting, grant):
+        return False
     protocol = setting.protocol
     match grant:
         case Grant.LABELS:
