@@ -22,6 +22,8 @@ from leakatlas import data
 from leakatlas.attacks.api import Attack, Reconstruction, attack
 from leakatlas.audit import Plan, Report, carry_out
 from leakatlas.audit.deadline import LATE, Deadline
+from leakatlas.audit.ready import GRADIENTS
+from leakatlas.audit.run import LEFT
 from leakatlas.audit.schedule import PROBE, pace
 from leakatlas.bench.spawned import Spawned
 from leakatlas.blocks.watch import Watch
@@ -152,6 +154,20 @@ def test_a_step_that_takes_longer_than_the_budget(
     told(report)
     assert len(report.runs) == (3 if report.diagnoses else 1)
     assert json.loads((tmp_path / "report.json").read_text())["undecided"] == [*report.undecided()]
+
+
+def test_who_was_interrupted_before_anything_was_tried_hears_what_would_be_enough(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing was timed but the round that the examination played: it gives the price."""
+    expensive(monkeypatch, "leakatlas.fl.rounds.Federation.play_round", 0.6)
+    expensive(monkeypatch, "leakatlas.audit.iterating.timed", 1000.0)
+    report, _ = audited(plan, 30.0)
+    assert not any(run.tried for run in report.runs)
+    a_try = GRADIENTS * registry.load_attack("deceptive").fewest * 0.6 / 3
+    expected = report.facts["examined_seconds"] + LEFT * a_try
+    assert report.facts["enough"]["B"]["seconds"] == pytest.approx(expected)
+    assert "would try deceptive" in report.undecided()[0]
 
 
 class Silence:

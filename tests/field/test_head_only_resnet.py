@@ -64,9 +64,9 @@ def test_the_facts_are_those_of_the_head() -> None:
     assert found.facts["equations per unknown"] == 513 * CLASSES / (2 * 3 * SIZE**2)
     assert any("3,591 of 11,180,103 parameters leave the client" in f for f in found.findings)
     assert any("exact recovery of the whole batch is impossible" in f for f in found.findings)
-    assert found.outlooks["robbing_the_fed"].obstacle is not None or (
-        found.outlooks["robbing_the_fed"].letter in "FGH"
-    )
+    assert any("Layers that a malicious server adds are taken to leave too" in f
+               for f in found.findings)  # fmt: skip
+    assert found.outlooks["robbing_the_fed"].letter == "G"
 
 
 def test_a_frozen_backbone_sends_what_deleting_its_gradients_leaves_bit_for_bit() -> None:

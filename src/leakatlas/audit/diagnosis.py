@@ -64,6 +64,7 @@ class Diagnosis:
         outlooks: Per attack key: under which letter it starts, or why it does not.
         measures: What the update could give away, before any attack: tiers static and forward.
         left_out: Which measures were not taken, and why.
+        round_seconds: What playing the clients' rounds took; no part of the record.
     """
 
     replay: ReplayCheck
@@ -72,6 +73,7 @@ class Diagnosis:
     outlooks: Mapping[str, Start] = field(default_factory=dict)
     measures: tuple[Measure, ...] = ()
     left_out: str = ""
+    round_seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -124,7 +126,9 @@ def examine(
         target = federation.target
     client = federation.clients[target]
     rounds = len(federation.capture.rounds) if isinstance(federation, Replayed) else 1
+    playing = time.perf_counter()
     records = [federation.play_round() for _ in range(rounds)]
+    took = time.perf_counter() - playing
     record = records[-1]
     model = record.received[target]
     update = record.updates[target]
@@ -168,11 +172,11 @@ def examine(
         findings.insert(0, f"The update is not consistent with this set-up: {replay.explanation}.")
     left = watch.remaining()
     if left is not None and left < time.perf_counter() - begun:  # they take about as long as all
-        return Diagnosis(replay, facts, tuple(findings), outlooks, (), OUT_OF_TIME)
+        return Diagnosis(replay, facts, tuple(findings), outlooks, (), OUT_OF_TIME, took)
     case = Case.of_stage(stage, target=target, record=record)
     informed = best_informed(letters) if letters else case.letter
     measures, left_out = measured(replace(case, letter=informed), known=stage.known)
-    return Diagnosis(replay, facts, tuple(findings), outlooks, measures, left_out)
+    return Diagnosis(replay, facts, tuple(findings), outlooks, measures, left_out, took)
 
 
 NOT_CHECKED = ReplayCheck(None, True, explanation="not checked: the private batch is not at hand")

@@ -23,15 +23,12 @@ from leakatlas.audit.iterating import Iterating
 from leakatlas.audit.jobs import Job, finished, forget, run_job, unreached
 from leakatlas.audit.listener import Listener
 from leakatlas.audit.plan import Plan
-from leakatlas.audit.ready import iterates
+from leakatlas.audit.ready import guessed, iterates
 from leakatlas.blocks.watch import MORE_TIME, Watch
 from leakatlas.report import Run
 
 CLOSED = 0.35
 """Share of the attacks' time after which closed forms give way to attacks that iterate."""
-
-ROUNDS = 10.0
-"""Client's rounds that a closed form takes, about, with its preparation and its reading."""
 
 LATE = 0.4
 """Largest share of what closed forms leave that waits for attacks that learn and rounds under
@@ -145,8 +142,7 @@ def _divided(jobs: Sequence[Job], around: Iterating, pool: Watch) -> Iterator[tu
         if around.stop.stopped:
             return
         if pool.over:
-            one = job.setting.known_client_seconds(around.plan.seed)
-            yield job, unreached(job, seconds=None if one is None else ROUNDS * one)
+            yield job, unreached(job, seconds=guessed(job, around.plan.seed))
         else:
             part = _part(job, len(jobs) - position)
             allowance = _allowance(pool, part)

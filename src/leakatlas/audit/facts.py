@@ -68,7 +68,8 @@ def facts_of(
         findings.append(
             f"{shared:,} of {everything:,} parameters leave the client: {constant:,} are constants "
             f"that take no gradient, {behind:,} are trained and stay. The adversary holds the "
-            "latter as they were handed out, not as they moved since."
+            "latter as they were handed out, not as they moved since. Layers that a malicious "
+            "server adds are taken to leave too: whoever knows what is sent can name them so."
         )
     if shared < unknowns:
         findings.append(

@@ -23,6 +23,7 @@ from leakatlas.audit.ready import (
     Timed,
     carried_over,
     distinct_variants,
+    guessed,
     planned_for,
     readied,
     rehearsal_cost,
@@ -48,9 +49,6 @@ SLACK = 1.5
 what it overruns, later runs are not given."""
 
 UNTIMED = "not tried: the budget left no time to find out what it costs here"
-
-GRADIENTS = 4.0
-"""Client's rounds that an iteration of gradient matching takes, about: it differentiates twice."""
 
 JITTER = 1.0
 """Seconds that a run may take besides, for a machine that halts a short one for a moment."""
@@ -100,7 +98,8 @@ class Iterating:
         yield from self._run_in_order(timed_ones, self._sure(timed_ones, main), main)
         if not self.stop.stopped:
             untimed = (job for job in jobs if key_of(job) not in self._paces)
-            yield from ((job, untried(job, self.plan.seed)) for job in untimed)
+            seed = self.plan.seed
+            yield from ((j, unreached(j, UNTIMED, seconds=guessed(j, seed))) for j in untimed)
 
     def _time(self, jobs: Sequence[Job], main: Watch) -> None:
         """What each attack costs, as far as time goes.
@@ -251,13 +250,6 @@ def ambassadors(keys: Sequence[Key], first: Mapping[Key, Job], letters: Sequence
         if able and not chosen.intersection(able):
             chosen.add(able[0])
     return chosen
-
-
-def untried(job: Job, seed: int) -> Run:
-    """The entry of an attack that was not timed; a guess at what a try takes, if that can be."""
-    one = job.setting.known_client_seconds(seed)
-    seconds = None if one is None else GRADIENTS * job.attack.fewest * one
-    return unreached(job, UNTIMED, seconds=seconds)
 
 
 def _gain(at: Readied) -> float | None:

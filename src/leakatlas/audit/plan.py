@@ -192,8 +192,12 @@ class Setting:
         return self._took[seed] / self.clients
 
     def known_client_seconds(self, seed: int) -> float | None:
-        """The same, if the honest rounds were played; none is played for it."""
+        """The same, if it is known from the honest rounds or from others; none is played for it."""
         return self._took[seed] / self.clients if seed in self._took else None
+
+    def expect(self, seed: int, seconds: float) -> None:
+        """Let rounds that were played elsewhere say what the honest ones will take."""
+        self._took.setdefault(seed, seconds)
 
     def shown_to(self, letter: str, seed: int) -> tuple[Stage, tuple[RoundRecord, ...]]:
         """The honest rounds, and their stage under one adversary."""

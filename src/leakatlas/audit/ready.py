@@ -33,6 +33,12 @@ GAMES = 0.5
 READING = 0.25
 """Share of it that finding out which rule reads labels best may take."""
 
+GRADIENTS = 4.0
+"""Client's rounds that an iteration of gradient matching takes, about: it differentiates twice."""
+
+ROUNDS = 10.0
+"""Client's rounds that a closed form takes, about, with its preparation and its reading."""
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -106,6 +112,19 @@ class Readied:
         own = control.part(self.attack) * seconds
         fit = self.pace.slower(slower).fits(own, longest)
         return self.attack.lasting(max(fit, min(self.attack.fewest, longest)))
+
+
+def guessed(job: Job, seed: int) -> float | None:
+    """Seconds that a bare try takes, about, where nothing but a client's round was timed.
+
+    Args:
+        job: That was not begun.
+        seed: Of the audit.
+    """
+    one = job.setting.known_client_seconds(seed)
+    if one is None:
+        return None
+    return (GRADIENTS * job.attack.fewest if iterates(job.attack) else ROUNDS) * one
 
 
 def iterates(attack: Attack) -> bool:

@@ -27,7 +27,7 @@ from leakatlas.audit.iterating import stands_for
 from leakatlas.audit.jobs import TRY, Job, not_run, unreached
 from leakatlas.audit.listener import Listener, Silent
 from leakatlas.audit.plan import Plan, Setting, presets
-from leakatlas.audit.ready import iterates
+from leakatlas.audit.ready import guessed, iterates
 from leakatlas.audit.realism import NOT_YET, Pair, other_sides, pair_of, realism_of
 from leakatlas.audit.start import Start
 from leakatlas.blocks.watch import MORE_TIME, Watch
@@ -130,7 +130,9 @@ def _carry_out(
             written.now_and_then(lambda: report((), unmade, complete=False))
     if not stop.stopped:
         ended = {_place(run) for run in runs}
-        runs += [unreached(job) for job in jobs if _of(job) not in ended]
+        runs += [
+            unreached(job, seconds=guessed(job, plan.seed)) for job in jobs if _of(job) not in ended
+        ]
     realism = other_sides(
         pairs, plan, runs, barred, budget.other_sides(stop), out, listener, stop, deadline
     )
@@ -187,6 +189,7 @@ def _examine(
     require_feasible(live, attacks, plan.seconds)
     diagnosis = examine(live, attacks, letters=plan.letters, watch=watch)
     diagnoses[setting.name] = diagnosis.to_json()
+    setting.expect(plan.seed, diagnosis.round_seconds)
     for attack in attacks:
         start = diagnosis.outlooks[attack.key]
         if start.obstacle is not None:

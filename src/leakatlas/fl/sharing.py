@@ -14,6 +14,10 @@ one that matches a name decides.
 Parameters that take no gradient are constants: they are handed out with the model, and no part of
 an update, whatever the patterns say. What is trained and not shared stays on the client: it starts
 from the model as handed out and moves there, which the adversary does not see.
+
+The patterns are read on the agreed model. What a malicious server adds to it is sent: a server that
+knows the patterns can name its layers so that they match. A client that compares the names it sends
+with a list of its own is better off than that.
 """
 
 from __future__ import annotations
