@@ -31,6 +31,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
         "test_head_only_resnet."
         "test_a_frozen_backbone_sends_what_deleting_its_gradients_leaves_bit_for_bit",
         "test_head_only_resnet.test_distinct_labels_are_exact_behind_a_relu",
+        "test_networks_as_they_are_used.test_attacks_are_judged_on_what_is_shared",
     ),
     "grey and non-square images, several outputs, loaders in hand": (
         "test_images_as_they_come.test_every_form_of_one_batch_is_the_same_batch",

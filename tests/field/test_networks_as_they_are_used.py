@@ -6,7 +6,7 @@ networks that normalise by groups and by layers. What cannot work on one is refu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import pytest
@@ -19,12 +19,13 @@ from torchvision.models.resnet import Bottleneck
 
 import leakatlas
 from leakatlas.audit import Plan, Setting, Watch, presets
-from leakatlas.audit.jobs import Job, run_job
+from leakatlas.audit.jobs import Job, held_back, run_job
 from leakatlas.audit.listener import Silent
 from leakatlas.audit.start import Adversaries, can_start
 from leakatlas.data import IMAGENET, ImageSet
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import FedAVG, FedSGD, ModelRef, Protocol
+from leakatlas.report import Run
 from leakatlas.threat import LETTERS
 
 SIZE, CLASSES = 32, 5
@@ -109,21 +110,60 @@ def test_the_doctor_finds_the_client_consistent(name: str, protocol: Protocol) -
     assert sum(start.obstacle is None for start in found.outlooks.values()) >= 3
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_whatever_may_start_runs(name: str, tmp_path: object, cache: object) -> None:
+def _outcomes(model: nn.Module, victims: ImageSet, protocol: Protocol) -> dict[str, Run]:
+    """What comes of every attack that may start, ended at once."""
     setting = Setting(
-        name=name, model=_made(name), model_ref=ModelRef("object", name), victims=_batch(),
-        protocol=FedSGD(), box=IMAGENET,
+        name="net", model=model, model_ref=ModelRef("object", "net"), victims=victims,
+        protocol=protocol, box=IMAGENET,
     )  # fmt: skip
     plan = Plan(settings=(setting,), letters=tuple(LETTERS), seconds=1.0, rehearsal=False)
     live = setting.stage(letter="A", seed=0)
+    found = {}
     adversaries = Adversaries(live, live.federation.play_round())
     for attack in presets(None, {}, published=False):
         start = can_start(adversaries, attack, plan.letters)
         if start.obstacle is None:
             job = Job(setting, attack, start.letter, 0)
-            run = run_job(job, plan, 1e-9, None, Silent(), Watch())
-            assert run.status != "error", (attack.key, run.reason, run.trace)
+            found[attack.key] = run_job(job, plan, 1e-9, None, Silent(), Watch())
+    return found
+
+
+def _crashes(found: Mapping[str, Run]) -> list[tuple[str, str, str]]:
+    return [(key, run.reason, run.trace) for key, run in found.items() if run.status == "error"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_whatever_may_start_runs(name: str, tmp_path: object, cache: object) -> None:
+    assert not _crashes(_outcomes(_made(name), _batch(), FedSGD()))
+
+
+@pytest.mark.parametrize(
+    ("shared", "count", "misses"),
+    [("3.*", 1, {"rgap", "seer"}), ("!3.*", 2, {"dlfa", "seer"})],
+)
+def test_attacks_are_judged_on_what_is_shared(
+    shared: str, count: int, misses: set[str], cache: object
+) -> None:
+    """Only the head is sent, or all but the head: who reads what stays home does not apply."""
+    torch.manual_seed(1)
+    flat = nn.Linear(3 * SIZE * SIZE, 24)
+    model = nn.Sequential(nn.Flatten(), flat, nn.ReLU(), nn.Linear(24, CLASSES))
+    found = _outcomes(model, _batch().subset(range(count)), FedSGD(shared=(shared,)))
+    assert not _crashes(found)
+    home = {key for key, run in found.items() if "never leaves the client" in run.reason}
+    assert home == misses and all(found[key].status == "not applicable" for key in misses)
+
+
+def test_the_last_words_of_a_process_say_what_was_missed() -> None:
+    setting = Setting(
+        name="net", model=_made("layer norm"), model_ref=ModelRef("object", "net"),
+        victims=_batch(), protocol=FedSGD(shared=("fc.*",)), box=IMAGENET,
+    )  # fmt: skip
+    ended = "AttackCrashed: the attack's process ended: KeyError: '%s' (exit code 1)"
+    assert held_back(setting, ended % "tokens.weight") == "tokens.weight"
+    assert held_back(setting, ended % "1.tokens.weight") == "tokens.weight"  # as a wrapper has it
+    assert held_back(setting, ended % "fc.weight") == ""
+    assert held_back(setting, ended % "weights") == ""
 
 
 def test_a_second_input_is_refused_with_a_way_out() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import traceback
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from leakatlas.errors import (
     UnsupportedModel,
 )
 from leakatlas.fl import RoundRecord, Stage
+from leakatlas.fl.sharing import frozen_names, unshared_names
 from leakatlas.metrics.score import Scores, score
 from leakatlas.report import Run, pictures_of, verdict
 
@@ -147,7 +149,11 @@ def run_job(
     # included, is the result of this run alone, and the others go on.
     except (Exception, SystemExit) as crash:
         reason = f"{type(crash).__name__}: {crash}"
-        run = replace(blank, status="error", reason=reason, trace=traceback.format_exc())
+        if missed := held_back(job.setting, reason):
+            why = f"it reads the gradient of {missed!r}, which never leaves the client"
+            run = replace(blank, status="not applicable", reason=why)
+        else:
+            run = replace(blank, status="error", reason=reason, trace=traceback.format_exc())
     if cache is not None and progress is not None and not stop.stopped:
         try:
             kept.save(cache, run, plan.seconds)
@@ -156,6 +162,24 @@ def run_job(
         if run.status != "cut short":  # with more time it goes on from there
             shutil.rmtree(progress, ignore_errors=True)
     return run
+
+
+def held_back(setting: Setting, crash: str) -> str:
+    """What an attack looked up by name and did not find, if it is a parameter that stays home.
+
+    An update holds what is shared and nothing else, so asking for more ends as it does in a
+    mapping; in the attack's own process as well, whose last words are then all there is.
+
+    Args:
+        setting: Says what is shared.
+        crash: Kind and words of what the attack raised.
+    """
+    found = re.search(r"KeyError: '([^']+)'", crash)
+    if found is None:
+        return ""
+    home = unshared_names(setting.model, setting.protocol.shared) | frozen_names(setting.model)
+    fits = (name for name in home if found[1] == name or found[1].endswith(f".{name}"))
+    return max(fits, key=len, default="")
 
 
 def _scored(
