@@ -29,7 +29,11 @@ def full(report: Report, tmp_path: Path) -> Path:  # noqa: F811
         adversaries={"C": "our aggregator", "G": "the same, if its server were taken over"},
         assessor="J. Doe, data protection officer",
     )
-    alternatives = tuple(Comparison(f"defense {i}", (), report.runs, 0.9) for i in range(4))
+    late = "the budget ended before its price was measured"
+    alternatives = (
+        *(Comparison(f"defense {i}", (), report.runs, 0.9) for i in range(3)),
+        Comparison("defense 3", (), report.runs, None, late),
+    )
     letters = tuple("ABCDEFGH")
     return write_report(
         replace(report, context=context, letters=letters, comparisons=alternatives), tmp_path
@@ -52,8 +56,11 @@ def test_a_report_never_scrolls_sideways(chromium: Browser, full: Path, width: i
     page = chromium.new_page(viewport={"width": width, "height": 900})
     page.goto(full.as_uri())
     across = page.evaluate("document.documentElement.scrollWidth")
+    cut = page.evaluate("""[...document.querySelectorAll('.stack')]
+        .filter(table => table.scrollWidth > table.parentElement.clientWidth).length""")
     page.close()
     assert across <= width
+    assert cut == 0, "a table of stacked rows has nothing beyond its edge"
 
 
 def test_what_is_folded_on_a_screen_is_printed(chromium: Browser, full: Path) -> None:
