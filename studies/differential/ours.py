@@ -55,6 +55,7 @@ from leakatlas.blocks import (
     epochs,
     labels,
     matching,
+    observed,
     priors,
     readout,
     separation,
@@ -175,7 +176,7 @@ def dia() -> Figures:
 
 
 def dlfa() -> Figures:
-    """The objective with either prior on the order of two epochs of four images, at f = 2."""
+    """The objective with either prior on the order of two epochs of four images; label counts."""
     protocol = FedAVG(epochs=2, batch_size=2, lr=0.05)
     scene = staged("fc", 4, size=8, protocol=protocol, classes=10, widths=(12, 9), act="relu")
     view, x = scene.view([scene.federation.play_round()]), draw(90, 8, 3, 8, 8).requires_grad_()
@@ -191,7 +192,13 @@ def dlfa() -> Figures:
         disorder = epochs.order_prior(x, 2, s, "l2")
         total = 2 * match + 1e-3 * variation + 2 * leaving + weight * disorder
         figures |= {f"order, {name}": disorder, f"slope, {name}": slope(total, x)}
-    return figures
+    head, noise = labels.find_head(view.model, x), draw(92, 16, 3, 8, 8)
+    moved = {n: p + view.update.tensors[n] for n, p in view.model.named_parameters()}
+    start, end = (labels.head_pass(view.model, head, noise, weights=w) for w in (None, moved))
+    raw = labels.dimitrov(
+        head.weight_grad(observed.mean_gradient(view)), start, end, steps=4, samples=4
+    )
+    return figures | {"label counts, raw": raw, "label counts": labels.round_counts(raw, 4)}
 
 
 def dlg() -> Figures:
@@ -385,8 +392,10 @@ def hcgla() -> Figures:
     start = uniform(131, 1, 3, 8, 8).requires_grad_()
     distance = matching.masked(matching.squared_l2, {n: t != 0 for n, t in sent.items()})
     found = distance(gradient(model, start, y, tape=True), sent)
+    head = g["fc.weight"].flatten()
     return {
         "entries sent": float(sum(int((t != 0).sum()) for t in sent.values())), "sent": flat(sent),
+        "sent of one tensor": torch.where(kept(head, 0.9, 0.0), head, 0.0),
         "masked distance": found, "slope of the distance": slope(found, start),
     }  # fmt: skip
 
