@@ -18,7 +18,9 @@ The adversary makes its own lessons: it plays the client, defense included, on p
 (:meth:`leakatlas.fl.View.rehearse`), inverts what it sent, and learns from pairs of inverted and
 original images. No victim is among them.
 
-Measured (study ``channels``): mirroring the channel pays where it withholds or rescales (top-k,
+Measured (study ``rog``): where nine tenths of the update are withheld, fewer unknowns, the mirror
+and most of all the enhancement each help, and all of them together stay behind [3], published or
+rehearsed, under the same mirror. Study ``channels``: mirroring the channel pays where it withholds or rescales (top-k,
 signs, clipping) and costs where it adds noise; a rehearsed [3] reaches more under each.
 
 Departures:
