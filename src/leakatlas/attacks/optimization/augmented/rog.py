@@ -20,8 +20,9 @@ original images. No victim is among them.
 
 Measured (study ``rog``): where nine tenths of the update are withheld, fewer unknowns, the mirror
 and most of all the enhancement each help, and all of them together stay behind [3], published or
-rehearsed, under the same mirror. Study ``channels``: mirroring the channel pays where it withholds or rescales (top-k,
-signs, clipping) and costs where it adds noise; a rehearsed [3] reaches more under each.
+rehearsed, under the same mirror. Study ``channels``: mirroring the channel pays where it withholds
+or rescales (top-k, signs, clipping) and costs where it adds noise; a rehearsed [3] reaches more
+under each.
 
 Departures:
     - One small residual network enhances, learned by squared error. Published are a
