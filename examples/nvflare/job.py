@@ -37,6 +37,8 @@ def recipe(folder, *, rounds=2, tamper=False, opt_out=False):
         job.add_client_input_filter(LintFilter(), tasks=["train"])
         job.add_client_input_filter(CaptureFilter(folder), tasks=["train"])
         job.add_client_output_filter(CaptureFilter(folder), tasks=["train"])
+        job.add_server_output_filter(CaptureFilter(folder, place="server"), tasks=["train"])
+        job.add_server_input_filter(CaptureFilter(folder, place="server"), tasks=["train"])
     return job
 
 

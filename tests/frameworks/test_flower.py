@@ -254,17 +254,44 @@ def test_settings_that_make_no_sense_are_told(
         recorder_of({"leakatlas-folder": str(tmp_path)} | config)
 
 
-def test_only_chosen_rounds_are_recorded_and_a_small_limit_is_kept(tmp_path: Path) -> None:
+def test_only_chosen_rounds_and_clients_are_recorded_and_a_small_limit_is_kept(
+    tmp_path: Path,
+) -> None:
     task, client = _task(), _client()
     state = task.net().state_dict()
     for number in (1, 2):
         chosen = _context(tmp_path / "rounds", **{"leakatlas-rounds": "2"})
         client.app(_message(state, number), chosen)
     assert [p.name for p in (tmp_path / "rounds").iterdir()] == ["round-00002"]
+    client.app(_message(state), _context(tmp_path / "others", **{"leakatlas-clients": "76,78"}))
+    assert not (tmp_path / "others").exists()
+    client.app(_message(state), _context(tmp_path / "mine", **{"leakatlas-clients": "76, 77"}))
+    assert {p.name for p in (tmp_path / "mine").glob("*/*.json")} == {"raw-77.json", "wire-77.json"}
     client.app(_message(state), _context(tmp_path / "small", **{"leakatlas-limit-mb": 0.1}))
     facts = (tmp_path / "small" / "round-00001" / "wire-77.json").read_text(encoding="utf-8")
     assert "limit" in facts
     assert not list((tmp_path / "small").glob("*/*.safetensors"))
+
+
+def test_an_evaluation_is_neither_recorded_nor_guarded(tmp_path: Path) -> None:
+    """No update leaves with it."""
+    from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+
+    from leakatlas.integrations.flower import Guard, capture_raw_mod, capture_wire_mod, guard_mod
+
+    guard = guard_mod(Guard(on_alarm="refuse"))
+    app = ClientApp(mods=[capture_wire_mod, guard, capture_raw_mod])
+
+    @app.evaluate()
+    def judge(message: Any, context: Any) -> Any:
+        metrics = MetricRecord({"loss": 1.0, "num-examples": 4})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    tampered = ArrayRecord(_task().trap(_task().net().state_dict()))
+    message = Message(RecordDict({"arrays": tampered}), dst_node_id=77, message_type="evaluate")
+    assert not app(message, _context(tmp_path)).has_error()
+    assert not list(tmp_path.glob("round-*"))
 
 
 def test_a_server_cannot_hide_a_second_model_from_the_guard(tmp_path: Path) -> None:

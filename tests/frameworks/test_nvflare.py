@@ -164,6 +164,68 @@ def test_a_task_without_arrays_passes() -> None:
     assert LintFilter().process(task, _context()) is task
 
 
+def test_a_model_larger_than_the_limit_costs_no_memory_and_is_told(tmp_path: Path) -> None:
+    import resource
+
+    from leakatlas.integrations.nvflare import CaptureFilter
+
+    megabytes, context = 200, _context()
+    big = {"weight": torch.zeros(megabytes * 2**18).numpy()}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for chain in ("data", "result"):
+        _passed(CaptureFilter(str(tmp_path), limit_mb=1.0), chain, big, context)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown < megabytes / 2, f"{grown:.0f} MiB more for an exchange that is not recorded"
+    (facts,) = tmp_path.glob("*/*.json")
+    assert "pass the limit" in facts.read_text(encoding="utf-8")
+    assert not list(tmp_path.glob("*/*.safetensors"))
+
+
+def test_only_chosen_rounds_and_sites_are_recorded(tmp_path: Path) -> None:
+    from leakatlas.integrations.nvflare import CaptureFilter
+
+    state = _state(_net().Net())
+    for site in ("site-1", "site-2"):
+        context = _context(site)
+        for number in (0, 1, 2):
+            for chain in ("data", "result"):
+                chosen = CaptureFilter(str(tmp_path), rounds=[1], clients=["site-2"])
+                _passed(chosen, chain, state, context, number)
+    recorded = sorted(path.parent.name + "/" + path.name for path in tmp_path.glob("*/*.json"))
+    assert recorded == ["round-00001/raw-site-2.json"]
+
+
+def test_a_result_is_paired_with_its_own_task_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A site's filters see all tasks: one asks for the best model and brings none."""
+    from nvflare.apis.fl_constant import FLContextKey
+
+    from leakatlas.integrations.nvflare import CaptureFilter
+
+    state, context = _state(_net().Net()), _context()
+
+    def begin(task: str) -> None:
+        context.set_prop(FLContextKey.TASK_ID, task, private=True, sticky=False)
+
+    begin("train")
+    _passed(CaptureFilter(str(tmp_path)), "data", state, context, 1)
+    moved = {name: value + 1 for name, value in state.items()}
+    _passed(CaptureFilter(str(tmp_path)), "result", moved, context, 1)
+    begin("submit_model")
+    _passed(CaptureFilter(str(tmp_path)), "result", state, context, 1)
+    assert "no data of its task passed here" in caplog.text
+    last = read_recording(tmp_path).last
+    assert all((last.sent[n].numpy() == value).all() for n, value in moved.items())
+
+    # What cannot be read is not answered by the round before.
+    begin("again")
+    _passed(CaptureFilter(str(tmp_path)), "data", {"weight": "text"}, context, 2)
+    _passed(CaptureFilter(str(tmp_path)), "result", state, context, 2)
+    assert "round 2 of client site-1, since what arrived cannot be read" in caplog.text
+    assert [e.round for e in read_recording(tmp_path).exchanges] == [1]
+
+
 def test_arguments_that_make_no_sense_are_told(tmp_path: Path) -> None:
     from leakatlas.integrations.nvflare import CaptureFilter, LintFilter
 
@@ -197,7 +259,7 @@ def test_two_rounds_of_two_sites_in_the_simulator(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
     net = _net()
     for site in ("site-1", "site-2"):
-        recording = read_recording(tmp_path / "captures", client=site)
+        recording = read_recording(tmp_path / "captures", client=site, place="raw")
         assert [e.round for e in recording.exchanges] == [0, 1]
         assert recording.last.settings == {"steps": 2}
         found = leakatlas.doctor(
@@ -206,6 +268,11 @@ def test_two_rounds_of_two_sites_in_the_simulator(tmp_path: Path) -> None:
         )  # fmt: skip
         assert found.replay.residual is not None
         assert found.replay.residual <= 1e-5, site
+        server = read_recording(tmp_path / "captures", client=site, place="server")
+        assert [e.round for e in server.exchanges] == [0, 1]
+        for raw, seen in zip(recording.exchanges, server.exchanges, strict=True):
+            assert all(torch.equal(t, seen.received[n]) for n, t in raw.received.items())
+            assert all(torch.equal(t, seen.sent[n]) for n, t in raw.sent.items())
 
 
 def test_a_tampered_job_is_refused_by_its_sites(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _private(noise: float) -> tuple[Any, Any, Any, Tensor, Tensor]:
+def _private(noise: float, *, wrapped: bool = True) -> tuple[Any, Any, Any, Tensor, Tensor]:
     from opacus import PrivacyEngine
 
     torch.manual_seed(0)
@@ -36,11 +37,12 @@ def _private(noise: float) -> tuple[Any, Any, Any, Tensor, Tensor]:
     x, y = torch.rand(4, 3, 16, 16), torch.arange(4)
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
     engine = PrivacyEngine()
-    model, optimizer, _ = engine.make_private(
+    private, optimizer, _ = engine.make_private(
         module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=data,
         noise_multiplier=noise, max_grad_norm=NORM, poisson_sampling=False,
+        **({} if wrapped else {"wrap_model": False}),
     )  # fmt: skip
-    return engine, model, optimizer, x, y
+    return engine, private if wrapped else model, optimizer, x, y
 
 
 def _step(model: nn.Module, optimizer: Any, x: Tensor, y: Tensor) -> None:
@@ -64,8 +66,14 @@ def _clipped(x: Tensor, y: Tensor) -> dict[str, Tensor]:
     return sums
 
 
-def test_the_released_gradient_is_the_clipped_mean_plus_noise() -> None:
-    _, model, optimizer, x, y = _private(noise=2.0)
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_the_released_gradient_is_the_clipped_mean_plus_noise(wrapped: bool) -> None:
+    """Also where Opacus leaves the model as it is and hooks into it (from 1.6 on)."""
+    from opacus import PrivacyEngine
+
+    if not wrapped and "wrap_model" not in signature(PrivacyEngine.make_private).parameters:
+        pytest.skip("this Opacus always wraps the model")
+    _, model, optimizer, x, y = _private(noise=2.0, wrapped=wrapped)
     with capture_release(optimizer) as release:
         _step(model, optimizer, x, y)
     update = release.capture(model, examples=4).update

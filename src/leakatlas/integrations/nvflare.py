@@ -15,7 +15,8 @@ Source: the API of nvflare 2.9.0 (``nvflare.apis.dxo_filter``).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
 from nvflare.apis.dxo_filter import DXOFilter
 from nvflare.apis.filter import ContentBlockedException, FilterChainType, FilterContextKey
+from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import ReservedHeaderKey, Shareable
 from torch import Tensor
@@ -44,6 +46,23 @@ FRAMEWORK = (ReservedHeaderKey.HEADERS, ReservedHeaderKey.PEER_CTX)
 
 KEPT = "leakatlas_received"
 """Under which name the context of a site keeps what arrived."""
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """What a task brought, until its result leaves.
+
+    Args:
+        task: Its number; empty at a server, which numbers it later.
+        round: Its round.
+        arrays: Copies by name; none where they are left out.
+        why: Why they are.
+    """
+
+    task: str
+    round: int
+    arrays: Mapping[str, Tensor] = field(default_factory=dict)
+    why: str = ""
 
 
 class CaptureFilter(DXOFilter):
@@ -78,45 +97,64 @@ class CaptureFilter(DXOFilter):
             clients=None if clients is None else frozenset(clients),
             limit=int(limit_mb * limits.MIB),
         )
+        self._last: Mapping[str, Tensor] = {}
 
     def process_dxo(self, dxo: DXO, shareable: Shareable, fl_ctx: FLContext) -> None:
         """Look, and change nothing."""
         client = _client(fl_ctx, at_server=self.place == "server")
+        name = f"{KEPT}_{client}"
+        task = str(fl_ctx.get_prop(FLContextKey.TASK_ID, ""))
+        if self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA_CHAIN:
+            # Of every task, so that no result is paired with the task before.
+            arrived = self._arrived(dxo, Arrived(task, _round(dxo, shareable)), client)
+            fl_ctx.set_prop(name, arrived, private=True, sticky=True)
+            return
+        arrived = fl_ctx.get_prop(name)
+        if arrived is None or arrived.task not in ("", task):
+            said = "Not captured: what leaves client %s, since no data of its task passed here."
+            log.warning(said, client)
+        elif self.recorder.wants(arrived.round, client):
+            self._record(arrived, dxo, client)
+
+    def _arrived(self, dxo: DXO, task: Arrived, client: str) -> Arrived:
+        """With copies of what arrived, if the exchange is wanted and fits; else why not."""
+        if not self.recorder.wants(task.round, client):
+            return replace(task, why="a filter of the task data was told to leave this round out")
         try:
+            # What comes back is about as large.
+            if why := self.recorder.refuses(2 * _size(dxo)):
+                return replace(task, why=why)
             held = tensors(dxo)
         except InvalidInput as problem:
-            log.warning("Not captured: what passes client %s. %s", client, problem)
-            return
-        name = f"{KEPT}_{client}"
-        if self.get_prop(FilterContextKey.CHAIN_TYPE) == FilterChainType.TASK_DATA_CHAIN:
-            kept = (_round(dxo, shareable), held)
-            fl_ctx.set_prop(name, kept, private=True, sticky=True)
-            return
-        kept = fl_ctx.get_prop(name)
-        if kept is None:
-            log.warning("Not captured: no task data passed this filter before client %s's", client)
-            return
-        round, received = kept
-        if not self.recorder.wants(round, client):
-            return
+            return replace(task, why=f"what arrived cannot be read: {problem}")
+        if not _equal(held, self._last):  # a server sends many clients the same model
+            self._last = held
+        return replace(task, arrays=self._last)
+
+    def _record(self, arrived: Arrived, dxo: DXO, client: str) -> None:
+        """Write the exchange, or why its arrays are left out; never stop the job."""
         exchange = Exchange(
-            round=round,
+            round=arrived.round,
             client=client,
             place=self.place,
-            received=received,
-            sent=held,
+            received=arrived.arrays,
+            sent={},
             kind="weights" if dxo.data_kind == DataKind.WEIGHTS else "delta",
             settings=_settings(dxo),
             framework=f"nvflare {version('nvflare')}",
         )
-        size = sum(t.nbytes for t in (*received.values(), *held.values()))
+        why = arrived.why
         try:
-            why = self.recorder.refuses(size)
+            size = sum(tensor.nbytes for tensor in arrived.arrays.values()) + _size(dxo)
+            why = why or self.recorder.refuses(size)
+            if not why:
+                exchange = replace(exchange, sent=tensors(dxo))
             self.recorder.write(exchange, left_out=why)
         except LeakAtlasError as problem:
             why = str(problem)
         if why:
-            log.warning("Not captured: round %d of client %s, since %s.", round, client, why)
+            said = "Not captured: round %d of client %s, since %s."
+            log.warning(said, arrived.round, client, why.rstrip("."))
 
 
 class LintFilter(DXOFilter):
@@ -215,6 +253,23 @@ def tensors(dxo: DXO) -> dict[str, Tensor]:
         return {name: torch.as_tensor(value).detach().clone() for name, value in dxo.data.items()}
     except (AttributeError, TypeError, ValueError, RuntimeError) as problem:
         raise InvalidInput(f"It holds more than arrays by name: {problem}.") from None
+
+
+def _size(dxo: DXO) -> int:
+    """Bytes of its arrays, which need not be read for it.
+
+    Raises:
+        InvalidInput: If it holds no arrays by name.
+    """
+    if not isinstance(dxo.data, dict):
+        raise InvalidInput(f"It holds a {type(dxo.data).__name__} and no arrays by name.")
+    return sum(int(getattr(value, "nbytes", 0)) for value in dxo.data.values())
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        t.dtype == other[n].dtype and torch.equal(t, other[n]) for n, t in one.items()
+    )
 
 
 def _client(context: FLContext, *, at_server: bool) -> str:
