@@ -42,9 +42,9 @@ compat: $(STAMP) ## The fast tests with the lowest and the newest versions, on e
 	$(BIN)/python scripts/compat.py --extra flower
 
 # Frameworks that cannot share our pins, or would slow every test: an environment each, outside of
-# the repository.
+# the repository. LOWEST=1 takes the oldest release that we allow.
 test-flower test-nvflare test-lightning test-huggingface test-mlflow test-priors: test-%: $(STAMP) ## The adapter for a framework, in an environment of its own
-	$(BIN)/python scripts/frameworks.py $*
+	$(BIN)/python scripts/frameworks.py $* $(if $(LOWEST),--lowest)
 
 bench-flower: $(STAMP) ## What the page of frameworks says of Flower, measured under its engine
 	$(BIN)/python scripts/frameworks.py flower --study flower

@@ -2,7 +2,8 @@
 
 ``python scripts/frameworks.py flower`` makes a virtual environment outside of the repository with
 the project and the extra of that name, runs ``tests/frameworks/test_flower.py`` in it, and ends
-with its exit code. With ``--study`` it runs a study of that name in it instead.
+with its exit code. With ``--lowest`` the framework is the oldest that the extra allows. With
+``--study`` it runs a study of that name in it instead.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = {
-    "flower": ("flower", ["flwr[simulation]>=1.22"]),
+    "flower": ("flower", ["flwr[simulation]"]),
     "nvflare": ("nvflare", []),
     "lightning": ("lightning", []),
     "huggingface": ("huggingface", []),
@@ -28,18 +30,26 @@ EXTRAS = {
 TESTERS = ["pytest>=8", "hypothesis>=6.100"]
 
 
+def lowest(extra: str) -> list[str]:
+    """The requirements of an extra at their lower bounds."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found: dict[str, list[str]] = project["optional-dependencies"]
+    return [one.replace(">=", "==") for name in extra.split(",") for one in found[name]]
+
+
 def main() -> int:
     """Build the environment and run the tests."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("framework", choices=sorted(EXTRAS))
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "frameworks")
+    parser.add_argument("--lowest", action="store_true", help="the oldest that is allowed")
     parser.add_argument("--study", help="run this study there instead of the tests")
     options = parser.parse_args()
-    folder = options.folder / options.framework
+    folder = options.folder / (options.framework + "-lowest" * options.lowest)
     binary = str(folder / "bin" / "python")
     uv = [sys.executable, "-m", "uv"]
     extra, beside = EXTRAS[options.framework]
-    wanted = [f"{ROOT}[{extra}]", *beside, *TESTERS]
+    wanted = [f"{ROOT}[{extra}]", *beside, *TESTERS, *(lowest(extra) if options.lowest else [])]
     for command in (
         [*uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)],
         [*uv, "pip", "install", "--quiet", "--python", binary, *wanted],

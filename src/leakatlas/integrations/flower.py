@@ -1,4 +1,4 @@
-"""Capture and guard for Flower apps (``flwr`` 1.22 and newer, message API).
+"""Capture and guard for Flower apps (``flwr`` 1.24 and newer, message API).
 
 A client records what goes by with a mod; where it stands in the list is what it sees::
 
@@ -18,7 +18,7 @@ Under SecAgg+, which Flower has for its older API only, a client's wire holds ma
 capture says so and holds no arrays. What the server learns is the mean:
 :class:`CapturingLegacyStrategy` records it.
 
-Source: the API of flwr 1.22 to 1.42 (``flwr.clientapp``, ``flwr.serverapp.strategy``).
+Source: the API of flwr 1.24 to 1.42 (``flwr.clientapp``, ``flwr.serverapp.strategy``).
 """
 
 from __future__ import annotations
