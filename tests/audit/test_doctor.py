@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -98,6 +99,42 @@ def test_a_wrong_order_is_named() -> None:
     wrong = tuple(reversed(record.order[0]))
     check = check_replay(record.received[0], update, client.x, client.y, protocol, order=wrong)
     assert check.culprit == "order"
+
+
+class Coarse(torch.nn.Module):
+    """Loses the last digits of pixels in single precision, and none in double."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(3 * 32 * 32, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.fc(((x + 2.0**14) - 2.0**14).flatten(1))
+        return scores
+
+
+def test_what_hangs_on_the_last_digit_is_no_wrong_description() -> None:
+    torch.manual_seed(0)
+    model, photos = Coarse(), data.photos(32).subset(range(4))
+    claimed = FedAVG(epochs=1, batch_size=2, lr=0.01)
+    played = Federation(
+        copy.deepcopy(model).double(), {0: Client(photos.images.double(), photos.labels)}, claimed
+    ).play_round()  # fmt: skip
+    sent = played.updates[0]
+    update = sent.with_tensors({n: t.float() for n, t in sent.tensors.items()})
+    update = replace(update, state_hash="")
+
+    def check(protocol: Protocol, x: torch.Tensor = photos.images) -> Any:
+        return check_replay(model, update, x, photos.labels, protocol)
+
+    found = check(claimed)
+    assert found.residual > 1e-3
+    assert (found.culprit, found.expected, found.consistent) == ("rounding", True, False)
+    assert "the last digit" in found.explanation
+    # Of anything larger it explains nothing.
+    for wrong in (replace(claimed, lr=0.02), replace(claimed, momentum=0.9)):
+        assert not check(wrong).expected
+    assert not check(claimed, photos.images.flip(0)).expected
 
 
 def test_nonsense_is_called_unknown() -> None:

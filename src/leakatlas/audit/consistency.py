@@ -19,6 +19,7 @@ from leakatlas.audit.described import (
     Residual,
     attempted,
     residual_of,
+    rounding_of,
     tolerance_of,
 )
 from leakatlas.audit.estimates import (
@@ -37,7 +38,7 @@ from leakatlas.fl import Defense, Protocol, Trait, Update, state_hash
 from leakatlas.fl.draws import Draws
 from leakatlas.fl.state import buffers, load_into, model_state, parameters
 
-UNCHECKABLE = ("defense", "dropout", "augmentation", "moving buffers")
+UNCHECKABLE = ("defense", "dropout", "augmentation", "moving buffers", "rounding")
 """What a replay cannot repeat: a residual that comes of it speaks against nothing."""
 
 
@@ -48,7 +49,7 @@ class ReplayCheck:
     Args:
         residual: ``|replay - update| / |update|`` under the description; None if there is no batch
             to replay.
-        consistent: Whether rounding explains the residual.
+        consistent: Whether the residual is one that rounding leaves in well-behaved training.
         culprit: What is wrong, in a word or two (``sign``, ``momentum``, ``several``, ...), or
             ``unknown``; empty if consistent.
         explanation: The finding in words.
@@ -120,6 +121,14 @@ def check_replay(
     known = _known_beforehand(described, update, model, defended=defended, size=first.plain)
     if known is not None:
         return wrong(*known)
+    # Client and replay both bear it.
+    if first.plain <= NEARLY and first.plain <= 2 * (rounding := rounding_of(described)):
+        return wrong(
+            "rounding",
+            f"it differs by {first.plain:.2%} of its norm, and double precision alone would move "
+            f"what this client sends by {rounding:.2%}: so large a step on so few examples hangs "
+            "on the last digit",
+        )
     tried = list[Tried]()
     for culprit, words, changed in mistakes(described, box):
         found = attempted(changed)
