@@ -479,6 +479,9 @@ def test_a_letter_without_a_try_hears_which_budget_would_make_one(small_plan: Pl
 
     words = said(("B",), enough=found)
     assert words == "nothing was tried for letter B (a budget of about 3 min would try gias)"
-    alone = "nothing was tried for letters A, B (of 30 s, start-up and examination alone took 28)"
+    alone = (
+        "nothing was tried for letters A, B (of 30 s, start-up and examination alone took 28; a "
+        "budget of about 1.5 min leaves time for attacks)"
+    )
     assert said(("A", "B"), enough=found, examined_seconds=28.0) == alone
     assert said(("A", "B"), enough=found, examined_seconds=12.0) == alone.partition(" (")[0]

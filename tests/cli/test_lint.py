@@ -20,6 +20,7 @@ from torch import nn
 from leakatlas import models
 from leakatlas.blocks import readout
 from leakatlas.fl import edits
+from torchvision.models import VisionTransformer
 import torch
 
 def honest():
@@ -29,6 +30,10 @@ def inserted():
     n = 3 * 16 * 16
     block = edits.Imprint(torch.full((n,), 1 / n), readout.bin_edges("normal", 32))
     return edits.Imprinted(block.layers(), honest())
+
+def vision():
+    torch.manual_seed(0)
+    return VisionTransformer(32, 16, 1, 2, 16, 32, num_classes=10)
 """
 
 
@@ -116,6 +121,11 @@ def test_a_batch_runs_the_model(run: Any, files: Path) -> None:
     assert bad.code == 1 and "D2" in json.loads(bad.out)["checks"]
 
 
+def test_attention_is_read_example_by_example(run: Any, files: Path) -> None:
+    found = run(f"{files}/factory.py:vision", "--batch", "patches:32:12", "--json")
+    assert found.code == 0 and found.err == "" and "D8/d_snr" in json.loads(found.out)["scores"]
+
+
 def test_built_in_and_shipped_models(run: Any) -> None:
     assert run("builtin:resnet8").code == 0
     assert "convnet-cifar10" in models.shipped()
@@ -167,6 +177,8 @@ def test_an_update_about_to_be_sent(run: Any, files: Path, tmp_path: Path) -> No
         (("builtin:lenet", "--limit", "0"), "--limit 0"),
         (("builtin:lenet", "--other", "abc"), "64 hexadecimal digits"),
         (("builtin:lenet", "--batch", "phots"), "Did you mean 'photos'"),
+        (("{files}/factory.py:honest", "--batch", "photos:24"), "photos:16"),
+        (("{files}/factory.py:vision", "--batch", "photos:16"), "photos:32"),
     ],
 )
 def test_bad_input_leaves_with_2_and_says_the_way_out(

@@ -308,7 +308,7 @@ UNREADABLE: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, int, int], st
     ),
     "a full layer": (
         lambda: nn.Sequential(nn.Conv2d(3, 2, 5), nn.Flatten(), nn.Linear(2 * 28 * 28, 6)),
-        (3, 40, 36), r"It reads \(1, 3, 32, 32\): folder:PATH@32, .*ImageSet\.resize, gives",
+        (3, 40, 36), r"It reads \(1, 3, 32, 32\): folder:PATH@32, .*ImageSet\.resize\) gives",
     ),
     "channels alone": (
         lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),

@@ -268,7 +268,7 @@ def _setting(
         known=known,
         grants=frozenset(Grant(grant) for grant in grants),
         device=devices.chosen(device),
-    )
+    ).readable()
 
 
 def _require_kinds(model: object, captured: object) -> None:

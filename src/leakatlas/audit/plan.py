@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from leakatlas.attacks.api import Attack
-from leakatlas.audit.sizes import require_readable
 from leakatlas.audit.utility import Task
 from leakatlas.bench import harness
 from leakatlas.blocks.descent import EXECUTIONS
@@ -43,6 +42,7 @@ from leakatlas.fl import (
 from leakatlas.fl.capture import Capture
 from leakatlas.fl.intake import take_in
 from leakatlas.fl.state import on_device
+from leakatlas.models.sizes import require_readable
 from leakatlas.report import Context
 from leakatlas.threat import Grant, Vantage
 
@@ -105,7 +105,6 @@ class Setting:
         if notes and not self.notes:
             object.__setattr__(self, "model", model)
             object.__setattr__(self, "notes", notes)
-        require_readable(model, self.victims.shape, self.device, known=self.known)
         if self.captured is not None:
             object.__setattr__(self, "clients", self._clients_behind(self.captured))
         if len(self.victims) < self.clients:
@@ -168,6 +167,15 @@ class Setting:
         if self.surrogate is not None:
             return self.surrogate
         return strangers(self.victims)
+
+    def readable(self) -> Setting:
+        """Itself, after one pass of the model that says whether it takes these images.
+
+        Raises:
+            InvalidInput: If it does not, with those that it takes.
+        """
+        require_readable(self.model, self.victims.shape, self.device, known=self.known)
+        return self
 
     def honest_round(self, seed: int) -> tuple[Stage, tuple[RoundRecord, ...]]:
         """The rounds of honest clients, played once for all passive attacks, and their stage.

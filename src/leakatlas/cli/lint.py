@@ -70,18 +70,24 @@ def lint(
     files are read as plain tensors only.
     """
     # torch takes a second to load; --help should not wait for it.
+    from torch import nn
+
     from leakatlas import data
     from leakatlas.errors import InvalidParameter
     from leakatlas.fl import state_hash
     from leakatlas.fl.capture import Capture
+    from leakatlas.fl.intake import take_in
     from leakatlas.lint import lint as examine
     from leakatlas.lint.layers import anatomy
+    from leakatlas.models.sizes import require_readable
 
     if limit < 1:
         raise InvalidParameter(f"--limit {limit}: expected a positive number of examples.")
     own = None if batch is None else data.load(batch, limit=limit)
     box = _box(mean, std)
     received = read_model(model, weights, classes=_classes(own), option="MODEL")
+    if own is not None and isinstance(received, nn.Module):
+        require_readable(take_in(received, own.images[:1]).model, own.shape)
     verdict = examine(
         received,
         reference=None

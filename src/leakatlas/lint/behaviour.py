@@ -18,11 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import replay, task_loss
 from leakatlas.fl.state import buffers, parameters, trained
 from leakatlas.lint.findings import Score, share_of
+from leakatlas.models.sizes import REFUSALS
 from leakatlas.models.structure import in_mode
 
 EXAMPLES = 64
@@ -69,7 +71,8 @@ def row_norms(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         found = grad(loss)(weights, one, target)
         return {n: g.flatten(1).double().norm(dim=1) for n, g in found.items()}
 
-    with in_mode(model, train=False):
+    # Attention's fused kernels cannot be mapped, and torch warns about every one.
+    with in_mode(model, train=False), sdpa_kernel(SDPBackend.MATH):
         try:
             found: dict[str, Tensor] = vmap(rows, chunk_size=8)(x, y)
         except RuntimeError:
@@ -96,7 +99,7 @@ def logits_of(model: nn.Module, x: Tensor) -> Tensor:
     try:
         with in_mode(model, train=False):
             logits = model(x)
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as problem:
+    except REFUSALS as problem:
         # Shapes are checked anywhere inside the model, and its code may be anybody's.
         raise InvalidInput(
             f"{type(model).__name__} cannot read the batch of shape {tuple(x.shape)}: "

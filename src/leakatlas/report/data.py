@@ -20,6 +20,9 @@ from leakatlas.threat import LETTERS
 
 SCHEMA = "leakatlas/report/3"
 
+AMPLE = 3.0
+"""A budget of so many times what start-up and examination took leaves time for attacks."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -183,7 +186,11 @@ class Report:
             return f" (a budget of about {minutes:g} min would try {most['attack']})"
         examined = self.facts.get("examined_seconds", 0.0)
         if budget is not None and examined > budget / 2:
-            return f" (of {budget:.0f} s, start-up and examination alone took {examined:.0f})"
+            ample = math.ceil(AMPLE * examined / 30) / 2
+            return (
+                f" (of {budget:.0f} s, start-up and examination alone took {examined:.0f}; a "
+                f"budget of about {ample:g} min leaves time for attacks)"
+            )
         return ""
 
     def _superseded(self, cut: Run) -> bool:

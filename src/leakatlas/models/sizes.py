@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from leakatlas.devices import CPU
 from leakatlas.errors import InvalidInput
 from leakatlas.models.structure import in_mode
 
-REFUSALS = (
-    AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError,
-)  # fmt: skip
+REFUSALS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 """What networks raise at an input that is not theirs: torchvision and timm assert its size."""
 
 SIDES = (224, 32, 64, 28, 96, 128, 256, 299, 384, 16, 8)
@@ -20,7 +19,7 @@ SIDES = (224, 32, 64, 28, 96, 128, 256, 299, 384, 16, 8)
 
 
 def require_readable(
-    model: nn.Module, shape: Sequence[int], device: torch.device, *, known: bool = True
+    model: nn.Module, shape: Sequence[int], device: torch.device = CPU, *, known: bool = True
 ) -> None:
     """Refuse images that a model cannot take, with those that it takes.
 
@@ -55,8 +54,8 @@ def _way(shape: Sequence[int], fitting: Sequence[int] | None) -> str:
     if fitting is None or fitting[1:] != tuple(shape[1:]):
         side = "SIZE" if fitting is None else fitting[1]
         ways.append(
-            f"folder:PATH@{side}, parquet:PATH@{side} or photos:{side} in YAML, or "
-            "ImageSet.resize, gives them that size"
+            f"folder:PATH@{side}, parquet:PATH@{side} or photos:{side} (in Python "
+            "ImageSet.resize) gives them that size"
         )
     if fitting is None or fitting[0] != shape[0]:
         ways.append(
