@@ -27,6 +27,10 @@ Labels, where none are granted: an absent class of a fresh head has the row sum 
 gradient, from which follows what one example takes away (:func:`leakatlas.blocks.labels.e2egi`).
 It presumes non-negative features, a nearly uniform softmax and one absent class.
 
+Measured (study ``e2egi``): recombining three searches gives more than one of them, than the best of
+three restarts and than [3] under our preset with as many, at equal CPU time; [3] as it rehearsed is
+ahead of it, and alone passes the nearest public image.
+
 Departures:
     - Groups are aligned inside each class of labels before they are recombined (least squared
       pixel difference, to the best group): equal labels may have settled in exchanged places, and
