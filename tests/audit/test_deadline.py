@@ -139,6 +139,7 @@ def test_an_attack_that_never_looks_at_the_clock(plan: Plan, budget: float) -> N
     "leakatlas.audit.run.examine",  # a diagnosis that takes a thousand seconds
     "leakatlas.fl.rounds.Federation.play_round",  # one round of a network that is too large
     "leakatlas.audit.plan.Setting.stage",
+    "leakatlas.audit.plan.Setting.readable",
     "leakatlas.audit.run.require_feasible",
     "leakatlas.audit.compare.price_of",
     "leakatlas.audit.iterating.timed",

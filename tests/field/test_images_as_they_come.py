@@ -345,11 +345,12 @@ def test_a_file_follows_the_answer(tmp_path: Path) -> None:
         "model": {"builtin": "fc", "kwargs": {"size": 28}},
         "data": {"victims": "folder:pictures"},
     }
+    (setting,) = make_plan(AuditConfig.model_validate(keys), base=tmp_path, command="").settings
     with pytest.raises(InvalidInput, match=r"inputs of shape \(1, 3, 6, 8\).*folder:PATH@28"):
-        make_plan(AuditConfig.model_validate(keys), base=tmp_path, command="")
+        setting.readable()
     keys["data"] = {"victims": "folder:pictures@28"}
     (setting,) = make_plan(AuditConfig.model_validate(keys), base=tmp_path, command="").settings
-    assert setting.victims.shape == (3, 28, 28)
+    assert setting.readable().victims.shape == (3, 28, 28)
 
 
 def test_a_capture_without_its_images_is_told_where_their_shape_is_said() -> None:

@@ -220,7 +220,7 @@ def doctor(
         captured, input_shape, device, channels, classes,
     )  # fmt: skip
     letters = tuple(m.letter for m in threat_models(threat))
-    stage = setting.stage(letter=letters[0], seed=seed)
+    stage = setting.readable().stage(letter=letters[0], seed=seed)
     attacks = presets(None, {}, published=False)
     require_feasible(stage, attacks, None)
     return examine(stage, attacks, letters=letters)
@@ -268,7 +268,7 @@ def _setting(
         known=known,
         grants=frozenset(Grant(grant) for grant in grants),
         device=devices.chosen(device),
-    ).readable()
+    )
 
 
 def _require_kinds(model: object, captured: object) -> None:

@@ -346,7 +346,7 @@ def make_setting(config: AuditConfig, *, base: Path) -> Setting:
         weights=config.model.weights or "",
         device=devices.chosen(config.device),
         weights_notes=(*notes, *assumed),
-    ).readable()
+    )
 
 
 def _task(config: AuditConfig, setting: Setting, base: Path) -> Task | None:

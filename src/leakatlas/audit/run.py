@@ -185,7 +185,7 @@ def _examine(
 ) -> None:
     """Diagnose a set-up: what is to be run there, and what cannot."""
     attacks = presets(setting.attacks, plan.attack_parameters, published=plan.seconds is None)
-    live = setting.stage(letter=plan.letters[0], seed=plan.seed)
+    live = setting.readable().stage(letter=plan.letters[0], seed=plan.seed)
     require_feasible(live, attacks, plan.seconds)
     diagnosis = examine(live, attacks, letters=plan.letters, watch=watch)
     diagnoses[setting.name] = diagnosis.to_json()

@@ -266,7 +266,7 @@ def doctor(
     found = {}
     for setting in plan.settings:
         attacks = presets(setting.attacks, plan.attack_parameters, published=False)
-        stage = setting.stage(letter=plan.letters[0], seed=plan.seed)
+        stage = setting.readable().stage(letter=plan.letters[0], seed=plan.seed)
         require_feasible(stage, attacks, plan.seconds)
         diagnosis = examine(stage, attacks, letters=plan.letters)
         realism = realism_of(pair_of(setting, wanted=plan.upper_bound), silent=NOT_YET)
