@@ -344,6 +344,27 @@ def test_counters_and_single_numbers_pass_unharmed(tmp_path: Path) -> None:
     assert "1.num_batches_tracked" not in capture.update.tensors
 
 
+def _noise_carries_counters(folder: Path) -> bool:
+    """Flower's own mod alone: in 1.24 it fails on arrays of a single number."""
+    from flwr.clientapp import ClientApp
+    from flwr.clientapp.mod import LocalDpMod
+
+    app = ClientApp(mods=[LocalDpMod(1.0, 0.01, 5.0, 1e-5)])
+
+    @app.train()
+    def fit(message: Any, context: Any) -> Any:
+        from flwr.app import ArrayRecord, Message, RecordDict
+
+        moved = ArrayRecord({"weight": torch.ones(2), "counter": torch.tensor(4)})
+        return Message(RecordDict({"arrays": moved}), reply_to=message)
+
+    try:
+        app(_message({"weight": torch.zeros(2), "counter": torch.tensor(3)}), _context(folder))
+    except TypeError:
+        return False
+    return True
+
+
 def test_the_recording_that_the_gate_reads_is_what_the_library_makes(tmp_path: Path) -> None:
     from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
@@ -351,6 +372,9 @@ def test_the_recording_that_the_gate_reads_is_what_the_library_makes(tmp_path: P
 
     from leakatlas.integrations.flower import capture_raw_mod, capture_wire_mod
     from tests.integrations.recorded import FLOWER, SETTINGS, make, train
+
+    if not _noise_carries_counters(tmp_path):
+        pytest.skip("this Flower's LocalDpMod fails on the counters of batch normalisation")
 
     noise = LocalDpMod(clipping_norm=1.0, sensitivity=0.01, epsilon=5.0, delta=1e-5)
     app = ClientApp(mods=[capture_wire_mod, noise, capture_raw_mod])

@@ -49,7 +49,8 @@ def main(grid: Grid, context: Context):
             num_sampled_clients=2,
         )
     if config["capture"]:
-        strategy = CapturingStrategy(strategy, config["leakatlas-folder"])
+        limit = int(config["leakatlas-limit-mb"] * 2**20)
+        strategy = CapturingStrategy(strategy, config["leakatlas-folder"], limit=limit)
     begun = time.thread_time()
     strategy.start(
         grid=grid,
