@@ -150,17 +150,8 @@ def recommend(
         InvalidParameter: If there is no condition, or the update was captured.
         InvalidInput: As :func:`~leakatlas.audit.run.carry_out`.
     """
-    if not conditions:
-        raise InvalidParameter(
-            "Nothing says what a defense must achieve; give fail_on in the file or --fail-on, "
-            "such as 'P(psnr > 20 dB) > 0.05'."
-        )
+    _require_possible(plan, conditions)
     first = plan.settings[0]
-    if first.captured is not None:
-        raise InvalidParameter(
-            "A captured update cannot be sent again under other defenses; leave out captured to "
-            "simulate the client."
-        )
     begun = time.perf_counter() if begun is None else begun
     deadline = Deadline(begun, plan.seconds)
     listener, stop = listener or Silent(), stop or Watch()
@@ -205,17 +196,8 @@ def recommend(
         }
         if weaker:
             meet(weaker, WEAKER)
-    pricing = part(1 - REPORT)
-    prices: dict[str, Utility] = {}
-    with deadline.ends():
-        for name in sorted(
-            met, key=lambda n: (n != "as configured", not _holds(met[n], conditions))
-        ):
-            prices[name] = price_of(
-                sets[name], local=local, seed=plan.seed, watch=pricing, task=plan.task
-            )
-    for name in met:
-        price = prices.get(name, UNPRICED)
+    prices = _prices(plan, met, sets, conditions, watch=part(1 - REPORT), deadline=deadline)
+    for name, price in prices.items():
         met[name] = replace(met[name], accuracy=price.accuracy, reason=price.reason)
     report = replace(
         report,
@@ -241,6 +223,42 @@ def recommend(
         report=report,
         task=plan.task.name if plan.task else REFERENCE,
     )
+
+
+def _require_possible(plan: Plan, conditions: Sequence[Gate]) -> None:
+    """Refuse without an aim, or where defenses cannot be put before the update."""
+    if not conditions:
+        raise InvalidParameter(
+            "Nothing says what a defense must achieve; give fail_on in the file or --fail-on, "
+            "such as 'P(psnr > 20 dB) > 0.05'."
+        )
+    if plan.settings[0].captured is not None:
+        raise InvalidParameter(
+            "A captured update cannot be sent again under other defenses; leave out captured to "
+            "simulate the client."
+        )
+
+
+def _prices(
+    plan: Plan,
+    met: Mapping[str, Comparison],
+    sets: Mapping[str, tuple[Defense, ...]],
+    conditions: Sequence[Gate],
+    *,
+    watch: Watch,
+    deadline: Deadline,
+) -> dict[str, Utility]:
+    """By name what each costs in accuracy: first the reference, then what keeps the conditions."""
+    prices = dict.fromkeys(met, UNPRICED)
+    local = not isinstance(plan.settings[0].protocol, FedSGD)
+    with deadline.ends():
+        for name in sorted(
+            met, key=lambda n: (n != "as configured", not _holds(met[n], conditions))
+        ):
+            prices[name] = price_of(
+                sets[name], local=local, seed=plan.seed, watch=watch, task=plan.task
+            )
+    return prices
 
 
 Ladder = tuple[tuple[str, tuple[Defense, ...]], ...]
