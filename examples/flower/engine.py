@@ -10,15 +10,35 @@ import socket
 import subprocess
 import sys
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 APP = Path(__file__).parent
 HERE = '[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = ":local-in-memory:"\n'
+OLDEST = (1, 42)
+"""Releases before it start their superlink otherwise, or have none; some then run nothing."""
+
+
+def too_old():
+    """Why this Flower cannot be started from here; empty if it can."""
+    installed = version("flwr")
+    if tuple(int(part) for part in installed.split(".")[:2]) >= OLDEST:
+        return ""
+    return (
+        f"Flower {installed} starts its superlink otherwise than {'.'.join(map(str, OLDEST))}: "
+        "take a newer one, or run the app with `flwr run` in a federation of your own"
+    )
 
 
 @contextmanager
 def engine(home):
-    """The environment in which ``flwr`` runs apps; the folder is where it keeps its own things."""
+    """The environment in which ``flwr`` runs apps; the folder is where it keeps its own things.
+
+    Raises:
+        RuntimeError: If Flower is too old.
+    """
+    if why := too_old():
+        raise RuntimeError(why)
     home = Path(home)
     home.mkdir(parents=True, exist_ok=True)
     (home / "config.toml").write_text(HERE, encoding="utf-8")
