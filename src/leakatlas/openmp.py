@@ -2,9 +2,9 @@
 
 Between two parallel parts torch's threads spin, ready for the next one, and yield the core only
 after a long while. That is fast on an idle machine. Where another program wants the same cores, the
-thread that spins holds the core that the one it waits for needs: a step of gradient matching on a
-small ConvNet took 1,000 ms beside two busy programs on two cores, and 8 ms on the idle machine.
-With a short spin it took 17-25 ms there, and 8-9 ms on the idle machine.
+thread that spins holds the core that the one it waits for needs, and a step of gradient matching on
+a small network can take a hundred times as long. With a short spin a busy machine costs what its
+other programs take, and an idle one next to nothing.
 """
 
 from __future__ import annotations

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from inspect import signature
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -69,10 +70,8 @@ def _clipped(x: Tensor, y: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_the_released_gradient_is_the_clipped_mean_plus_noise(wrapped: bool) -> None:
     """Also where Opacus leaves the model as it is and hooks into it (from 1.6 on)."""
-    from opacus import PrivacyEngine
-
-    if not wrapped and "wrap_model" not in signature(PrivacyEngine.make_private).parameters:
-        pytest.skip("this Opacus always wraps the model")
+    if not wrapped and Version(version("opacus")) < Version("1.6"):
+        pytest.skip("an Opacus before 1.6 always wraps the model")
     _, model, optimizer, x, y = _private(noise=2.0, wrapped=wrapped)
     with capture_release(optimizer) as release:
         _step(model, optimizer, x, y)

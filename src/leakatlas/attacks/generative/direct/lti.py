@@ -22,7 +22,7 @@ are the imitated clients, whatever is learned from them.
 Measured (study ``lti``, beside a rehearsed [3] and searches with a generative prior): on a small
 fresh network it is ahead of [3] where updates are pruned or truncated and level with it elsewhere;
 GIAS is far ahead of both wherever an update keeps most of its entries' values. On a trained ConvNet
-it stays near the nearest public image, ahead of GGL and behind [3] and GIAS (by 3 to 7 dB), except
+it stays near the nearest public image, ahead of GGL and clearly behind [3] and GIAS, except
 under signs, where it leads all three. A rehearsal of its own gained nothing.
 
 Departures:

@@ -24,10 +24,10 @@ Labels, where none are granted: sorted features of public images are the profile
 evolutionary search explains the rows of the head's gradient
 (:func:`leakatlas.blocks.labels.hf_gradinv`).
 
-Measured (study ``hf_gradinv``, eight images): on a small fresh network the window helps by 1.1 dB,
-the masks do nothing and quantised steps cost 1.0 dB against signs; on a trained one none of the
-three shows an effect. It stays 2.6 dB behind a rehearsed [3] on the fresh network and level with it
-on the trained one, where it leads the published preset of [3] by 3.9 dB.
+Measured (study ``hf_gradinv``, eight images): on a small fresh network the window helps, the masks
+do nothing and quantised steps cost something against signs; on a trained one none of the three
+shows an effect. It stays behind a rehearsed [3] on the fresh network and level with it on the
+trained one, where it is clearly ahead of the published preset of [3].
 
 Departures:
     - Window, starts of the priors and doubled steps scale with the number of tensors and of
