@@ -222,6 +222,34 @@ def test_rounds_on_different_batches_agree_on_nothing() -> None:
     assert attack.outlook(view).reason.startswith("presumes that 3 rounds")
 
 
+def emptied(view: View, *which: int) -> View:
+    """The view with updates of zeros in some rounds."""
+    rounds = list(view.rounds)
+    for t in which:
+        update = rounds[t].update
+        assert update is not None
+        zeros = {n: torch.zeros_like(tensor) for n, tensor in update.tensors.items()}
+        rounds[t] = replace(rounds[t], update=replace(update, tensors=zeros))
+    return view._copy({**view._fields, "rounds": tuple(rounds)})
+
+
+@pytest.mark.parametrize("distance", ["relative_l2", "cosine"])
+def test_a_round_of_zeros_takes_nothing_from_the_others(
+    distance: Literal["relative_l2", "cosine"],
+) -> None:
+    view, _ = seen()
+    attack = replace(SHORT, distance=distance)
+    found, without = attack(emptied(view, 1)), attack(with_order(view, [0, 2]))
+    torch.testing.assert_close(found.images, without.images, rtol=0, atol=0)
+    assert (found.notes["rounds"], found.notes["rounds_of_zeros"]) == (2, 1)
+
+
+def test_rounds_of_zeros_alone_are_refused() -> None:
+    view, _ = seen()
+    found = SHORT(emptied(view, 0, 1, 2))
+    assert found.status == "failed" and "every update is zero" in found.reason
+
+
 def test_more_rounds_bring_the_search_nearer_to_the_batch() -> None:
     view, x = seen(rounds=6, examples=3, settings={"width": 2})
     attack = TGIAsRO(steps=150, local=1, distance="relative_l2", most=6)

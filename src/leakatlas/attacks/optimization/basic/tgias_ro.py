@@ -36,7 +36,8 @@ Departures (ours):
       probabilities), their median over rounds, rounded.
     - :meth:`TGIAsRO.tuned`: weight of total variation (1e-3 to 0.1), step size (0.1, 0.2) and
       distance were searched one after the other, on CIFAR-10 training images in five rounds.
-    - Of more than ``most`` rounds, evenly spaced ones are used: neighbours add little.
+    - Of more than ``most`` rounds, evenly spaced ones are used: neighbours add little. A round
+      whose update is zero, as after training that has nothing left to learn, is left out.
 """
 
 from __future__ import annotations
@@ -132,10 +133,13 @@ class TGIAsRO(Attack):
 
     def run(self, view: View, *, generator: torch.Generator, watch: Watch) -> Reconstruction:
         """Labels over all rounds, then the fused search."""
-        rounds = readable_rounds(view, self.most) or [-1]
+        spread = readable_rounds(view, self.most) or [-1]
+        rounds = [
+            t for t in spread if any(bool(g.any()) for g in view.update_at(t).tensors.values())
+        ]
+        if not rounds:
+            return nothing_found(view.input_shape, "every update is zero; it has no direction")
         updates = [dict(view.update_at(t).tensors) for t in rounds]
-        if not all(any(bool(tensor.any()) for tensor in g.values()) for g in updates):
-            return nothing_found(view.input_shape, "an update is zero; it has no direction")
         y = self.read_labels(view, rounds)
         compare = DISTANCES[self.distance]
         replays = [view.replayer(round=t) for t in rounds]
@@ -157,6 +161,7 @@ class TGIAsRO(Attack):
                 "robust_loss": end.loss,
                 "largest_loss": max(end.losses),
                 "rounds": float(len(rounds)),
+                "rounds_of_zeros": float(len(spread) - len(rounds)),
                 "fusions": float(end.fusions),
                 "labels_granted": float(view.has("labels")),
             },
