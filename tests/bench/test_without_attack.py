@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from leakatlas.bench import labelling, run, scene, utility
 from leakatlas.bench import study as studies
 from leakatlas.bench.adversary import Here
 from leakatlas.bench.cells import Cell
 from leakatlas.bench.figures import mean_and_interval
-from leakatlas.bench.schema import Case
+from leakatlas.bench.schema import Case, Utility
 from leakatlas.fl import Federation, RoundRecord, state_hash
 from leakatlas.fl.state import model_state
 
@@ -142,6 +143,58 @@ def test_of_many_clients_some_take_part(monkeypatch: pytest.MonkeyPatch) -> None
     nobody = cell([{"name": "accuracy"}], utility={**told, "sampled": 1e-9})
     sizes.clear()
     assert utility.measure(nobody)["accuracy"] < 0.3 and not sizes
+
+
+def dealt(split: float | None, seed: int = 0, clients: int = 20) -> tuple[Tensor, Tensor]:
+    """Shares of 2,000 images of ten classes, and how much of each its commonest class is."""
+    told: dict[str, Any] = {
+        "train": "digits", "test": "digits", "rounds": 1, "rates": [0.1], "clients": clients
+    }  # fmt: skip
+    labels = torch.arange(2000) % 10
+    shares = torch.stack(utility.shares(labels, Utility(**told, split=split), seed))
+    counts = torch.stack([torch.bincount(labels[s], minlength=10) for s in shares])
+    return shares, counts.double().max(1).values / shares.shape[1]
+
+
+@pytest.mark.parametrize("split", [None, 1e-6, 0.5, 1e6])
+def test_equal_shares_hold_every_image_once(split: float | None) -> None:
+    shares, _ = dealt(split)
+    assert shares.shape == (20, 100)
+    assert sorted(shares.flatten().tolist()) == list(range(2000))
+
+
+def test_the_concentration_goes_from_one_class_to_all_alike() -> None:
+    """Commonest class of a share: E max of Dir(0.5, ..., 0.5) over ten classes is 0.38."""
+    assert dealt(1e6)[1].mean() < 0.2  # of multinomial counts around 10 of 100
+    assert 0.25 < dealt(0.5)[1].mean() < 0.5
+    one_sided = dealt(1e-6, clients=10)[1]
+    assert one_sided[:2].min() == 1.0 and one_sided.mean() > 0.5  # late ones take what is left
+    means = [dealt(split)[1].mean() for split in (0.1, 1.0, 10.0)]
+    assert means == sorted(means, reverse=True)
+
+
+def test_a_split_is_its_seeds_and_leaves_the_names_of_other_cells() -> None:
+    first, again, other = dealt(0.5)[0], dealt(0.5)[0], dealt(0.5, seed=1)[0]
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    told = {
+        "train": {"set": "digits", "count": 128}, "test": {"set": "digits", "first": 420},
+        "rounds": 2, "rates": [0.5],
+    }  # fmt: skip
+    local = {"algorithm": "fedavg", "mode": "train", "batch_size": 8}
+
+    def both(protocol: dict[str, Any]) -> tuple[Cell, Cell]:
+        measures = [{"name": "accuracy"}]
+        return (
+            cell(measures, utility=told, protocol=protocol),
+            cell(measures, utility={**told, "split": 0.1}, protocol=protocol),
+        )
+
+    even, split = both(local)
+    assert "split" not in json.dumps(even.recipe) and split.name != even.name
+    assert utility.measure(split) == utility.measure(split) != utility.measure(even)
+    # The mean of one gradient each over equal shares is that of all images, however they are dealt.
+    alike, dealt_out = (utility.measure(one)["accuracy"] for one in both({"algorithm": "fedsgd"}))
+    assert alike == pytest.approx(dealt_out, abs=0.01)
 
 
 @pytest.mark.parametrize(

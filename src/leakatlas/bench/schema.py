@@ -177,7 +177,7 @@ class Utility(Strict):
     train: Annotated[
         Images,
         Field(
-            description="Training images, shared out among the clients in order.",
+            description="Training images, shared out equally among the clients.",
             examples=[{"set": "digits", "count": 320}],
         ),
     ]
@@ -192,6 +192,14 @@ class Utility(Strict):
         Images | None, Field(description="Images on which the step size is chosen.")
     ] = None
     clients: Annotated[Counted, Field(description="Number of clients.", examples=[8])] = 8
+    split: Annotated[
+        PositiveNumber | None,
+        Field(
+            description="Concentration of the symmetric Dirichlet distribution that every client "
+            "draws its mix of classes from; images are shared out in order if left out.",
+            examples=[0.5],
+        ),
+    ] = None
     sampled: Annotated[
         float | None,
         Field(
@@ -209,10 +217,10 @@ class Utility(Strict):
     ]
 
     @model_serializer(mode="wrap")
-    def _as_before_there_was_sampling(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Not used, it changes no cell's name."""
+    def _as_before_they_were_keys(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Not used, they change no cell's name."""
         values: dict[str, Any] = plain(self)
-        return {k: v for k, v in values.items() if k != "sampled" or v is not None}
+        return {k: v for k, v in values.items() if k not in ("split", "sampled") or v is not None}
 
     @model_validator(mode="after")
     def _chosen_on_something(self) -> Utility:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,7 +10,7 @@ from leakatlas.bench import scene
 from leakatlas.bench.cells import Cell
 from leakatlas.bench.schema import Images, Utility
 from leakatlas.errors import InvalidInput
-from leakatlas.fl import Client, Federation, poisson_cohort, stream
+from leakatlas.fl import Client, Federation, poisson_cohort, stream, stream_seed
 from leakatlas.fl.view import defense_from_json
 
 EVALUATED = 2
@@ -34,9 +35,7 @@ def measure(cell: Cell) -> dict[str, float]:
 def _trained(cell: Cell, told: Utility, lr: float) -> tuple[float, float]:
     """Accuracy on validation and on test images, of the last round's models."""
     x, y = _normalised(cell, told.train)
-    if len(x) % told.clients:
-        raise InvalidInput(f"{len(x)} training images do not divide among {told.clients} clients.")
-    own = [Client(*part) for part in zip(x.chunk(told.clients), y.chunk(told.clients), strict=True)]
+    own = [Client(x[share], y[share]) for share in shares(y, told, cell.seed)]
     protocol = scene.protocol(cell.case, lr=lr)
     defenses = tuple(defense_from_json(defense) for defense in cell.case.defenses)
     federation = Federation(
@@ -55,6 +54,48 @@ def _trained(cell: Cell, told: Utility, lr: float) -> tuple[float, float]:
             0.0 if told.validation is None else _accuracy(cell, federation, told.validation),
             _accuracy(cell, federation, told.test),
         )
+
+
+def shares(labels: Tensor, told: Utility, seed: int) -> tuple[Tensor, ...]:
+    """Which training images each client holds: disjoint shares of equal size, all together.
+
+    Under ``split`` a client draws its mix of classes from a symmetric Dirichlet distribution and
+    then, image by image, a class from that mix among those that are left; who comes late takes
+    what the others left, so that the last mixes are less one-sided than drawn. Where a mix lies on
+    exhausted classes alone, an image is drawn from all that is left.
+
+    Source:
+        Hsu et al., "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
+        Classification", 2019, section 3, with the concentration that of every class.
+
+    Args:
+        labels: Of the training images, ``(N,)``.
+        told: Number of clients, and the concentration.
+        seed: Of the cell; no other draw rests on this stream.
+
+    Returns:
+        Indices of every client's images, ``(N / clients,)`` each.
+
+    Raises:
+        InvalidInput: If the training images do not divide among the clients.
+    """
+    if len(labels) % told.clients:
+        raise InvalidInput(
+            f"{len(labels)} training images do not divide among {told.clients} clients."
+        )
+    if told.split is None:
+        return torch.arange(len(labels)).chunk(told.clients)
+    rng = np.random.default_rng(stream_seed(seed, "split"))
+    pools = [rng.permutation(np.flatnonzero(labels == c)).tolist() for c in labels.unique()]
+    dealt: list[list[int]] = []
+    for mix in rng.dirichlet([told.split] * len(pools), size=told.clients):
+        dealt.append([])
+        for _ in range(len(labels) // told.clients):
+            left = np.array([len(pool) for pool in pools])
+            odds = mix * (left > 0)
+            odds = odds if odds.sum() > 0 else left
+            dealt[-1].append(pools[rng.choice(len(pools), p=odds / odds.sum())].pop())
+    return tuple(torch.tensor(dealt))
 
 
 @torch.no_grad()
