@@ -332,6 +332,28 @@ def ggl() -> Figures:
     }
 
 
+def gias() -> Figures:
+    """Distances between two updates with their slopes, and the total variation."""
+    model = models.build("lenet", width=4, size=16, classes=12).double()  # counts by four
+    y = torch.tensor([3, 7])
+    x = uniform(801, 2, 3, 16, 16).requires_grad_()
+    g = gradient(model, uniform(800, 2, 3, 16, 16), y)
+    trial = gradient(model, x, y, tape=True)
+    seen, own = ({n: kept(t, 0.75, 0.0) for n, t in update.items()} for update in (g, trial))
+    cut = [{n: t * own[n] for n, t in trial.items()}, {n: t * seen[n] for n, t in g.items()}]
+    values = {
+        "cosine": matching.cosine(trial, g),
+        "cosine, a quarter of the entries": matching.masked(matching.cosine, seen)(trial, g),
+        "squared, both sides cut to a quarter": matching.squared_l2(cut[0], cut[1]),
+        "squared": matching.squared_l2(trial, g),
+        "cosine, four largest tensors": matching.subset(
+            matching.cosine, matching.largest(g, 4)
+        )(trial, g),
+    }  # fmt: skip
+    slopes = {f"slope, {name}": slope(value, x) for name, value in values.items()}
+    return {**values, **slopes, "total variation": priors.tv_mean(x)}
+
+
 def gifd() -> Figures:
     """Points projected onto an l1 ball, and the step size along a stage."""
     points = project_l1(draw(320, 6, 40), torch.full((6,), 7.5))

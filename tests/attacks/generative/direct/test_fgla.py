@@ -15,7 +15,7 @@ from leakatlas.bench import harness
 from leakatlas.data import ImageSet, bundled
 from leakatlas.defenses.heuristic.perturbation.clipping import Clipping
 from leakatlas.errors import UnsupportedModel
-from leakatlas.fl import Stage
+from leakatlas.fl import Stage, View
 from leakatlas.threat import Grant
 from tests.attacks.case import LENET, Case
 from tests.conftest import build_stage, surrogate
@@ -83,7 +83,9 @@ def test_without_an_absent_class_there_is_no_offset() -> None:
 # -- the whole -----------------------------------------------------------------------------------
 
 
-def _scene(B: int = 2, *, labels: tuple[int, ...] = (), clip: bool = False) -> Stage:
+def _scene(
+    B: int = 2, *, labels: tuple[int, ...] = (), clip: bool = False, granted: bool = False
+) -> Stage:
     """Victims of the population of the public images, none of which they are."""
     given = labels or tuple(range(3, 3 + B))
     crops = bundled.patches(16, 310, part="surrogate")
@@ -99,6 +101,7 @@ def _scene(B: int = 2, *, labels: tuple[int, ...] = (), clip: bool = False) -> S
         public=crops.subset(range(300)),
         dtype=torch.float32,
         defenses=(Clipping(max_norm=0.01),) if clip else (),
+        grants=frozenset({Grant.LABELS} if granted else ()),
     )
 
 
@@ -110,7 +113,7 @@ def _psnr(a: Tensor, b: Tensor) -> float:
 
 
 def test_a_batch_is_decoded_as_its_true_features_would_be(cache: Path) -> None:
-    """One image to rounding, two within a decibel, clipped as well as free."""
+    """One image to rounding, two within a decibel, clipped as well as free; ever worse in noise."""
     del cache
     for B, tolerance in ((1, 1e-3), (2, 1.0)):
         scene = _scene(B)
@@ -131,9 +134,29 @@ def test_a_batch_is_decoded_as_its_true_features_would_be(cache: Path) -> None:
             public = view.surrogate.images
             held, mean = public[270:], public[:270].mean(0, keepdim=True)
             assert trial.found.notes["held_out_psnr"] > _psnr(mean.expand_as(held), held) + 3
+            told, _ = harness.observe(_scene(B, granted=True), QUICK)
+            noised = [scene.box.denormalize(QUICK(_noised(told, s)).images) for s in NOISES]
+            reached_under = [_psnr(images, truth) for images in (trial.images, *noised)]
+            assert reached_under == sorted(reached_under, reverse=True)
+            assert reached_under[-1] < reached - 3
 
 
-def test_noise_on_the_gradient_costs_pictures_ever_more() -> None:
+NOISES = (0.1, 1.0, 10.0)
+
+
+def _noised(view: View, share: float) -> View:
+    """The same round, with noise of that share of every tensor's own root mean square."""
+    draws, seen = torch.Generator().manual_seed(0), view.rounds[0]
+    assert seen.update is not None
+    noise = {
+        n: share * t.square().mean().sqrt() * torch.randn(t.shape, generator=draws)
+        for n, t in seen.update.tensors.items()
+    }
+    tensors = {n: t + noise[n] for n, t in seen.update.tensors.items()}
+    return view.with_rounds([replace(seen, update=seen.update.with_tensors(tensors))], {})
+
+
+def test_noise_on_the_gradient_costs_features_ever_more() -> None:
     f, y, g_W, g_b = _head(8, 100, 0.05)
     draws = torch.Generator().manual_seed(0)
     noise_W, noise_b = (torch.randn(g.shape, generator=draws, dtype=g.dtype) for g in (g_W, g_b))

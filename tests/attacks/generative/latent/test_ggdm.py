@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d, cross_entropy, softplus
 
 from leakatlas.attacks.generative.latent import ggdm
 from leakatlas.attacks.generative.latent.ggdm import GGDM
@@ -112,13 +113,64 @@ def test_guided_by_the_gradient_the_exact_denoiser_gives_every_victim(guidance: 
 
 
 def test_at_the_noisy_image_itself_smooth_networks_guide_and_kinks_do_not() -> None:
-    """Eight of eight on a ConvNet of sigmoids, most on DLG's LeNet; next to none through ReLUs."""
+    """Eight of eight on a ConvNet of sigmoids, most on DLG's LeNet; next to none through ReLUs.
+
+    Why: :func:`test_the_slope_at_the_noisy_image_misses_how_masks_move`.
+    """
     attack = GGDM(steps=100, guidance=3.0, wrt="xt")
     found, distance = _hits(attack, SMOOTH_CONVNET)
     assert found == len(VICTIMS)
     assert distance < 1e-3
     assert _hits(attack, SMOOTH)[0] >= 5
     assert _hits(attack, RELU_CONVNET)[0] <= 2
+
+
+def _cosine_to_the_victim(sharpness: float, *, own_masks: bool = False) -> float:
+    """Of the guiding step at x_t, t = 800 of 1,000, with the way from the mean image; 8 victims.
+
+    Three convolutions under softplus, which a sharpness of infinity makes ReLU; with ``own_masks``
+    every ReLU keeps the mask that the victim itself sets.
+    """
+    images, kept = _images(), float(linear_schedule()[800])
+    found = []
+    for victim in VICTIMS:
+        x0 = images[victim : victim + 1]
+        draws = torch.Generator().manual_seed(victim)
+        layers = [
+            0.3 * torch.randn(shape, generator=draws, dtype=torch.float64)
+            for shape in ((8, 3, 3, 3), (16, 8, 3, 3), (16, 16, 3, 3), (10, 16 * 16))
+        ]
+        weights = [w.div_(w[0].numel() ** 0.5 * 0.3).requires_grad_() for w in layers]
+        masks: list[Tensor] = []
+
+        def bend(h: Tensor, place: int, masks: list[Tensor] = masks) -> Tensor:
+            if own_masks:
+                if len(masks) <= place:
+                    masks.append((h > 0).detach())
+                return h * masks[place]
+            return h.relu() if math.isinf(sharpness) else softplus(h, sharpness, 1e9)
+
+        def update(x: Tensor, weights: list[Tensor] = weights, bend: Any = bend) -> list[Tensor]:
+            for place, stride in enumerate((1, 2, 2)):
+                x = bend(conv2d(x, weights[place], padding=1, stride=stride), place)
+            loss = cross_entropy(x.flatten(1) @ weights[-1].T, torch.tensor([3]))
+            return list(torch.autograd.grad(loss, weights, create_graph=True))
+
+        g = [t.detach() for t in update(x0)]
+        noise = torch.randn(x0.shape, generator=draws, dtype=torch.float64)
+        x = (math.sqrt(kept) * x0 + math.sqrt(1 - kept) * noise).requires_grad_()
+        apart = torch.stack([(a - b).square().sum() for a, b in zip(update(x), g, strict=True)])
+        (slope,) = torch.autograd.grad(apart.sum().sqrt(), x)
+        way = x0 - images.mean(0, keepdim=True)
+        found.append(float(-(slope * way).sum() / slope.norm() / way.norm()))
+    return sum(found) / len(found)
+
+
+def test_the_slope_at_the_noisy_image_misses_how_masks_move() -> None:
+    """Sharper kinks guide ever less; the image's own masks, which nobody has, bring it back."""
+    soft, sharp, kinked = (_cosine_to_the_victim(s) for s in (1.0, 3.0, math.inf))
+    assert soft > sharp > kinked
+    assert _cosine_to_the_victim(math.inf, own_masks=True) > 2 * kinked
 
 
 def test_unguided_it_samples_some_of_its_images() -> None:

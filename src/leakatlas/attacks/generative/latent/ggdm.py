@@ -23,7 +23,11 @@ Departures:
     - Sampling is respaced to fewer steps (DDIM with eta = 1, which is DDPM's noise).
     - ``wrt="xt"`` evaluates the distance at x_t itself, without a pass through the denoiser. It
       guides through smooth networks alone: with the exact denoiser of 24 images it finds eight of
-      eight victims through sigmoids and next to none through ReLUs.
+      eight victims through sigmoids and next to none through ReLUs. That is theory: a ReLU's slope
+      leaves out how its mask moves with x, and many of the masks that noise sets are not the
+      image's. Softplus loses the direction as its kink sharpens; ReLUs that kept the image's own
+      masks would have it. The estimate :math:`\hat x_0`, the default, is near images at all times,
+      and so are its masks.
     - The prior is a small denoiser: the shipped one, one learned on the surrogate images, or, with
       ``prior="images"``, the exact denoiser of the surrogate images, which gives back one of them.
     - Of several samples the one of smallest distance is returned.
