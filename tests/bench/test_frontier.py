@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -161,7 +162,40 @@ def test_a_colour_is_of_who_knows_no_more_than_the_letter() -> None:
     shares = {name.split(" | ")[1]: f["value"] for name, f in found.items() if "colour" in name}
     assert shares == {"B": 0.0, "C": 0.5, "D": 1.0, "E": 1.0, "F": 0.5, "G": 1.0, "H": 1.0}
     assert found["colour | H | noise"]["note"] == (
-        "inverter (D, server) on fresh, at noise, sigma=1"
+        "inverter (D, server) on fresh, at noise, sigma=1, which costs +11.0 points of accuracy"
+    )
+
+
+def test_what_was_run_and_on_what_is_told() -> None:
+    record = attacked([30.0])
+    case: dict[str, Any] = {
+        **record.recipe["case"], "batch": 2, "victims": {"set": "digits"},
+        "model": {"builtin": "fc", "kwargs": {"size": 8}, "weights": None, "train": None},
+    }  # fmt: skip
+    ran = replace(record, recipe={"case": case}, costs={"cpu_seconds": 1800.0})
+    learned = {"epochs": 3, "images": {"count": 50}}
+    local = {
+        "model": {**case["model"], "train": learned}, "protocol": {"algorithm": "fedavg"}
+    }  # fmt: skip
+    found = {
+        figure["name"]: figure
+        for figure in summarise(
+            {
+                "none/fresh/search": [ran, replace(ran, seed=1)],
+                "none/local/search": [replace(ran, recipe={"case": {**case, **local}})],
+            },
+            {},
+            {"none/fresh/search": 3, "none/local/search": 1},
+        )
+    }
+    assert found["run | cells"]["value"] == 3 and found["run | cells"]["note"] == "of 4"
+    assert found["run | CPU hours"]["value"] == pytest.approx(1.5)
+    assert found["network | fresh"]["value"] == 2
+    assert found["network | fresh"]["note"] == (
+        "fc (size 8), fresh weights; one gradient a round (FedSGD), 2 images a client of digits"
+    )
+    assert found["network | local"]["note"].startswith(
+        "fc (size 8), 3 epochs on 50 public images; local epochs a round: 1 (FedAVG)"
     )
 
 

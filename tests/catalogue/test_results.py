@@ -148,6 +148,12 @@ def test_the_worst_measured_rate_of_a_letter_counts(tmp_path: Path) -> None:
     assert results.measured_stances(found, "soteria") == {"A": "holds", "B": "fails"}
     page = pages.defense_page(catalogue.defense("soteria"), found)
     assert "| Measured | holds | fails | not yet |" in page
+    # Code that is no more decides nothing where the present code measured.
+    old = [rate(1.0, "A"), rate(1.0, "C")]
+    write(tmp_path, "old.json", kind="defense", key="soteria", measures=old, carried_over=True,
+          study="dlg")  # fmt: skip
+    stances = results.measured_stances(results.load(tmp_path), "soteria")
+    assert stances == {"A": "holds", "B": "fails", "C": "fails"}
 
 
 @pytest.mark.usefixtures("version_of_dlg")

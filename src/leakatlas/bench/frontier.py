@@ -14,6 +14,8 @@ level           the same for one adversary, whose name stands behind the defense
 loss            points of accuracy
 accuracy        ``accuracy | network | none``: percent, of the training without a defense
 noise           dB that a search gains over one on noise of equal size instead
+run             ``run | cells`` and ``run | CPU hours``: what has been run, and what that took
+network         ``network | name``: how many images it was attacked on, and what it is
 untried         how many runs were refused or crashed, where no adversary could try at all
 unmeasured      ``unmeasured | network | adversary``: how many cells have no record yet
 null            ``null | network | name``: dB of what an adversary without any update hands in
@@ -299,6 +301,8 @@ def summarise(
     seeds = len({r.seed for label, m in records.items() if label.endswith(UTILITY) for r in m})
     for point in every:
         yield from _of_point(point, seeds)
+    yield from _run(records, cells)
+    yield from _described(records)
     yield from _untouched(records, every)
     yield from _unmeasured(records, cells)
     yield from _undefended(records)
@@ -331,6 +335,51 @@ def _of_point(point: Point, seeds: int) -> Iterator[dict[str, Any]]:
         yield _figure(("noise", *place), point.noise, "dB", point.images, "over equal noise")
     if point.loss is not None:
         yield _figure(("loss", *place), point.loss, "points", seeds, "")
+
+
+def _run(
+    records: Mapping[str, Sequence[Record]], cells: Mapping[str, int]
+) -> Iterator[dict[str, Any]]:
+    ran = [record for mine in records.values() for record in mine]
+    if ran:
+        n, planned = float(len(ran)), sum(cells.values())
+        yield _figure(("run", "cells"), (n, n, n), "cells", len(ran), f"of {planned}")
+        hours = sum(record.costs.get("cpu_seconds", 0.0) for record in ran) / 3600
+        yield _figure(
+            ("run", "CPU hours"),
+            (hours, hours, hours),
+            "h",
+            len(ran),
+            "inside attacks and trainings",
+        )
+
+
+def _described(records: Mapping[str, Sequence[Record]]) -> Iterator[dict[str, Any]]:
+    """What every network is, and how many images it was attacked on."""
+    found: dict[str, tuple[Mapping[str, Any], set[tuple[int, int]]]] = {}
+    for (network, _), by_adversary in _attacks(records).items():
+        for record in (r for mine in by_adversary.values() for r in mine):
+            case = record.recipe.get("case", {})
+            if "model" in case:
+                _, images = found.setdefault(network, (case, set()))
+                images |= {(record.seed, record.batch)}
+    for network, (case, images) in found.items():
+        n = float(len(images))
+        yield _figure(("network", network), (n, n, n), "batches", len(images), _words(case))
+
+
+def _words(case: Mapping[str, Any]) -> str:
+    model, protocol, batch = case["model"], case["protocol"], case["batch"]
+    settings = ", ".join(f"{k} {v}" for k, v in model["kwargs"].items())
+    told = model["train"]
+    weights = model["weights"] or "fresh weights"
+    if told:
+        weights = f"{told['epochs']} epochs on {told['images']['count']} public images"
+    local = "one gradient a round (FedSGD)"
+    if protocol["algorithm"] != "fedsgd":
+        local = f"local epochs a round: {protocol.get('epochs', 1)} (FedAVG)"
+    images = f"{batch} image{'s' * (batch > 1)} a client of {case['victims']['set']}"
+    return f"{model['builtin']} ({settings}), {weights}; {local}, {images}"
 
 
 def _untouched(
@@ -422,10 +471,10 @@ def _colours(key: str, mine: Sequence[Point]) -> Iterator[dict[str, Any]]:
         if worst is not None:
             share, images, point, best = worst
             note = f"{best.adversary} ({best.letter}, {best.vantage}) on {point.network}"
-            yield _figure(
-                ("colour", letter, key), share, "", images, f"{note}, at {point.defense}",
-                by="wilson",
-            )  # fmt: skip
+            note += f", at {point.defense}"
+            if point.loss is not None:
+                note += f", which costs {point.loss[0]:+.1f} points of accuracy"
+            yield _figure(("colour", letter, key), share, "", images, note, by="wilson")
 
 
 def _figure(

@@ -257,12 +257,14 @@ def measured_colours(results: Iterable[Result], key: str) -> dict[str, Colour]:
 
     Read from the frontier's figures named ``colour | letter | defense``, and from measures of the
     row that are not outdated and are named ``success_rate`` (the share of victims that the
-    strongest attack of that letter reconstructs). Of several, the worst counts.
+    strongest attack of that letter reconstructs). Of several, the worst counts; what was carried
+    over from code that is no more counts only where nothing else was measured.
     """
     worst: dict[str, Colour] = {}
-    for result in results:
+    for result in sorted(results, key=lambda result: result.carried_over):
         for letter, measure in _rates(result, key):
-            if letter not in worst or measure.value > worst[letter].measure.value:
+            old = worst.get(letter)
+            if old is None or (not result.carried_over and measure.value > old.measure.value):
                 study = result.study or result.key
                 own = measure.note if result.kind == "benchmark" else measure.case
                 where = own or measure.note or f"the strongest attack of study {study}"

@@ -30,6 +30,8 @@ def context(measured: Sequence[Result]) -> dict[str, Any]:
             name: frontier.in_words(found)
             for name, found in frontier.nulls(result.measures if result else ()).items()
         },
+        "took": frontier.run(result.measures if result else ()),
+        "described": frontier.described(result.measures if result else ()),
         "undefended": frontier.undefended(result.measures if result else ()),
         "untried": frontier.untried(result.measures if result else ()),
         "unmeasured": frontier.unmeasured(result.measures if result else ()),
