@@ -6,10 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import expect
 
 from leakatlas import site
 from tests.site.conftest import Visit
+
+PHONE = {"width": 390, "height": 800}
 
 
 def test_headlines_name_the_strength_and_what_no_strength_gives(built: Path) -> None:
@@ -69,3 +72,10 @@ def test_the_chart_is_drawn_from_a_folder_and_follows_its_switches(visit: Visit)
     assert page.evaluate(drawn) == 1
     expect(page.locator(".still").first).to_be_hidden()
     assert visit.complaints == []
+
+
+@pytest.mark.parametrize("visit", [PHONE], indirect=True, ids=["phone"])
+def test_a_long_name_among_the_choices_makes_no_phone_scroll_sideways(visit: Visit) -> None:
+    page = visit.open("frontier.html")
+    page.evaluate("document.getElementById('frontier-defense').add(new Option('w'.repeat(80)))")
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
