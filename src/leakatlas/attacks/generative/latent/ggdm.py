@@ -19,6 +19,11 @@ Reconstructed: only the abstract could be read. The formulas are posterior guida
 usually done (Chung et al., 2023); step sizes are ours, :math:`s_t = 0.1\, \kappa \sqrt{\dim}
 \sqrt{1 - \bar\alpha_t}`.
 
+Measured (study ``generative``, with the exact denoiser of 1,000 public images, 60 steps): on fresh
+ConvNets it comes about as close as the nearest public image, which is all that this denoiser can
+draw; on trained ones, and on digits, the update of other images gives as good a picture: the prior,
+not the update.
+
 Departures:
     - Sampling is respaced to fewer steps (DDIM with eta = 1, which is DDPM's noise).
     - ``wrt="xt"`` evaluates the distance at x_t itself, without a pass through the denoiser. It
