@@ -52,6 +52,7 @@ from leakatlas.bench.examine import errors
 from leakatlas.bench.harness import run_trial
 from leakatlas.blocks import (
     batchnorm,
+    descent,
     epochs,
     labels,
     matching,
@@ -654,7 +655,7 @@ def robbing_the_fed() -> Figures:
 
 
 def rog() -> Figures:
-    """The squared distance at an enlarged start and its slope, of one step and of two."""
+    """Squared distance at an enlarged start, slope, five iterations; of one step and of two."""
     model = models.build("fc", classes=10, size=16, widths=(20,), act="sigmoid", bias=False)
     model, y, lr = model.double(), torch.tensor([3, 5]), 0.05
     parameters = {name: p.detach() for name, p in model.named_parameters()}
@@ -669,8 +670,30 @@ def rog() -> Figures:
         distance = matching.squared_l2(own, {n: t.detach() for n, t in g.items()})
         figures |= {
             f"distance, {steps} steps": distance, f"slope, {steps} steps": slope(distance, z),
+            f"image after five iterations, {steps} steps": _five(model, protocol, g, z, y),
         }  # fmt: skip
     return figures
+
+
+def _five(
+    model: nn.Module, protocol: FedAVG, g: dict[str, Tensor], z: Tensor, y: Tensor
+) -> Tensor:
+    """Where five iterations of ROG lead, at the released step sizes: the first one twice."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    target = {n: t.detach() for n, t in g.items()}
+
+    def objective(variables: descent.Variables, t: Tensor) -> Tensor:
+        del t
+        image = enlarged(variables["z"], (3, 16, 16))
+        moved = replay.unroll(model, parameters, {}, image, y, protocol)
+        return matching.squared_l2({n: -t / protocol.lr for n, t in moved.items()}, target)
+
+    falling = descent.cosine_decay()
+    end = descent.descend(
+        objective, {"z": z.detach()}, optimizer=descent.adam(0.05), steps=5, watch=Watch(),
+        schedule=lambda progress: 0.1 + 0.9 * falling(max(progress - 0.2, 0.0)),
+    )  # fmt: skip
+    return end.last["z"]
 
 
 def scale_mia() -> Figures:

@@ -35,7 +35,8 @@ Departures:
     - The replay starts at the received weights, as the paper has it; the released client trains
       the shared network in place, and its attacker unrolls from the trained weights.
     - Labels: granted, else by the rules for mean gradients; the release passes the true ones.
-    - The iterate of least distance is enlarged, not the last one.
+    - The iterate of least distance is enlarged, not the last one. The step size falls from the
+      second step on; the release makes two of the first size.
     - :meth:`ROG.tuned`: scale (1 to 4), step size (0.01 to 0.1) and distance were searched one
       after the other, on three batches of four CIFAR-10 training images of which nine tenths of
       the update were withheld.
