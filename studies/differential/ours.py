@@ -675,9 +675,7 @@ def rog() -> Figures:
     return figures
 
 
-def _five(
-    model: nn.Module, protocol: FedAVG, g: dict[str, Tensor], z: Tensor, y: Tensor
-) -> Tensor:
+def _five(model: nn.Module, protocol: FedAVG, g: dict[str, Tensor], z: Tensor, y: Tensor) -> Tensor:
     """Where five iterations of ROG lead, at the released step sizes: the first one twice."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     target = {n: t.detach() for n, t in g.items()}
