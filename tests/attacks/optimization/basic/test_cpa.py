@@ -267,4 +267,26 @@ def test_white_is_what_the_weights_say() -> None:
     G = noise(16, 4) @ uniform(4, 300)
     white: White = separation.whiten(G, 4)
     torch.testing.assert_close(white.Z, white.W @ (G - G.mean(1, keepdim=True)))
-    assert separation.numerical_rank(G, 1e-12) == 4
+    assert separation.numerical_rank(G, 1e-12, 4) == 4
+
+
+def test_a_large_gradient_is_whitened_without_all_its_singular_vectors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Above the noise that sending in single precision adds, both ways agree."""
+    n = 6
+    G = (noise(96, n) @ uniform(n, 400)).float().double()
+    monkeypatch.setattr(separation, "LARGE", 1000)
+    whole = separation.whiten(G, n)
+    monkeypatch.setattr(separation, "LARGE", 50)
+    assert separation.is_large(G, n)
+    assert not separation.is_large(G, 20)
+    state = torch.random.get_rng_state()
+    few = separation.whiten(G, n)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for mine, theirs in ((few.Z, whole.Z), (few.W, whole.W), (few.shift, whole.shift)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-8)
+    assert torch.equal(separation.whiten(G, n).Z, few.Z)
+    assert separation.numerical_rank(G, 1e-5, n) == n
+    short = (noise(96, n - 1) @ uniform(n - 1, 400)).float().double()
+    assert separation.numerical_rank(short, 1e-5, n) == n - 1

@@ -170,7 +170,7 @@ class CPA(Attack):
         state = view.rounds[-1].state
         G = readout.sent_change(view.update, state, f"{mixture.name}.weight").double()
         tolerance = readout.relative_tolerance(view.update.tensors[f"{mixture.name}.weight"].dtype)
-        rank = separation.numerical_rank(G, tolerance)
+        rank = separation.numerical_rank(G, tolerance, n)
         if rank < n:
             return nothing_found(
                 shape,
