@@ -50,6 +50,17 @@ def test_nothing_that_keeps_it_is_exit_1(tmp_path: Path, monkeypatch: pytest.Mon
     assert [advice["finding"] for advice in found["advice"]] == ["breaks"]
 
 
+def test_where_nothing_was_tried_to_its_end_nothing_is_claimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It said that no defense that was tried keeps the conditions."""
+    keys = ["clipping", "client_dp"]
+    done = asked(tmp_path, monkeypatch, keys, "--fail-on", "exact > 0", "--budget", "0.01s")
+    assert done.exit_code == 3, done.output
+    words = " ".join(done.output.split())
+    assert "No defense was tried to its end, so nothing is decided; a longer --budget" in words
+
+
 def test_a_file_without_an_aim_is_bad_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,10 @@ from leakatlas.threat import LETTERS, Vantage
 DEAREST = 0.5
 """Share of the comparisons' time that the clients of one set may take."""
 
+TIMING = 0.5
+"""Share of a search's time after which no further set is timed: those that come later are left out,
+so that a short budget tries the first few to their end and not all of them not at all."""
+
 MEASURING = 0.1
 """Share of the comparisons' time that measuring the price in accuracy may take, where nothing is
 kept."""
@@ -289,16 +293,17 @@ class _Duel:
             length: Of the runs against other sets that were kept from before.
         """
         paces: dict[str, Timed] = {}
+        enough = (1 - TIMING) * (self.watch.remaining() or 0.0)
         for name, job in jobs.items():
             if self.stop.stopped:
                 return
-            if self.watch.over:  # an equal attacker is timed against every set, or none
-                yield from ((waiting, unreached(job)) for waiting, job in jobs.items())
-                return
+            if self.watch.over or (self.watch.remaining() or 0.0) < enough:
+                yield name, unreached(job)
+                continue
             self.listener.run(f"{name}: {self.key}, timing", 0.0)
             paces[name] = timed(job, self.plan, stop=self.watch)
         left = max(self.watch.remaining() or 0.0, 0.0)
-        fitting = dict(jobs)
+        fitting = {name: jobs[name] for name in paces}
         while fitting and sum(paces[name].least for name in fitting) > left:
             name = max(fitting, key=lambda name: paces[name].least)
             yield name, would_not_fit(fitting.pop(name), paces[name].least, left / len(jobs))

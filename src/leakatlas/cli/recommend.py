@@ -103,10 +103,13 @@ def _show(found: Recommendation, out: Path, console: Console) -> None:
     if found.advice and not known:
         words = "The frontier's figures are not at hand (results/frontier.json); the order is free."
         console.print(words, style="dim", markup=False, highlight=False)
+    alike: dict[str, list[str]] = {}
     for advice in found.advice:
         if advice.reason:
-            words = f"{advice.name}: {advice.reason}"
-            console.print(words, style="dim", markup=False, highlight=False)
+            alike.setdefault(advice.reason, []).append(advice.name)
+    for reason, names in alike.items():
+        words = f"{'; '.join(names)}: {reason}"
+        console.print(words, style="dim", markup=False, highlight=False)
     for key, why in found.left_out.items():
         words = f"{key} was not tried: {why}"
         console.print(words, style="dim", markup=False, highlight=False)
@@ -128,6 +131,11 @@ def _words(found: Recommendation) -> str:
         return (
             "No condition holds on the set-up as it is, so nothing was added. That proves nothing "
             "about attacks that were not tried."
+        )
+    if not any(advice.finding in ("keeps", "breaks") for advice in found.advice):
+        return (
+            "No defense was tried to its end, so nothing is decided; a longer --budget would try "
+            "those first that stopped most on the frontier."
         )
     if not found.kept:
         return "No defense that was tried keeps every condition here."
