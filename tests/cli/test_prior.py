@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -11,7 +14,8 @@ from typer.testing import CliRunner
 from leakatlas import priors
 from leakatlas.cli import app
 from leakatlas.models import checkpoints
-from leakatlas.priors import Prior, kept
+from leakatlas.priors import Prior, kept, learning
+from leakatlas.priors.vae import Autoencoder
 
 
 def _train(*options: str) -> tuple[int, str]:
@@ -36,6 +40,42 @@ def test_the_card_says_what_was_made_and_the_command_that_makes_it_again(tmp_pat
     assert card["settings"]["widths"] == [192, 128, 96, 48] and card["figures"]["steps"] == 3
     found = priors.load(tmp_path)
     assert isinstance(found, Prior) and found.shape == (1, 8, 8)
+
+
+def _left(folder: Path) -> set[str]:
+    return {file.name for file in folder.glob(".*")}
+
+
+def test_a_stopped_training_goes_on_with_its_own_images_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that saw other images would come under a card that does not tell of them."""
+    asked = ["--latent", "8", "--batch", "16", "--steps", "9", "--out", str(tmp_path)]
+    step, made = Autoencoder.step, 0
+
+    def interrupted(*given: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made == 5:
+            raise KeyboardInterrupt
+        return step(*given)
+
+    def steps_of(*options: str) -> tuple[int, str]:
+        nonlocal made
+        made = 5  # none is interrupted any more
+        code, text = _train(*options, *asked)
+        assert code == 0
+        return made - 5, text
+
+    monkeypatch.setattr(Autoencoder, "step", interrupted)
+    minutes = itertools.count(step=60.0)  # kept after every step
+    monkeypatch.setattr(learning, "time", SimpleNamespace(perf_counter=lambda: next(minutes)))
+    assert _train("--limit", "40", *asked)[0] == 3
+    assert len(_left(tmp_path)) == 1
+    others, text = steps_of("--limit", "48", "--name", "prior")
+    assert others == 9 and "other images" in text and len(_left(tmp_path)) == 1
+    again, text = steps_of("--limit", "40")
+    assert again == 5 and "other images" not in text and not _left(tmp_path)
 
 
 def test_a_diffusion_model_names_no_latent(tmp_path: Path) -> None:

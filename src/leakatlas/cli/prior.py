@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +18,7 @@ from leakatlas.cli.options import DEVICE
 from leakatlas.cli.plain import escape
 
 if TYPE_CHECKING:
+    from leakatlas.data import ImageSet
     from leakatlas.models import Card
     from leakatlas.priors.training import Recipe
 
@@ -103,7 +106,12 @@ def train(
         batch=batch, steps=steps, flips=flips, seed=seed,
     )  # fmt: skip
     console = plain.console(stderr=True)
-    checkpoint = out / f".{name}.training"
+    checkpoint = _checkpoint(out, name, images, recipe)
+    if others := [file for file in out.glob(f".{name}.*training") if file != checkpoint]:
+        console.print(
+            f"{escape(str(others[0]))} is of a training on other images, or of another recipe; "
+            "this one starts anew and leaves it there."
+        )
     columns = (plain.Words(), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(escape(f"{kind} on {len(images):,} images"), total=1.0)
@@ -142,6 +150,15 @@ def list_() -> None:
             "-" if ceiling is None else f"{ceiling:.1f}", card.license,
         )  # fmt: skip
     plain.console().print(table)
+
+
+def _checkpoint(out: Path, name: str, images: ImageSet, recipe: Recipe) -> Path:
+    """Where a training is kept while it runs: one file for these images and this recipe.
+
+    Weights that saw other images never go on under this card, which tells what was seen.
+    """
+    told = f"{images.fingerprint()} {replace(recipe, steps=1)}"
+    return out / f".{name}.{hashlib.sha256(told.encode()).hexdigest()[:12]}.training"
 
 
 def _command(data: str, limit: int | None, name: str, recipe: Recipe) -> str:
