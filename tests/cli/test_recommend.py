@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from leakatlas.audit.recommend import Advice, Recommendation
 from leakatlas.audit.utility import Utility
 from leakatlas.cli import app
+from leakatlas.cli.recommend import _words
+from leakatlas.report import Report
 
 CONFIG = {
     "model": {
@@ -41,6 +45,22 @@ def test_what_keeps_the_condition_is_named_with_its_price(
     assert "is the cheapest that keeps every condition: it costs 0.0 points" in words
     assert "before you rely on it" in words and "fedkl was not tried" in words
     assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_what_keeps_it_at_an_unknown_price_is_counted() -> None:
+    """It was passed over in silence, and the first price that was measured called the cheapest."""
+    kept = [
+        Advice("pruned", (), "keeps", accuracy=0.8, points=2.0),
+        Advice("noised", (), "keeps"),
+        Advice("masked", (), "keeps"),
+    ]
+    found = Recommendation(
+        ("exact > 0",), Advice("as it is", (), "breaks"), tuple(kept), {}, cast("Report", None)
+    )
+    assert _words(found).startswith(
+        "pruned is the cheapest that keeps every condition (2 more keep them, at a price that was "
+        "not measured): it costs 2.0 points"
+    )
 
 
 def test_nothing_that_keeps_it_is_exit_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

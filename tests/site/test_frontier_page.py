@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import expect
 
 from leakatlas import site
+from leakatlas.catalogue import frontier, results
 from tests.site.conftest import Visit
 
 PHONE = {"width": 390, "height": 800}
@@ -58,6 +60,30 @@ def test_without_a_measurement_the_page_says_how_to_make_one(tmp_path: Path) -> 
     site.build(tmp_path / "site", results_folder=tmp_path / "none")
     page = (tmp_path / "site" / "frontier.html").read_text(encoding="utf-8")
     assert "Not measured yet" in page and "leakatlas bench frontier" in page
+
+
+def test_prices_in_other_federations_stand_below(measured: Path, tmp_path: Path) -> None:
+    """The undefended one first, escaped."""
+    folder = tmp_path / "results"
+    shutil.copytree(measured, folder)
+    figures = [
+        {"name": "accuracy", "case": case, "value": value, "interval": [0.4, 0.9], "n": 3}
+        for case, value in (("many/<noise>", 0.5), ("many/none", 0.75))
+    ]
+    document = {
+        "schema": "leakatlas/result/1", "kind": "benchmark", "key": "dp_many_users",
+        "study": "dp_many_users", "code_version": 1, "hardware": "2 CPU cores",
+        "seeds": [0], "measures": figures, "command": "leakatlas bench dp_many_users",
+        "date": "2026-01-31", "recipe": {"study": "dp_many_users"},
+    }  # fmt: skip
+    (folder / "dp_many_users.json").write_text(json.dumps(document), encoding="utf-8")
+    site.build(tmp_path / "site", results_folder=folder)
+    page = (tmp_path / "site" / "frontier.html").read_text(encoding="utf-8")
+    below = page.partition("Prices elsewhere")[2]
+    none, noise = below.index("many/none"), below.index("many/&lt;noise&gt;")
+    assert none < below.index("75.0% [40.0%, 90.0%]") < noise < below.index("50.0% [40.0%")
+    found = frontier.render(results.load(folder))
+    assert found is not None and "| many/none | 75.0% [40.0%, 90.0%] | 3 |" in found
 
 
 def test_the_chart_is_drawn_from_a_folder_and_follows_its_switches(visit: Visit) -> None:

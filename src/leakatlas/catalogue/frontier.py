@@ -117,6 +117,25 @@ def undefended(measures: Iterable[Measure]) -> dict[str, Measure]:
     return found
 
 
+ELSEWHERE = ("utility_standard", "dp_many_users")
+"""Studies that ask for prices in federations unlike the frontier's."""
+
+
+def elsewhere(measured: Iterable[Result]) -> dict[str, list[Measure]]:
+    """Accuracies in other federations, by study: of each federation the undefended one first."""
+    found: dict[str, list[Measure]] = {study: [] for study in ELSEWHERE}
+    for result in measured:
+        for measure in result.measures if result.study in found else ():
+            if measure.name == "accuracy":
+                found[result.study].append(measure)
+
+    def place(measure: Measure) -> tuple[str, bool, str]:
+        federation, _, defense = measure.case.rpartition("/")
+        return federation, defense != UNDEFENDED, defense
+
+    return {study: sorted(mine, key=place) for study, mine in found.items() if mine}
+
+
 def run(measures: Iterable[Measure]) -> str:
     """How many cells have been run, and what they took; empty if that was not recorded."""
     found = {m.name: m for m in measures if m.name.startswith(f"run{JOIN}")}
@@ -274,6 +293,12 @@ FedAVG, `frontier_cifar` is the grid for a cluster.
 """
 
 
+OTHER_FEDERATIONS = (
+    "A price is that of a federation: what is free among a few like clients need not be elsewhere. "
+    "No attack was run here."
+)
+
+
 def render(measured: Sequence[Result]) -> str | None:
     """The page, or None if the frontier was not measured."""
     result = result_of(measured)
@@ -299,7 +324,21 @@ def render(measured: Sequence[Result]) -> str | None:
         lines += [f"- Nobody could try {d}: {why}" for d, why in closed.get(network, {}).items()]
         lines += [f"- Not measured, {a}: {what}" for a, what in open_.get(network, {}).items()]
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_elsewhere(measured)])
+
+
+def _elsewhere(measured: Sequence[Result]) -> list[str]:
+    lines: list[str] = []
+    for study, accuracies in elsewhere(measured).items():
+        lines += [
+            f"`leakatlas bench {study}`",
+            "",
+            "| Case | accuracy | n | |",
+            "|---|---|---|---|",
+        ]
+        lines += [f"| {m.case} | {accuracy(m)} | {m.n} | {m.note} |" for m in accuracies]
+        lines.append("")
+    return ["## Prices elsewhere", "", OTHER_FEDERATIONS, "", *lines] if lines else []
 
 
 def _colours(found: Sequence[Verdict]) -> list[str]:
@@ -367,6 +406,12 @@ def share(measure: Measure) -> str:
     """Percent, interval and number of images."""
     low, high = measure.interval or (measure.value, measure.value)
     return f"{measure.value:.0%} [{low:.0%}, {high:.0%}] of {measure.n}"
+
+
+def accuracy(measure: Measure) -> str:
+    """Percent and interval."""
+    low, high = measure.interval or (measure.value, measure.value)
+    return f"{measure.value:.1%} [{low:.1%}, {high:.1%}]"
 
 
 def points(measure: Measure) -> str:

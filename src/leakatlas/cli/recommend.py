@@ -140,10 +140,13 @@ def _words(found: Recommendation) -> str:
     if not found.kept:
         return "No defense that was tried keeps every condition here."
     best = found.kept[0]
+    unpriced = sum(advice.points is None for advice in found.kept if advice is not best)
+    among = f" ({unpriced} more keep them, at a price that was not measured)" if unpriced else ""
     return (
-        f"{best.name} is the cheapest that keeps every condition: {_price(best, found.task)}. It "
-        "was tried against the attacks that are strongest on the set-up as it is, by an adversary "
-        "who knows it; put it into defenses and audit that set-up before you rely on it."
+        f"{best.name} is the cheapest that keeps every condition{among}: "
+        f"{_price(best, found.task)}. It was tried against the attacks that are strongest on the "
+        "set-up as it is, by an adversary who knows it; put it into defenses and audit that set-up "
+        "before you rely on it."
     )
 
 

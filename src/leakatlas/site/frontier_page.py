@@ -35,6 +35,9 @@ def context(measured: Sequence[Result]) -> dict[str, Any]:
         "undefended": frontier.undefended(result.measures if result else ()),
         "untried": frontier.untried(result.measures if result else ()),
         "unmeasured": frontier.unmeasured(result.measures if result else ()),
+        "elsewhere": frontier.elsewhere(measured),
+        "other_federations": frontier.OTHER_FEDERATIONS,
+        "accuracy": frontier.accuracy,
         "verdicts": frontier.verdicts(measured),
         "data": _data(networks),
     }
