@@ -14,9 +14,11 @@ parallel and fused after every few steps:
    (the point nearest to its :math:`T - f - 2` nearest others) or the plain mean.
 
 With the median, fewer than T/2 rounds that fit nothing (noise, another batch, a fresh
-augmentation) do not move the point where the others agree; the mean follows them. In the variant
-``fuse="gradients"`` the slopes of all rounds are scaled to norm 1 and aggregated, and one Adam
-moves one point.
+augmentation) do not move the point where the others agree; the mean follows them: beside the truth,
+noise in two rounds of ten costs it several dB after ten local steps each, and the median next to
+nothing (tested). In the variant ``fuse="gradients"`` the slopes of all rounds are scaled to norm 1
+and aggregated, and one Adam moves one point. A round's say is bounded then, and even the mean bears
+two that lie; with slopes as they are, loud noise would have the only say.
 
 The abstract states robust fusion of ten temporal gradients; its loop, the aggregators' details
 and all numbers were rebuilt without access to the full text or code. No letter expresses that the
