@@ -114,10 +114,12 @@ def train(
         )
     columns = (plain.Words(), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(escape(f"{kind} on {len(images):,} images"), total=1.0)
+        told = f"{kind} on {len(images):,} images"
+        task = progress.add_task(escape(told), total=1.0)
 
         def listen(fraction: float, note: str) -> None:
-            progress.update(task, completed=fraction, description=escape(note))
+            now = f"{told}: {note}" if note else told
+            progress.update(task, completed=fraction, description=escape(now))
 
         watch = Watch(parse_budget(budget), listen)
         prior = training.train(
