@@ -28,7 +28,9 @@ Departures:
       :math:`v / (v + M^2)`, the best that can be done entry by entry, without a network.
     - ``path`` (ours) may follow the chain's mean (DDIM) in place of drawing noise at each step, or
       take the mean of all clean gradients in a single step, which squared error prefers.
-    - The U-Net is this project's, without linear attention; published width 120.
+    - The U-Net is this project's, without linear attention; published width 120. That is for
+      gradients of some ten thousand entries: one of millions is an image of thousands of pixels a
+      side, and wants a ``width`` of some eight and a ``batch_size`` of 1.
     - The non-adaptive and conditional baselines of the paper are left out; ``start`` fixes t*.
     - Sparse updates, sums over clients and several local steps are denoised all the same, by
       gradients of the same kind.
