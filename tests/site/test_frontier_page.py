@@ -86,6 +86,30 @@ def test_prices_in_other_federations_stand_below(measured: Path, tmp_path: Path)
     assert found is not None and "| many/none | 75.0% [40.0%, 90.0%] | 3 |" in found
 
 
+def test_a_network_without_prices_has_no_chart_and_says_so(measured: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    shutil.copytree(measured, folder)
+    document = json.loads((folder / "frontier.json").read_text(encoding="utf-8"))
+    figures = document["measures" if "measures" in document else "summary"]
+    figures += [
+        {**figure, "name": figure["name"].replace("| fresh |", "| unpriced |")}
+        for figure in figures
+        if figure["name"].startswith("recovered | fresh |")
+    ]
+    (folder / "frontier.json").write_text(json.dumps(document), encoding="utf-8")
+    site.build(tmp_path / "site", results_folder=folder)
+    page = (tmp_path / "site" / "frontier.html").read_text(encoding="utf-8")
+    section = page.partition("unpriced network</h2>")[2].partition("</section>")[0]
+    assert frontier.UNPRICED in section and "<svg" not in section
+    assert (
+        frontier.UNPRICED not in page.partition("fresh network</h2>")[2].partition("</section>")[0]
+    )
+    held = re.search(r'id="frontier-data">(.*?)</script>', page, re.DOTALL)
+    assert held is not None and "unpriced" not in json.loads(held[1])
+    found = frontier.render(results.load(folder))
+    assert found is not None and frontier.UNPRICED in found.partition("## unpriced")[2]
+
+
 def test_the_chart_is_drawn_from_a_folder_and_follows_its_switches(visit: Visit) -> None:
     page = visit.open("frontier.html")
     expect(page.locator("#frontier")).to_be_visible()

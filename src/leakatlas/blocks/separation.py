@@ -26,7 +26,7 @@ GAUSSIAN = 0.37456720
 
 LARGE = 2048
 """Rows and columns above which only the strongest singular vectors are computed: all of them take
-a quarter of an hour for the 4,096 by 25,088 weights of VGG-16's first linear layer."""
+many minutes for the 4,096 by 25,088 weights of the published VGG-16's first linear layer."""
 
 SPARE = 16
 """Singular vectors beyond those asked for, which make these exact up to rounding."""

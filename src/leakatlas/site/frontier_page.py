@@ -21,15 +21,17 @@ def context(measured: Sequence[Result]) -> dict[str, Any]:
     """What the page is given: rows by network, the charts, the colours, and points as data."""
     result = frontier.result_of(measured)
     networks = {} if result is None else frontier.networks(result.measures)
+    on_chart = {n: rows for n, rows in networks.items() if any(row.priced for row in rows)}
     return {
         "result": result,
         "networks": networks,
         "levels": {name: _levels(rows) for name, rows in networks.items()},
-        "charts": {name: _chart(name, rows) for name, rows in networks.items()},
+        "charts": {name: _chart(name, rows) for name, rows in on_chart.items()},
         "nulls": {
             name: frontier.in_words(found)
             for name, found in frontier.nulls(result.measures if result else ()).items()
         },
+        "unpriced": frontier.UNPRICED,
         "took": frontier.run(result.measures if result else ()),
         "described": frontier.described(result.measures if result else ()),
         "undefended": frontier.undefended(result.measures if result else ()),
@@ -39,7 +41,7 @@ def context(measured: Sequence[Result]) -> dict[str, Any]:
         "other_federations": frontier.OTHER_FEDERATIONS,
         "accuracy": frontier.accuracy,
         "verdicts": frontier.verdicts(measured),
-        "data": _data(networks),
+        "data": _data(on_chart),
     }
 
 
