@@ -11,8 +11,8 @@ from leakatlas.bench.picture import Column
 from leakatlas.params import checked
 
 Status = Literal["complete", "cut short", "failed", "error", "refused"]
-"""``failed``: the attack says so. ``error``: it crashed, or was killed. ``refused``: it lacks what
-it needs."""
+"""``failed``: the attack says so. ``error``: it crashed, was killed, or this machine lacks a
+package or file. ``refused``: it lacks what it needs."""
 
 FINAL = ("complete", "cut short", "failed", "refused")
 """A cell that ended in one of these is not run again; an error may be the machine's fault."""

@@ -20,7 +20,7 @@ from leakatlas.bench.measures import BINS
 from leakatlas.bench.record import Record, Status
 from leakatlas.bench.schema import REHEARSED, OwnMeasure
 from leakatlas.blocks.watch import Conduct, Trail, Watch, parse_budget
-from leakatlas.errors import AttackCrashed, LeakAtlasError
+from leakatlas.errors import AttackCrashed, LeakAtlasError, Unavailable
 from leakatlas.fl import Stage
 
 
@@ -53,8 +53,13 @@ def run_cell(cell: Cell, adversary: Adversary, *, watch: Watch | None = None) ->
     except own_code.StudyFault as fault:
         return Record(**facts, status="error", reason=str(fault))
     except LeakAtlasError as refusal:
-        return Record(**facts, status="refused", reason=f"{type(refusal).__name__}: {refusal}")
+        return Record(**facts, status=_kind(refusal), reason=f"{type(refusal).__name__}: {refusal}")
     return _attacked(cell, stage, adversary, watch or Watch(), facts)
+
+
+def _kind(refusal: LeakAtlasError) -> Status:
+    """Refused for good; an error, to be tried again, where this machine lacks what another has."""
+    return "error" if isinstance(refusal, Unavailable) else "refused"
 
 
 def nothing_came(cell: Cell, reason: str) -> Record:
@@ -100,7 +105,7 @@ def _attacked(
     except AttackCrashed as crash:
         status, reason = "error", str(crash)
     except LeakAtlasError as refusal:
-        status, reason = "refused", f"{type(refusal).__name__}: {refusal}"
+        status, reason = _kind(refusal), f"{type(refusal).__name__}: {refusal}"
     if trial is not None:
         try:
             if any(m in BINS for m in case.measures if isinstance(m, str)):
