@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from leakatlas import devices, models
 from leakatlas.audit import Plan, carry_out, examine, presets
+from leakatlas.bench import schema as studies
+from leakatlas.bench import utility
+from leakatlas.bench.cells import Cell
 from leakatlas.fl import FedAVG, FedSGD, Protocol, tampering
 from leakatlas.lint import lint
 from leakatlas.threat import Grant
@@ -91,3 +94,31 @@ def test_an_audit_finds_the_same_and_says_where(
         assert b.recipe["conditions"]["device"] == "cpu"
         assert (a.scores is None) == (b.scores is None)
     assert any(run.scores is not None for run in there.runs)
+
+
+TRAINED_UNDER = ["gradient_pruning", "client_dp", "fragmented_fl", "quantization", "precode"]
+
+
+@pytest.mark.parametrize("key", [None, *TRAINED_UNDER])
+def test_a_federation_trains_to_the_same_accuracy(key: str | None) -> None:
+    """Without an attack clients and server compute where the cell says."""
+    case = studies.Case.model_validate(
+        {
+            "model": {"builtin": "fc", "kwargs": {"in_channels": 1, "size": 8, "widths": [16]}},
+            "victims": {"set": "digits", "count": 1},
+            "protocol": {"algorithm": "fedavg", "mode": "train", "batch_size": 8, "lr": 0.1},
+            "defenses": [] if key is None else [{"key": key}],
+            "measures": [{"name": "accuracy"}],
+            "utility": {
+                "train": {"set": "digits", "count": 64},
+                "test": {"set": "digits", "first": 64, "count": 40},
+                "rounds": 2, "rates": [0.1], "clients": 4, "split": 0.5,
+            },
+        }
+    )  # fmt: skip
+    with pretended() as device:
+        here, there = (
+            utility.measure(Cell("here", "main", case, 0, 0, device=where))
+            for where in ("cpu", str(device))
+        )
+    assert alike(there, here)

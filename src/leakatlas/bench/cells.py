@@ -42,8 +42,8 @@ class Cell:
         case: The set-up.
         seed: Seed of networks, noise and attack.
         batch: Which batch of the victims, from 0.
-        device: Where attacks compute; clients compute on the CPU, so that every device attacks the
-            same bits.
+        device: Where attacks compute; their victims compute on the CPU, so that every device
+            attacks the same bits. Where nobody attacks, clients and server compute there.
         threads: Threads of every process.
         hook: The study's own Python file.
         data: Folder that relative paths of data start from.
