@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,37 +17,66 @@ from leakatlas.bench import harness
 from leakatlas.errors import InvalidInput
 from leakatlas.priors import Diffusion, Prior, kept
 from tests.conftest import build_stage
-from tests.priors.support import ABOUT, written
+from tests.priors.support import ABOUT, check_search, check_stages, written
 
 REASON = "make test-priors builds an environment with it"
 biggan = pytest.importorskip("pytorch_pretrained_biggan", reason=REASON)
 diffusers = pytest.importorskip("diffusers", reason=REASON)
 
 
-def test_biggan_from_a_local_folder(tmp_path: Path) -> None:
-    settings = {
-        "output_dim": 8, "z_dim": 4, "class_embed_dim": 4, "channel_width": 4, "num_classes": 3,
-        "layers": [[True, 16, 8], [False, 8, 4], [False, 4, 2], [False, 2, 1]],
-        "attention_layer_position": 9, "eps": 1e-4, "n_stats": 5,
-    }  # fmt: skip
+BIGGAN = {
+    "output_dim": 16, "z_dim": 4, "class_embed_dim": 4, "channel_width": 4, "num_classes": 3,
+    "layers": [[True, 16, 8], [False, 8, 4], [True, 4, 2], [False, 2, 1]],
+    "attention_layer_position": 2, "eps": 1e-4, "n_stats": 5,
+}  # fmt: skip
+
+
+def _biggan(folder: Path, **recipe: object) -> tuple[Any, Path]:
     torch.manual_seed(0)
-    network = biggan.BigGAN(biggan.BigGANConfig.from_dict(settings)).eval()
-    folder = written(tmp_path / "b", network.state_dict(), kind="biggan", truncation=0.5)
-    (folder / "config.json").write_text(json.dumps(settings))
+    network = biggan.BigGAN(biggan.BigGANConfig.from_dict(BIGGAN))
+    last, (attention,) = (
+        network.generator.bn,
+        [layer for layer in network.generator.layers if hasattr(layer, "gamma")],
+    )
+    with torch.no_grad():
+        last.weight.fill_(2.0)  # the package leaves them as the memory was
+        last.bias.zero_()
+        attention.gamma.fill_(0.5)  # it starts without effect
+        for _ in range(20):  # so many steps find the spectral norms
+            network(torch.randn(3, 4), torch.eye(3), 0.5)
+    network.eval()
+    written(folder, network.state_dict(), kind="biggan", truncation=0.5, **recipe)
+    (folder / "config.json").write_text(json.dumps(BIGGAN))
+    return network, folder
+
+
+def test_biggan_from_a_local_folder(tmp_path: Path) -> None:
+    network, folder = _biggan(tmp_path / "b")
     found = kept.decoder(folder)
-    assert found.classes == 3 and found.shape == (3, 8, 8)
+    assert found.classes == 3 and found.shape == (3, 16, 16)
     z, y = torch.randn(2, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([2, 0])
     with torch.no_grad():
         expected = network(0.5 * z, nn.functional.one_hot(y, 3).float(), 0.5)
     assert torch.allclose(found.decoder(y)(z), (expected + 1) / 2, atol=1e-6)
-    one = kept.decoder(
-        written(folder, network.state_dict(), kind="biggan", truncation=0.5, label=2)
-    )
+    one = kept.decoder(_biggan(folder, label=2)[1])
     assert one.classes == 0
     assert torch.allclose(one.decoder()(z[:1]), (expected[:1] + 1) / 2, atol=1e-6)
-    (folder / "config.json").write_text(json.dumps({**settings, "channel_width": 2**15}))
+    (folder / "config.json").write_text(json.dumps({**BIGGAN, "channel_width": 2**15}))
     with pytest.raises(InvalidInput, match="different networks"):
         kept.decoder(folder)
+
+
+def test_gifd_opens_biggan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = kept.decoder(_biggan(tmp_path / "b")[1])
+    z, y = torch.randn(2, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([2, 0])
+    check_stages(found, z, y)
+    assert len(found.stages) == 6  # attention goes with the block behind it
+    h, about = found.stages[0](z, y)
+    assert h.shape == (2, 64, 4, 4) and torch.equal(about[:, :4], 0.5 * z)
+    assert found.stages[3](found.stages[2](*found.stages[1](h, about))[0], about)[1] is about
+    one = kept.decoder(_biggan(tmp_path / "one", label=2)[1])
+    check_stages(one, z)
+    check_search(found, monkeypatch, y=2)
 
 
 UNET = {

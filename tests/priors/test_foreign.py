@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from leakatlas import priors
 from leakatlas.attacks.generative.latent.gias import GIAS
+from leakatlas.attacks.generative.latent.gifd import GIFD
 from leakatlas.bench import harness
 from leakatlas.errors import InvalidInput, UnknownName
 from leakatlas.priors import kept
-from leakatlas.priors.foreign.stylegan2 import Synthesis, enlarged, filtered
+from leakatlas.priors.foreign.stylegan2 import MAPPING_RATE, Synthesis, enlarged, filtered
 from tests.conftest import build_stage
-from tests.priors.support import written
+from tests.priors.support import check_search, check_stages, written
 
 DCGAN: list[Any] = [
     {"Unflatten": {"dim": 1, "unflattened_size": [6, 1, 1]}},
@@ -113,9 +114,14 @@ def test_only_layers_of_the_list_are_built(tmp_path: Path, name: str) -> None:
 
 
 def _synthesis() -> tuple[Synthesis, dict[str, Tensor]]:
+    """As it is drawn before training, but that its pictures lie within the pixel range."""
     network = Synthesis([8, 6, 4], 5, 2)
     state = _randomised(network)
     for name in state:
+        if name.startswith("style."):
+            state[name] /= MAPPING_RATE
+        if name.startswith("to_rgb") and "modulation" not in name:
+            state[name] *= 0.1
         if name.endswith(".kernel"):
             state[name] = network.state_dict()[name]
     network.load_state_dict(state)
@@ -131,6 +137,76 @@ def test_stylegan2_is_laid_out_by_its_weights(tmp_path: Path) -> None:
     assert torch.allclose(found.decoder()(z), (network(z) + 1) / 2, atol=1e-5)
     with pytest.raises(InvalidInput, match="convert its g_ema"):
         priors.load(written(tmp_path / "t", {"a": torch.zeros(1)}, kind="stylegan2"))
+
+
+def _plainly(network: Synthesis, z: Tensor) -> Tensor:
+    """The synthesis in one go, one style for all."""
+    layers: Any = network
+    w, noise = network.style(z), list(network.noises.buffers())
+    h = network.conv1(network.input.input.expand(len(z), -1, -1, -1), w, noise[0])
+    image: Tensor = network.to_rgb1(h, w, None)
+    for level, to_image in enumerate(layers.to_rgbs):
+        for k in (2 * level, 2 * level + 1):
+            h = layers.convs[k](h, w, noise[k + 1])
+        image = to_image(h, w, image)
+    return image
+
+
+def test_the_stages_of_stylegan2_make_the_whole(tmp_path: Path) -> None:
+    network, state = _synthesis()
+    found = kept.decoder(written(tmp_path / "s", state, kind="stylegan2"))
+    z = torch.randn(2, 5, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(network(z), _plainly(network, z), atol=1e-5)
+    check_stages(found, z)
+    (styles,) = found.stages[0](z)
+    assert styles.shape == (2, 6, 5)  # two a resolution
+    h, beside = found.stages[1](styles)
+    assert beside is styles and h.shape == (2, 8, 4, 4)
+    _, kept_styles, image = found.stages[2](h + 1, styles)
+    assert kept_styles is styles and image.shape == (2, 3, 4, 4)
+
+
+def test_each_style_goes_to_its_own_convolution() -> None:
+    """The last one to the last image alone, the one before to the last convolution alone."""
+    network, _ = _synthesis()
+    _, coarsest, *doublings, finest = network.stages()
+    z = torch.randn(1, 5, generator=torch.Generator().manual_seed(1))
+    w = network.style(z)[:, None].repeat(1, 6, 1)
+
+    def features(w: Tensor) -> list[tuple[Tensor, ...]]:
+        states = [coarsest(w)]
+        for stage in (*doublings, finest):
+            states.append(stage(*states[-1]))
+        return states
+
+    plain = features(w)
+    for number, first in enumerate((0, 1, 1, 2, 2, 3)):
+        moved = w.clone()
+        moved[:, number] += 1
+        now = features(moved)
+        # What a state draws: its feature, and the image so far.
+        same = [
+            torch.equal(a[0], b[0]) and all(map(torch.equal, a[2:], b[2:]))
+            for a, b in zip(plain, now, strict=True)
+        ]
+        assert same.index(False) == first, number
+
+
+def test_gifd_opens_stylegan2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, state = _synthesis()
+    check_search(kept.decoder(written(tmp_path / "s", state, kind="stylegan2")), monkeypatch)
+
+
+def test_gifd_opens_a_stack_of_layers(tmp_path: Path) -> None:
+    z = torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
+    check_stages(kept.decoder(_layers(tmp_path / "plain", signed=False)), z)
+    folder = _layers(tmp_path / "mine")
+    found = kept.decoder(folder)
+    assert len(found.stages) == 2
+    check_stages(found, z)
+    scene = build_stage(model="lenet", examples=1, letter="D")
+    trial = harness.run_trial(scene, GIFD(prior=str(folder), steps=2, restarts=1))
+    assert trial.found.notes.keys() >= {"stage_0_loss", "stage_1_loss"}
 
 
 def test_each_example_is_convolved_with_weights_of_its_own() -> None:

@@ -21,7 +21,7 @@ from leakatlas.errors import InvalidInput, shown
 from leakatlas.models import Card, Denoiser, Generator, checkpoints
 from leakatlas.models.registry import build
 from leakatlas.priors import foreign
-from leakatlas.priors.prior import Diffusion, Prior, linear_schedule
+from leakatlas.priors.prior import Diffusion, Part, Prior, alone, linear_schedule
 
 ARCHITECTURES = ("generator", "denoiser")
 """Models of the registry that are priors."""
@@ -129,8 +129,18 @@ def wrapped(network: nn.Module, about: Card, seen: Tensor | None = None) -> Prio
         return Diffusion(network, about, shape, linear_schedule(), seen)
     assert isinstance(network, Generator)
     shape = (network.channels, network.size, network.size)
-    stages = tuple(network.stages)
-    return Prior(network, about, (network.latent,), shape, network.classes, stages, seen)
+    latent = (network.latent,)
+    return Prior(network, about, latent, shape, network.classes, opened(network), seen)
+
+
+def opened(network: Generator) -> tuple[Part, ...]:
+    """The stages of one of our generators; the embedding of a label goes into the first."""
+    first, *rest = network.stages
+
+    def begin(z: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (first(network.enter(z, y)),)
+
+    return (begin, *map(alone, rest))
 
 
 def save(prior: Prior | Diffusion, folder: Path, *, half: bool = True) -> Card:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import InvalidParameter
-from leakatlas.models import Card, Generator
+from leakatlas.models import Card
 
 CEILING = "held_out_inversion_psnr_db"
 """The figure of a card that bounds every search among what the prior can draw: the PSNR of its
@@ -22,18 +22,26 @@ INVERTED = 64
 """Held-out images behind :data:`CEILING`, at most."""
 
 
+Part = Callable[..., tuple[Tensor, ...]]
+"""One stage of a generator: what it gives is what the next one takes.
+
+The first tensor is the feature, which a search may move; those beside it (the embedding of a class,
+styles, the image so far) stay what they are.
+"""
+
+
 @dataclass(frozen=True, eq=False)
 class Prior:
     """A generator, and where it comes from.
 
     Args:
-        network: Maps latents (and labels) to pixels of [0, 1]; in eval mode. With ``stages`` it is
-            their composition after ``enter``.
+        network: Maps latents (and labels) to pixels of [0, 1]; in eval mode.
         card: Provenance: data, split, seed, recipe, licence, figures.
         latent: Shape of one latent; standard normal latents give plausible images.
         shape: ``(C, H, W)`` of what it draws.
         classes: Labels that it is conditioned on; 0 if unconditional.
-        stages: The callables of which the network is made, if it can be opened.
+        stages: What the network is made of, if it can be opened: the first takes what the network
+            takes, the last gives its pixels alone.
         seen: ``(M,)`` fingerprints of the images that it was trained on, sorted.
     """
 
@@ -42,7 +50,7 @@ class Prior:
     latent: tuple[int, ...]
     shape: tuple[int, int, int]
     classes: int = 0
-    stages: tuple[nn.Module, ...] = ()
+    stages: tuple[Part, ...] = ()
     seen: Tensor | None = None
 
     def at(self, like: Tensor) -> Prior:
@@ -76,13 +84,6 @@ class Prior:
         """Latents ``(N, *latent)`` to pixels of [0, 1], for images of these labels."""
         return lambda z: self.network(*self.inputs(z, y))
 
-    def enter(self, z: Tensor, y: Tensor | None = None) -> Tensor:
-        """The input of the first stage."""
-        if not self.classes:
-            return z
-        assert isinstance(self.network, Generator)
-        return self.network.enter(*self.inputs(z, y))
-
     def knows(self, pixels: Tensor) -> Tensor:
         """``(N,)`` whether images of [0, 1] are among those that it was trained on.
 
@@ -99,6 +100,18 @@ class Prior:
     def ceiling(self) -> float | None:
         """PSNR in dB of its best pictures of held-out images; None if its card does not say."""
         return self.card.figures.get(CEILING)
+
+
+def alone(stage: nn.Module) -> Part:
+    """A stage that needs nothing beside the feature."""
+    return lambda h: (stage(h),)
+
+
+def through(stages: Sequence[Part], *state: Tensor) -> Tensor:
+    """The image that follows from what the first of these stages takes."""
+    for stage in stages:
+        state = stage(*state)
+    return state[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -23,8 +24,9 @@ from leakatlas.priors.foreign.kind import (
     checked,
     drawn_shape,
     filled,
+    in_pixels,
 )
-from leakatlas.priors.prior import Prior
+from leakatlas.priors.prior import Part, Prior
 
 Count = Annotated[int, Field(strict=True, gt=0, le=2**16)]
 
@@ -70,7 +72,7 @@ class BigGANRecipe(Kind):
         y = () if self.label is not None else (torch.zeros(1, dtype=torch.int64),)
         shape = drawn_shape(pixels, (config.z_dim,), who, *y)
         classes = config.num_classes if self.label is None else 0
-        return Prior(pixels, card, (config.z_dim,), shape, classes)
+        return Prior(pixels, card, (config.z_dim,), shape, classes, in_pixels(told.stages()))
 
 
 class Conditional(nn.Module):
@@ -92,9 +94,48 @@ class Conditional(nn.Module):
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """Images of [-1, 1]."""
+        drawn: Tensor = self.network(self.truncation * z, self._told(z, y), self.truncation)
+        return drawn
+
+    def _told(self, z: Tensor, y: Tensor | None) -> Tensor:
+        """Labels as the network takes them."""
         if y is None:
             assert self.label is not None
             y = torch.full((len(z),), self.label, device=z.device)
-        told = F.one_hot(y, self.classes).to(z)
-        drawn: Tensor = self.network(self.truncation * z, told, self.truncation)
-        return drawn
+        return F.one_hot(y, self.classes).to(z)
+
+    def stages(self) -> tuple[Part, ...]:
+        """The linear map to 4 x 4, each block, and what makes pixels of the last.
+
+        Beside the feature goes the vector that conditions every block: the latent, truncated, and
+        the embedding of the label. Attention belongs to the block that follows it.
+        """
+        from pytorch_pretrained_biggan.model import GenBlock
+
+        whole: Any = self.network.generator
+        blocks: list[list[nn.Module]] = [[]]
+        for layer in whole.layers:
+            blocks[-1].append(layer)
+            if isinstance(layer, GenBlock):
+                blocks.append([])
+        return (self._begin, *(functools.partial(self._block, b) for b in blocks[:-1]), self._end)
+
+    def _begin(self, z: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
+        network: Any = self.network
+        about = torch.cat((self.truncation * z, network.embeddings(self._told(z, y))), dim=1)
+        h = network.generator.gen_z(about)
+        # As TensorFlow, where the weights come from, lays features out: maps last.
+        maps = h.shape[1] // 16
+        return h.view(-1, 4, 4, maps).permute(0, 3, 1, 2).contiguous(), about
+
+    def _block(self, layers: Sequence[nn.Module], h: Tensor, about: Tensor) -> tuple[Tensor, ...]:
+        *attention, block = layers
+        for layer in attention:
+            h = layer(h)
+        return block(h, about, self.truncation), about
+
+    def _end(self, h: Tensor, about: Tensor) -> tuple[Tensor, ...]:
+        del about
+        whole: Any = self.network.generator
+        h = whole.conv_to_rgb(whole.relu(whole.bn(h, self.truncation)))
+        return (whole.tanh(h[:, :3]),)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeVar
 
@@ -15,7 +15,7 @@ from leakatlas import models, sealed
 from leakatlas.catalogue.schema import Strict, Text
 from leakatlas.errors import InvalidInput, LeakAtlasError
 from leakatlas.models import Card
-from leakatlas.priors.prior import CEILING, Diffusion, Prior
+from leakatlas.priors.prior import CEILING, Diffusion, Part, Prior
 
 FileName = Annotated[str, Field(pattern=r"^[\w-][\w.-]*(/[\w-][\w.-]*)*$", max_length=200)]
 """A file below the folder of the recipe, nowhere else."""
@@ -96,6 +96,12 @@ class Pixels(nn.Module):
         """Images ``(N, C, S, S)`` of [0, 1]."""
         drawn: Tensor = self.network(z) if y is None else self.network(z, y)
         return (drawn + 1) / 2
+
+
+def in_pixels(stages: Sequence[Part]) -> tuple[Part, ...]:
+    """Stages of a network that draws images of [-1, 1], so that they draw them in [0, 1]."""
+    *inner, last = stages
+    return (*inner, lambda *state: ((last(*state)[0] + 1) / 2,))
 
 
 def filled(make: Callable[[], nn.Module], state: Mapping[str, Tensor], who: str) -> nn.Module:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from leakatlas.errors import UnknownName
 from leakatlas.models import Card
-from leakatlas.priors.foreign.kind import LAYERS, Kind, Pixels, drawn_shape, filled
-from leakatlas.priors.prior import Prior
+from leakatlas.priors.foreign.kind import LAYERS, Kind, Pixels, drawn_shape, filled, in_pixels
+from leakatlas.priors.prior import Part, Prior, alone
 
 TAKEN = (
     "BatchNorm1d", "BatchNorm2d", "Conv2d", "ConvTranspose2d", "ELU", "Flatten", "GELU",
@@ -34,6 +34,9 @@ TAKEN = (
     "ReLU", "Sigmoid", "SiLU", "Softplus", "Tanh", "Unflatten", "Upsample",
 )  # fmt: skip
 """Layers of ``torch.nn`` that a recipe may name."""
+
+MAPS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+"""Layers at which a new stage begins."""
 
 Side = Annotated[int, Field(strict=True, gt=0, le=2**16)]
 
@@ -57,7 +60,21 @@ class LayersRecipe(Kind):
         stack = filled(lambda: nn.Sequential(*map(_layer, self.layers)), held, who)
         network = Pixels(stack) if self.signed else stack
         latent = tuple(self.latent)
-        return Prior(network, card, latent, drawn_shape(network, latent, who))
+        stages = _stages(stack)
+        return Prior(
+            network, card, latent, drawn_shape(network, latent, who),
+            stages=in_pixels(stages) if self.signed else stages,
+        )  # fmt: skip
+
+
+def _stages(stack: nn.Module) -> tuple[Part, ...]:
+    """A stage from each layer with a map of its own up to the next."""
+    layers = list(stack.children())
+    starts = [k for k, layer in enumerate(layers) if isinstance(layer, MAPS)][1:]
+    ends = [*starts, len(layers)]
+    return tuple(
+        alone(nn.Sequential(*layers[a:b])) for a, b in zip([0, *starts], ends, strict=True)
+    )
 
 
 def _layer(written: Layer) -> nn.Module:

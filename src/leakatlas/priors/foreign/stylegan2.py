@@ -1,7 +1,7 @@
 r"""StyleGAN2 (Karras et al., 2020), under the names of the PyTorch port, as safetensors.
 
-A mapping network turns z into a style w; every convolution's weights are scaled by an affine
-function of w and normalised for each output,
+A mapping network turns z into a style w, of which every convolution takes a copy (together, w+).
+Its weights are scaled by an affine function of w and normalised for each output,
 
 .. math:: w'_{oik} = s_i w_{oik}, \qquad
           w''_{oik} = w'_{oik} \Big/ \sqrt{\textstyle\sum_{ik} {w'_{oik}}^2 + 10^{-8}},
@@ -17,6 +17,7 @@ what a user has converted. Names: ``style.1.weight``, ``convs.0.conv.weight`` an
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -29,8 +30,8 @@ from torch.nn import functional as F
 
 from leakatlas.errors import InvalidInput
 from leakatlas.models import Card
-from leakatlas.priors.foreign.kind import Kind, Pixels, drawn_shape, filled
-from leakatlas.priors.prior import Prior
+from leakatlas.priors.foreign.kind import Kind, Pixels, drawn_shape, filled, in_pixels
+from leakatlas.priors.prior import Part, Prior, through
 
 FILTER = (1.0, 3.0, 3.0, 1.0)
 """The separable low-pass filter behind every enlargement."""
@@ -55,8 +56,10 @@ class StyleGAN2Recipe(Kind):
                 "convert its g_ema to safetensors."
             ) from None
         network = filled(lambda: Synthesis(widths, style, depth), held, who)
+        assert isinstance(network, Synthesis)
         pixels = Pixels(network)
-        return Prior(pixels, card, (style,), drawn_shape(pixels, (style,), who))
+        shape = drawn_shape(pixels, (style,), who)
+        return Prior(pixels, card, (style,), shape, stages=in_pixels(network.stages()))
 
 
 def _layout(state: Mapping[str, Tensor]) -> tuple[list[int], int, int]:
@@ -100,16 +103,43 @@ class Synthesis(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """The images."""
-        w = self.style(z)
-        noise = list(self.noises.buffers())
-        h = self.conv1(self.input.input.expand(len(z), -1, -1, -1), w, noise[0])
-        image = self.to_rgb1(h, w, None)
-        for level, to_image in enumerate(self.to_rgbs):
-            for k in (2 * level, 2 * level + 1):
-                h = self.convs[k](h, w, noise[k + 1])
-            image = to_image(h, w, image)
-        drawn: Tensor = image
-        return drawn
+        return through(self.stages(), z)
+
+    def stages(self) -> tuple[Part, ...]:
+        """Latent to styles, styles to 4 x 4, each doubling of the side, features to the image.
+
+        Beside the feature go the styles ``(N, 2 R, style)`` of all R resolutions and, after the
+        first, the image that the coarser ones make.
+        """
+        doublings = [functools.partial(self._finer, level) for level in range(len(self.to_rgbs))]
+        return (self._styles, self._coarsest, *doublings, self._finest)
+
+    def _styles(self, z: Tensor) -> tuple[Tensor, ...]:
+        return (self.style(z)[:, None].repeat(1, 2 * len(self.to_rgbs) + 2, 1),)
+
+    def _coarsest(self, w: Tensor) -> tuple[Tensor, ...]:
+        start = self.input.input.expand(len(w), -1, -1, -1)
+        return self.conv1(start, w[:, 0], self._noise(0)), w
+
+    def _finer(
+        self, level: int, h: Tensor, w: Tensor, coarse: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        image = self._image(level, h, w, coarse)
+        for k in (2 * level, 2 * level + 1):
+            h = self.convs[k](h, w[:, k + 1], self._noise(k + 1))
+        return h, w, image
+
+    def _finest(self, h: Tensor, w: Tensor, coarse: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (self._image(len(self.to_rgbs), h, w, coarse),)
+
+    def _image(self, level: int, h: Tensor, w: Tensor, coarse: Tensor | None) -> Tensor:
+        to_image = self.to_rgbs[level - 1] if level else self.to_rgb1
+        # The next convolution takes the same style.
+        image: Tensor = to_image(h, w[:, 2 * level + 1], coarse)
+        return image
+
+    def _noise(self, number: int) -> Tensor:
+        return self.noises.get_buffer(f"noise_{number}")
 
 
 class Normalised(nn.Module):

@@ -21,10 +21,11 @@ from leakatlas.bench import harness
 from leakatlas.blocks.watch import Step
 from leakatlas.defenses.heuristic.perturbation.gradient_pruning import GradientPruning
 from leakatlas.fl import Stage
+from leakatlas.priors.prior import through
 from leakatlas.threat import Grant
 from tests.attacks.case import LENET, Case
 from tests.conftest import build_stage, surrogate
-from tests.priors.support import SIZE, generator, held, prior
+from tests.priors.support import SIZE, check_stages, generator, held, prior
 
 CASE = Case(
     {"steps": 2, "restarts": 2, "prior_steps": 3, "prior_latent": 8},
@@ -39,18 +40,15 @@ def _latent(count: int = 2) -> Tensor:
 
 def test_the_stages_compose_to_the_generator() -> None:
     for classes in (0, 3):
-        held_prior = prior(generator(classes=classes))
-        z, y = _latent(), torch.tensor([2, 0])
-        whole = held_prior.decoder(y)(z)
-        assert torch.allclose(gifd.through(held_prior.stages, held_prior.enter(z, y)), whole)
+        check_stages(prior(generator(classes=classes)), _latent(), torch.tensor([2, 0]))
 
 
 def test_a_stage_starts_with_the_image_at_which_the_one_before_ended() -> None:
     stages = prior(generator()).stages
     h = _latent()
     for k in range(len(stages)):
-        before, h = gifd.through(stages[k:], h), stages[k](h)
-        assert torch.allclose(gifd.through(stages[k + 1 :], h), before, atol=1e-5)
+        before, (h,) = through(stages[k:], h), stages[k](h)
+        assert torch.allclose(through(stages[k + 1 :], h), before, atol=1e-5)
 
 
 # -- balls and spheres ---------------------------------------------------------------------------

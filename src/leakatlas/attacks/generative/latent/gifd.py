@@ -36,8 +36,12 @@ Departures:
     - The best latent of the R alone goes on to the features.
     - Released code returns the last restart instead of the best, drops StyleGAN2's skip between
       stages, and orders recovered labels by the true ones; none of it here.
+    - What a stage takes beside the feature is carried along as the stages before left it: labels
+      and latent of BigGAN, styles, noise and the image so far of StyleGAN2. The paper moves styles
+      and noise with the feature; here a stage of their own moves the styles, one for each
+      convolution, before the features, and the noise stays.
     - The published priors may not be redistributed; ours are small decoders (see
-      :mod:`leakatlas.priors`), whose stages are callables on their own.
+      :mod:`leakatlas.priors`). A user's own BigGAN or StyleGAN2 is opened just so.
 
 Released code: ``ffhibnese/GIFD_Gradient_Inversion_Attack``,
 ``inversefed/reconstruction_algorithms.py``.
@@ -46,12 +50,12 @@ Released code: ``ffhibnese/GIFD_Gradient_Inversion_Attack``,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothing_found
 from leakatlas.attacks.generative import prior as chosen
@@ -60,6 +64,7 @@ from leakatlas.blocks.watch import Step, Watch
 from leakatlas.errors import InvalidInput
 from leakatlas.fl import View
 from leakatlas.params import NonNegative, NonNegativeInt, Positive, PositiveInt, PositiveOrInf
+from leakatlas.priors.prior import Part, through
 from leakatlas.threat import Knowledge
 
 RISE, FALL = 0.05, 0.75
@@ -138,7 +143,8 @@ class GIFD(Attack):
         if not prior.stages:
             raise InvalidInput(
                 f"GIFD opens a generator stage by stage; the prior {prior.card.name!r} has none. "
-                "Take one that leakatlas prior train made."
+                "Take one that leakatlas prior train made, a BigGAN, a StyleGAN2 or a stack of "
+                "layers."
             )
         images = latent.to_model_space(view.input_shape, view.box)
         replay = view.replayer(adaptive=self.adaptive)
@@ -149,8 +155,8 @@ class GIFD(Attack):
             prior_term = self.tv_weight * priors.tv_mean(x) + self.norm_weight * x.norm() / pixels
             return descent.Value(D + prior_term, D)
 
-        def objective(rest: tuple[nn.Module, ...]) -> Callable[[Tensor], Tensor]:
-            return lambda h: images(through(rest, h))
+        def drawing(rest: Sequence[Part], *beside: Tensor) -> Callable[[Tensor], Tensor]:
+            return lambda h: images(through(rest, h, *beside))
 
         count = len(prior.stages) - 1
         inner = count if self.stages is None else min(self.stages, count)
@@ -163,13 +169,13 @@ class GIFD(Attack):
         if found.trouble:
             return nothing_found(view.input_shape, found.trouble)
         losses, steps = [float(found.criterion.min())], found.steps
-        h = prior.enter(found.best["z"][int(found.criterion.argmin())], y)
-        x_hat = objective(prior.stages)(h)
+        state = prior.inputs(found.best["z"][int(found.criterion.argmin())], y)
+        x_hat = images(through(prior.stages, *state))
         for k, part in zip(range(1, inner + 1), parts, strict=False):
             with torch.no_grad():
-                h = prior.stages[k - 1](h)
+                h, *beside = prior.stages[k - 1](*state)
             radii = self.radius * (1 + self.growth * (k - 1)) * h.flatten(1).abs().sum(1)
-            draw = objective(prior.stages[k:])
+            draw = drawing(prior.stages[k:], *beside)
             tuned = descent.descend(
                 of_features(draw, value),
                 {"h": h},
@@ -181,6 +187,7 @@ class GIFD(Attack):
             )
             steps += tuned.steps
             h = tuned.best["h"]
+            state = (h, *beside)
             losses.append(float(tuned.criterion))
             if losses[-1] <= min(losses):
                 x_hat = draw(h)
@@ -202,13 +209,6 @@ def of_features(
 ) -> descent.Objective:
     """The objective of features ``h``."""
     return lambda variables, t: value(draw(variables["h"]))
-
-
-def through(stages: tuple[nn.Module, ...], h: Tensor) -> Tensor:
-    """The image that follows from the input of the first of these stages."""
-    for stage in stages:
-        h = stage(h)
-    return h
 
 
 def ramp(t: float) -> float:
