@@ -32,12 +32,15 @@ Measured (study ``mgan_ai``, on ConvNets): what the updates tell is in the repre
 them are nearest to the portraits of the target person, where portraits of other people hardly ever
 are; of clients with two digits each, where any image of these digits does better, after five rounds
 twice as many as chance, after twenty no more than it. The GAN adds nothing to them. Its identity
-term does move the samples towards the target, and still they end no nearer to it than chance. Why:
-within the few hundred steps that rounds allow, the generator gives nearly one picture a label,
-whatever z is, through linear and convolutional trunks alike, with group or batch normalisation, and
-whether or not the trunk is renewed; which client that picture resembles changes from round to
-round. The category head knows a generated image by that picture at once, so that its term soon
-teaches nothing. Take ``steps=0``, the representatives alone, which a rehearsal tries too.
+term does move the samples towards the target: of one person's portraits, after twenty rounds, they
+are nearest to the target in two trials of three with it and in none without, which is as often as
+the representatives are; of digits they end no nearer to it than chance. A trial's samples hit or
+miss together, so that it is the three trials that count, not the images of an interval. Why: within
+the few hundred steps that rounds allow, the generator gives nearly one picture a label, whatever z
+is, through linear and convolutional trunks alike, with group or batch normalisation, and whether or
+not the trunk is renewed; which client that picture resembles changes from round to round. The
+category head knows a generated image by that picture at once, so that its term soon teaches
+nothing. Take ``steps=0``, the representatives alone, which a rehearsal tries too.
 
 Departures:
     - Reconstructed: only the abstract and another library's step 2 could be read; losses and
