@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from leakatlas import priors
 from leakatlas.cli import app
 from leakatlas.models import checkpoints
-from leakatlas.priors import Prior, kept, learning
+from leakatlas.priors import Prior, kept, learning, training
 from leakatlas.priors.vae import Autoencoder
+from tests.priors.support import written
 
 
 def _train(*options: str) -> tuple[int, str]:
@@ -73,9 +76,63 @@ def test_a_stopped_training_goes_on_with_its_own_images_alone(
     assert _train("--limit", "40", *asked)[0] == 3
     assert len(_left(tmp_path)) == 1
     others, text = steps_of("--limit", "48", "--name", "prior")
-    assert others == 9 and "other images" in text and len(_left(tmp_path)) == 1
+    assert others == 9 and "training on other images" in text and len(_left(tmp_path)) == 1
     again, text = steps_of("--limit", "40")
-    assert again == 5 and "other images" not in text and not _left(tmp_path)
+    assert again == 5 and "training on other" not in text and not _left(tmp_path)
+
+
+def test_a_gan_that_may_stop_says_where_it_looked(tmp_path: Path) -> None:
+    options = ["--limit", "40", "--latent", "8", "--batch", "8", "--kind", "gan", "--steps", "3"]
+    code, text = _train(*options, "--patience", "3", "--out", str(tmp_path / "a"))
+    card = json.loads((tmp_path / "a" / "prior.json").read_text())
+    assert code == 0 and "--patience 3" in card["recipe"]
+    assert card["figures"][training.STOPPED] == 0 and card["figures"]["weights_of_step"] == 3
+    assert "on the way" in text and "after 3" in text
+    code, _ = _train(*options, "--patience", "0", "--out", str(tmp_path / "b"))
+    card = json.loads((tmp_path / "b" / "prior.json").read_text())
+    assert code == 0 and "weights_of_step" not in card["figures"]
+
+
+def test_a_prior_is_measured_on_what_it_has_not_seen(tmp_path: Path) -> None:
+    _train("--limit", "40", "--latent", "8", "--steps", "2", "--out", str(tmp_path))
+
+    def measured(*options: str) -> tuple[int, str]:
+        done = CliRunner().invoke(app, ["prior", "measure", str(tmp_path), "digits:8", *options])
+        return done.exit_code, " ".join(done.output.split())
+
+    before = json.loads((tmp_path / "prior.json").read_text())
+    code, text = measured("--limit", "40")
+    assert code == 0 and "has not seen │ 4 │" in text
+    found = re.search(r"inversion psnr db │ ([\d.]+)", text)
+    kept_in_half = pytest.approx(before["figures"][priors.CEILING], abs=0.1)
+    assert found is not None and float(found[1]) == kept_in_half
+    assert json.loads((tmp_path / "prior.json").read_text()) == before
+    code, text = measured("--limit", "36")
+    assert code == 2 and "trained on every image" in text
+    figures = {"steps": 2, priors.CEILING: 7.5}
+    (tmp_path / "prior.json").write_text(json.dumps({**before, "figures": figures}))
+    code, text = measured("--limit", "40", "--write")
+    after = json.loads((tmp_path / "prior.json").read_text())
+    assert code == 0 and after["figures"].items() >= figures.items()  # what it said stays
+    assert after["figures"][training.STOPPED] == 0
+    assert after["figures"]["feature_fid"] == pytest.approx(
+        before["figures"]["feature_fid"], rel=0.05
+    )
+    priors.load(tmp_path)
+
+
+def test_one_of_others_has_no_card_to_write_on(tmp_path: Path) -> None:
+    state = {"0.weight": torch.zeros(64, 4), "0.bias": torch.zeros(64)}
+    layers = [
+        {"Linear": {"in_features": 4, "out_features": 64}},
+        {"Unflatten": {"dim": 1, "unflattened_size": [1, 8, 8]}},
+    ]
+    folder = str(written(tmp_path / "p", state, kind="layers", latent=[4], layers=layers))
+    asked = ["prior", "measure", folder, "digits:8", "--limit", "8"]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0 and "inversion psnr" in done.output
+    done = CliRunner().invoke(app, [*asked, "--write"])
+    assert done.exit_code == 2 and "inversion_psnr" in done.output
 
 
 def test_a_diffusion_model_names_no_latent(tmp_path: Path) -> None:
@@ -90,6 +147,7 @@ def test_a_diffusion_model_names_no_latent(tmp_path: Path) -> None:
         (["--kind", "flow"], "kind of prior"),
         (["--size", "20"], "expected a multiple of 8"),
         (["--kind", "ddpm", "--latent", "8"], "no latent"),
+        (["--kind", "vae", "--patience", "3"], "only a gan is stopped"),
         (["--kind", "vae", "--conditional"], "only a gan takes labels"),
         (["--name", "../x"], "expected lower-case letters"),
         (["--limit", "4"], "expected 8 at the least"),

@@ -57,8 +57,11 @@ def test_a_shipped_prior_says_what_it_was_trained_on(name: str) -> None:
     assert trained is not None and found.seen is not None
     assert len(found.seen) > 0.95 * int(trained[1].replace(",", ""))
     assert "no test image" in found.card.split or "held out" in found.card.split
+    figures = found.card.figures
+    assert training.STOPPED in figures
     if isinstance(found, Prior):
         assert found.ceiling is not None and found.ceiling > 15
+        assert figures["feature_fid"] > figures["feature_fid_of_other_images"] > 0
 
 
 def test_the_shipped_priors_are_small() -> None:

@@ -204,7 +204,8 @@ def test_a_trained_prior_says_what_it_saw_and_what_it_reaches(kind: Kind) -> Non
         license="MIT", command="a command", watch=Watch(),
     )  # fmt: skip
     card = found.card
-    assert card.split == "the first 72 of 80 images; the last 8 held out"
+    first = "68 of 80 images; the next 4 to stop by," if kind == "gan" else "72 of 80 images;"
+    assert card.split == f"the first {first} the last 8 held out"
     assert card.figures["steps"] == 3 and "digits" in card.data
     if isinstance(found, Diffusion):
         assert card.figures["held_out_noise_error"] > 0

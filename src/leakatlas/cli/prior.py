@@ -68,6 +68,14 @@ def train(
     ] = None,
     flips: Annotated[bool, typer.Option(help="Mirror images at random.")] = True,
     seed: Annotated[int, typer.Option(help="Of weights, order and noise.")] = 0,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="A gan ends after so many looks at its inversion PSNR without a better one, and "
+            "keeps the best weights; 5 if left out, 0 for a fixed length.",
+            min=0,
+        ),
+    ] = None,
     name: Annotated[str, typer.Option(help="Name of the prior.")] = "prior",
     source: Annotated[str, typer.Option(help="What the images are, for the card.")] = "",
     license: Annotated[
@@ -87,7 +95,8 @@ def train(
     from leakatlas import devices, priors
     from leakatlas.blocks.watch import Watch, parse_budget
     from leakatlas.errors import InvalidParameter, UnknownName
-    from leakatlas.priors import training
+    from leakatlas.metrics import likeness
+    from leakatlas.priors import stopping, training
     from leakatlas.priors.learning import KINDS
 
     if kind not in KINDS:
@@ -100,10 +109,16 @@ def train(
         raise InvalidParameter(f"--size {size}: expected a multiple of 8, 1024 at the most.")
     if latent is not None and kind == "ddpm":
         raise InvalidParameter(f"--latent {latent}: a prior of kind ddpm has no latent.")
+    if patience is not None and kind != "gan":
+        raise InvalidParameter(
+            f"--patience {patience}: a prior of kind {kind} ends with its schedule; only a gan is "
+            "stopped."
+        )
     images = room.load(data, limit=limit)
     recipe = training.Recipe(
         kind=kind, size=size, grey=grey, conditional=conditional, latent=latent or 128, width=width,
         batch=batch, steps=steps, flips=flips, seed=seed,
+        patience=stopping.PATIENCE if patience is None else patience,
     )  # fmt: skip
     console = plain.console(stderr=True)
     checkpoint = _checkpoint(out, name, images, recipe)
@@ -127,9 +142,70 @@ def train(
             command=_command(data, limit, name, recipe), source=source,
             device=devices.chosen(device),
         )  # fmt: skip
+    if isinstance(prior, priors.Prior):
+        prior.card.figures.update(likeness.of_prior(prior, images.images, images.labels))
     card = priors.save(prior, out)
     checkpoint.unlink(missing_ok=True)
     _show(card, out, watch.planned, steps)
+
+
+@commands.command()
+def measure(
+    prior: Annotated[str, typer.Argument(help="A shipped prior, a folder, or a card.")],
+    data: Annotated[
+        str, typer.Argument(help="Images of its population: folder:PATH@SIZE, parquet:PATH.")
+    ],
+    limit: Annotated[
+        int | None, typer.Option(help="At most so many images, from the first.")
+    ] = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Onto its card, where that says nothing yet.")
+    ] = False,
+) -> None:
+    """How close a prior comes to images that it has not seen, and how alike its pictures are.
+
+    Of one of others nobody knows what it has seen: give images that are in no data set of the time.
+    Exit code 2: bad input.
+    """
+    from leakatlas import data as room
+    from leakatlas import priors
+    from leakatlas.errors import InvalidInput, InvalidParameter
+    from leakatlas.metrics import likeness
+    from leakatlas.models import checkpoints
+    from leakatlas.priors import kept
+    from leakatlas.priors.prior import INVERTED
+    from leakatlas.priors.training import STOPPED
+
+    found, images = kept.decoder(prior), room.load(data, limit=limit)
+    card = kept.card_file(prior)
+    if write and card is None:
+        raise InvalidParameter(
+            f"--write: {escape(prior)} has no card but its recipe; write inversion_psnr there."
+        )
+    strangers = images.subset(
+        (~found.knows(images.images)).nonzero().flatten().tolist()[-INVERTED:]
+    )
+    if not len(strangers):
+        raise InvalidInput(f"{escape(prior)} was trained on every image of {escape(data)}.")
+    figures = {
+        priors.CEILING: round(
+            priors.inversion_psnr(found, strangers.images.float(), strangers.labels), 2
+        ),
+        **likeness.of_prior(found, images.images, images.labels),
+    }
+    table = Table(title=f"Prior {found.card.name}", show_header=False)
+    plain.row(table, "images that it has not seen", f"{len(strangers)}")
+    for figure, value in figures.items():
+        plain.row(table, figure.replace("_", " "), f"{value:g}")
+    console = plain.console()
+    console.print(table)
+    if write and card is not None:
+        said = {**found.card.figures}
+        for figure, value in {**figures, STOPPED: 0}.items():
+            said.setdefault(figure, value)
+        whole = {figure: int(v) if v == int(v) else v for figure, v in said.items()}
+        checkpoints.write_card(replace(found.card, figures=whole), card)
+        console.print(f"Written to {escape(str(card))}; what it said before stays.")
 
 
 @commands.command("list")
@@ -137,19 +213,25 @@ def list_() -> None:
     """The priors in the package: what they draw, what they saw, how close they come."""
     from leakatlas.models import checkpoints
     from leakatlas.priors import CEILING, kept
+    from leakatlas.priors.training import STOPPED
 
     table = Table(title="Shipped priors")
-    for column in ("prior", "draws", "trained on", "closest picture (dB)", "licence"):
+    for column in (
+        "prior", "draws", "trained on", "until", "closest picture (dB)", "feature FID", "licence",
+    ):  # fmt: skip
         table.add_column(column)
     for name in kept.shipped():
         card = checkpoints.card(name)
         side, channels = card.settings.get("size", 32), card.settings.get("channels", 3)
         labels = card.settings.get("classes", 0)
         told = f", by {labels} labels" if labels else ""
-        ceiling = card.figures.get(CEILING)
+        stopped = card.figures.get(STOPPED)
+        until = "it drew strangers no better" if stopped else "a length given beforehand"
+        ceiling, fid = (card.figures.get(figure) for figure in (CEILING, "feature_fid"))
         plain.row(
-            table, name, f"{channels}x{side}x{side}{told}", f"{card.data}; {card.split}",
-            "-" if ceiling is None else f"{ceiling:.1f}", card.license,
+            table, name, f"{channels}x{side}x{side}{told}", f"{card.data}; {card.split}", until,
+            "-" if ceiling is None else f"{ceiling:.1f}", "-" if fid is None else f"{fid:.2f}",
+            card.license,
         )  # fmt: skip
     plain.console().print(table)
 
@@ -165,11 +247,14 @@ def _checkpoint(out: Path, name: str, images: ImageSet, recipe: Recipe) -> Path:
 
 def _command(data: str, limit: int | None, name: str, recipe: Recipe) -> str:
     """What makes the prior again, but for the steps, which a budget may have made fewer."""
+    from leakatlas.priors.stopping import PATIENCE
+
     words = ["leakatlas", "prior", "train", data, "--kind", recipe.kind]
     for option, value in (
         ("--size", recipe.size), ("--latent", None if recipe.kind == "ddpm" else recipe.latent),
         ("--width", recipe.width),
         ("--batch", recipe.batch), ("--limit", limit), ("--seed", recipe.seed), ("--name", name),
+        ("--patience", None if recipe.patience == PATIENCE else recipe.patience),
     ):  # fmt: skip
         words += [] if value is None else [option, str(value)]
     words += ["--grey"] * recipe.grey + ["--conditional"] * recipe.conditional
@@ -177,11 +262,18 @@ def _command(data: str, limit: int | None, name: str, recipe: Recipe) -> str:
 
 
 def _show(card: Card, out: Path, planned: tuple[int, int] | None, asked: int) -> None:
+    from leakatlas.priors.training import LOOK
+
     table = Table(title=f"Prior {card.name}", show_header=False)
     for what, text in (("data", card.data), ("split", card.split), ("recipe", card.recipe)):
         plain.row(table, what, text)
+    looks = {n.removeprefix(LOOK): v for n, v in card.figures.items() if n.startswith(LOOK)}
     for figure, value in card.figures.items():
-        plain.row(table, figure.replace("_", " "), f"{value:g}")
+        if not figure.startswith(LOOK):
+            plain.row(table, figure.replace("_", " "), f"{value:g}")
+    if looks:
+        told = ", ".join(f"{value:g} after {step}" for step, value in looks.items())
+        plain.row(table, "inversion psnr db on the way", told)
     console = plain.console()
     console.print(table)
     if planned is not None:

@@ -161,9 +161,15 @@ def save_weights(model: nn.Module, about: Card, folder: Path, *, half: bool = Fa
     values = {**asdict(about), "sha256": hashlib.sha256(content).hexdigest()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{about.name}.safetensors").write_bytes(content)
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    (folder / f"{about.name}.json").write_text(text, encoding="utf-8")
-    return Card(**values)
+    made = Card(**values)
+    write_card(made, folder / f"{about.name}.json")
+    return made
+
+
+def write_card(about: Card, path: Path) -> None:
+    """Write a card."""
+    text = json.dumps(asdict(about), indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
 
 
 def load_state(path: str | Path) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 Spectrally normalised (Miyato et al., 2018), with labels their projection; hinge loss, Adam 2e-4
 (.5, .999), one step each, differentiable augmentation (Zhao et al., 2020), exponential mean of the
-generator's weights.
+generator's weights, of which those are kept that draw unseen images best (:mod:`.stopping`).
 
 Departure: the generator normalises groups of feature maps of each image, where the usual recipe has
 batch statistics; a search then finds no mode to ask about, and no image depends on its neighbours.

@@ -41,9 +41,26 @@ def load(name: str | Path) -> Prior | Diffusion:
         return of_card(
             checkpoints.card(str(name)), checkpoints.load_weights(str(name)), checkpoints.WEIGHTS
         )
+    path = card_file(name)
+    if path is None:
+        return foreign.load(Path(name))
+    about = checkpoints.read_card(path)
+    held = checkpoints.read_state(path.with_name(f"{about.name}.safetensors")).state
+    floats = {n: t.float() if t.is_floating_point() else t for n, t in held.items()}
+    return of_card(about, floats, path.parent)
+
+
+def card_file(name: str | Path) -> Path | None:
+    """Where the card of such a prior lies; None for one of others, which has a recipe instead.
+
+    Raises:
+        InvalidInput: If there is none.
+    """
+    if str(name) in shipped():
+        return checkpoints.WEIGHTS / f"{name}.json"
     path = Path(name)
     if foreign.describes(path):
-        return foreign.load(path)
+        return None
     if reading.is_folder(path):
         cards = sorted(path.glob("*.json"))
         if len(cards) != 1:
@@ -57,10 +74,7 @@ def load(name: str | Path) -> Prior | Diffusion:
             f"There is no prior {shown(str(name))}; expected a shipped one "
             f"({', '.join(shipped())}), or a folder that `leakatlas prior train` wrote."
         )
-    about = checkpoints.read_card(path)
-    held = checkpoints.read_state(path.with_name(f"{about.name}.safetensors")).state
-    floats = {n: t.float() if t.is_floating_point() else t for n, t in held.items()}
-    return of_card(about, floats, path.parent)
+    return path
 
 
 def decoder(name: str | Path) -> Prior:

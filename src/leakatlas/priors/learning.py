@@ -22,6 +22,7 @@ from leakatlas.errors import InvalidInput
 from leakatlas.priors.ddpm import Denoising
 from leakatlas.priors.gan import Adversaries
 from leakatlas.priors.lesson import Draws, Lesson
+from leakatlas.priors.stopping import Stopping
 from leakatlas.priors.vae import Autoencoder
 
 Kind = Literal["vae", "gan", "ddpm"]
@@ -82,6 +83,7 @@ def teach(
     watch: Watch,
     flips: bool = True,
     checkpoint: Path | None = None,
+    stopping: Stopping | None = None,
 ) -> int:
     """Learn from images for so many steps, in place, on the device of the images; the steps made.
 
@@ -94,14 +96,16 @@ def teach(
         watch: Budget and progress; fewer steps than asked for go through the whole schedule.
         flips: Whether half the images are mirrored.
         checkpoint: A file to go on from, and to leave behind if stopped.
+        stopping: What ends it when it learns no more; afterwards it holds the best weights.
     """
     taught.nets.to(images.device)
     draws = Draws(generator, images.device)
     batch = min(taught.batch, len(images))
-    first = 0 if checkpoint is None else _resume(checkpoint, taught, steps, generator)
+    first = 0 if checkpoint is None else _resume(checkpoint, taught, steps, generator, stopping)
     fewest = max(FEWEST - first, 1)  # of the whole training, however often it was stopped
     made, kept = first, time.perf_counter()
-    for step in watch.steps(steps, first=first, stretches=True, fewest=fewest):
+    wanted = first if stopping is not None and stopping.over else steps
+    for step in watch.steps(wanted, first=first, stretches=True, fewest=fewest):
         chosen = draws.whole(0, len(images), batch)
         x, y = images[chosen], labels[chosen]
         if flips:
@@ -110,15 +114,29 @@ def teach(
         made = step.index + 1
         if made % NOTED_EVERY == 0:
             watch.note = f"{taught.measured} {float(figure):.3g}"
+        if stopping is not None and stopping.due(made, step.progress):
+            stopping.look(made, taught.result())
         if checkpoint is not None and time.perf_counter() - kept > watch.conduct.save_every:
-            _keep(checkpoint, taught, made, steps, generator)
+            _keep(checkpoint, taught, made, steps, generator, stopping)
             kept = time.perf_counter()
+        if stopping is not None and stopping.over:
+            break
     if checkpoint is not None:
-        _keep(checkpoint, taught, made, steps, generator)
+        _keep(checkpoint, taught, made, steps, generator, stopping)
+    # Not kept: a training that goes on would not have looked here.
+    if stopping is not None and not any(step == made for step, _ in stopping.curve):
+        stopping.look(made, taught.result())
     return made
 
 
-def _keep(file: Path, taught: Lesson, made: int, steps: int, generator: torch.Generator) -> None:
+def _keep(
+    file: Path,
+    taught: Lesson,
+    made: int,
+    steps: int,
+    generator: torch.Generator,
+    stopping: Stopping | None,
+) -> None:
     buffer = io.BytesIO()
     torch.save(
         {
@@ -128,13 +146,20 @@ def _keep(file: Path, taught: Lesson, made: int, steps: int, generator: torch.Ge
             "optimizers": [o.state_dict() for o in taught.optimizers],
             "draws": generator.get_state(),
             "global": torch.get_rng_state(),
+            "stopping": None if stopping is None else stopping.state(),
         },
         buffer,
     )
     sealed.seal(file, buffer.getvalue())
 
 
-def _resume(file: Path, taught: Lesson, steps: int, generator: torch.Generator) -> int:
+def _resume(
+    file: Path,
+    taught: Lesson,
+    steps: int,
+    generator: torch.Generator,
+    stopping: Stopping | None,
+) -> int:
     """Steps that were made already; 0 if nothing usable is kept."""
     content = sealed.unseal(file)
     if content is None:
@@ -149,6 +174,8 @@ def _resume(file: Path, taught: Lesson, steps: int, generator: torch.Generator) 
         taught.nets.load_state_dict(held["nets"])
         for optimizer, state in zip(taught.optimizers, held["optimizers"], strict=True):
             optimizer.load_state_dict(state)
+        if stopping is not None:
+            stopping.resume(held["stopping"])
         generator.set_state(held["draws"])
         torch.set_rng_state(held["global"])
         return int(held["made"])

@@ -211,10 +211,23 @@ def inversion_psnr(
     """
     x = fit_pixels(pixels, prior.shape)
     decode = prior.at(x).decoder(labels)
-    z = torch.zeros(len(x), *prior.latent, dtype=x.dtype, device=x.device, requires_grad=True)
+    return closest(decode, prior.latent, x, steps=steps, lr=lr, watch=watch or Watch())
+
+
+def closest(
+    decode: Callable[[Tensor], Tensor],
+    latent: tuple[int, ...],
+    x: Tensor,
+    *,
+    steps: int,
+    lr: float,
+    watch: Watch,
+) -> float:
+    """As :func:`inversion_psnr`, of a decoder and images ``x`` that fit it."""
+    z = torch.zeros(len(x), *latent, dtype=x.dtype, device=x.device, requires_grad=True)
     optimizer = torch.optim.Adam([z], lr=lr)
     with torch.enable_grad():
-        for _ in (watch or Watch()).steps(steps):
+        for _ in watch.steps(steps):
             optimizer.zero_grad()
             torch.autograd.backward((decode(z) - x).square().flatten(1).mean(1).sum())
             optimizer.step()

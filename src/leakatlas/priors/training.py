@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import math
 import time
@@ -10,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from leakatlas import devices
 from leakatlas.blocks.watch import PACED, Watch
 from leakatlas.data import ImageSet
 from leakatlas.errors import InvalidInput
-from leakatlas.models import Card, Denoiser
+from leakatlas.models import Card, Denoiser, Generator
 from leakatlas.models.parts import seeded
 from leakatlas.priors.ddpm import noised
 from leakatlas.priors.kept import settings_of, wrapped
@@ -28,11 +29,20 @@ from leakatlas.priors.prior import (
     INVERTED,
     Diffusion,
     Prior,
+    closest,
     fingerprints,
     fit_pixels,
     inversion_psnr,
     linear_schedule,
 )
+from leakatlas.priors.stopping import LOOKED_AT, PATIENCE, SEARCH_LR, SEARCH_STEPS, Stopping
+
+STOPPED = "stopped_by_inversion_psnr"
+"""The figure of a card that is 1 if training ended because the inversion PSNR rose no more, 0 if it
+had the length that was asked for."""
+
+LOOK = "inversion_psnr_db_at_step_"
+"""What the figures of the looks on the way begin with."""
 
 HELD_OUT = 0.1
 """Share of the images that is held out to measure the prior, at most :data:`INVERTED` of them."""
@@ -59,6 +69,8 @@ class Recipe:
         steps: Steps of training; a deadline makes them fewer, under the whole schedule.
         flips: Whether images are mirrored at random.
         seed: Of weights, order and noise.
+        patience: Looks at its inversion PSNR without a better one after which a gan stops; 0 for no
+            looks, a fixed length, and the last weights. The others end with their schedule.
     """
 
     kind: Kind = "vae"
@@ -71,6 +83,7 @@ class Recipe:
     steps: int = 2_000
     flips: bool = True
     seed: int = 0
+    patience: int = PATIENCE
 
 
 def train(
@@ -89,7 +102,8 @@ def train(
     """A prior learned on images, with its card.
 
     The last tenth (at most 64 images) is held out and measured on; it is no victim of an attack
-    either, so that the figure stays one of strangers.
+    either, so that the figure stays one of strangers. Of the rest, a gan keeps the last twentieth
+    (at most 32) to stop by: what chose the weights is nothing to measure them on.
 
     Args:
         data: The images; labels are used by a conditional prior only.
@@ -119,11 +133,18 @@ def train(
         raise InvalidInput(f"A conditional prior needs one label an image; {data.name} has none.")
     labels = data.labels if data.labels.dim() == 1 else torch.zeros(len(data), dtype=torch.int64)
     held = min(INVERTED, max(1, round(HELD_OUT * len(images))))
-    kept = len(images) - held
+    known = len(images) - held
+    stops = recipe.kind == "gan" and recipe.patience > 0
+    looked = min(LOOKED_AT, max(1, round(HELD_OUT / 2 * len(images)))) if stops else 0
+    kept = known - looked
     classes = len(data.classes) if recipe.conditional else 0
     x, y = images[:kept].to(device), labels[:kept].to(device)
+    shown = images[kept:known].to(device), labels[kept:known].to(device)
+    stopping = Stopping(lambda net: _look(net, *shown), recipe.patience) if stops else None
 
-    def made(steps: int, watch: Watch, checkpoint: Path | None) -> tuple[Lesson, int]:
+    def made(
+        steps: int, watch: Watch, checkpoint: Path | None, stopping: Stopping | None
+    ) -> tuple[Lesson, int]:
         with seeded(recipe.seed):
             taught = lesson(
                 recipe.kind, shape, latent=recipe.latent, classes=classes, width=recipe.width,
@@ -132,23 +153,29 @@ def train(
             draws = torch.Generator().manual_seed(recipe.seed)
             return taught, teach(
                 taught, x, y, steps=steps, generator=draws, watch=watch, flips=recipe.flips,
-                checkpoint=checkpoint,
+                checkpoint=checkpoint, stopping=stopping,
             )  # fmt: skip
 
     if device.type == "cuda":
-        made(PACED, Watch(), None)  # libraries load in the first steps; a budget is paced by others
+        made(
+            PACED, Watch(), None, None
+        )  # libraries load in the first steps; a budget is paced by others
     begun, since = time.process_time(), time.perf_counter()
     share = next(watch.share((LEARNED, 1 - LEARNED))) if measure else watch
-    taught, steps = made(recipe.steps, share, checkpoint)
+    taught, steps = made(recipe.steps, share, checkpoint, stopping)
     seconds, passed = time.process_time() - begun, time.perf_counter() - since
     network = taught.result().cpu().requires_grad_(False)
+    if stopping is not None:
+        network.load_state_dict(stopping.weights)
     card = Card(
         name=name,
         model="denoiser" if isinstance(network, Denoiser) else "generator",
         settings=settings_of(network),
         box=None,
         data=f"{source or data.name} ({data.fingerprint()[:12]})",
-        split=f"the first {kept:,} of {len(images):,} images; the last {held} held out",
+        split=f"the first {kept:,} of {len(images):,} images; "
+        + (f"the next {looked} to stop by, " if stops else "")
+        + f"the last {held} held out",
         recipe=f"{command} --steps {steps}",
         seed=recipe.seed,
         epochs=math.ceil(steps * min(taught.batch, kept) / kept),
@@ -158,11 +185,11 @@ def train(
         sha256="",
         device=devices.in_words(device),
     )
-    seen = fingerprints(images[:kept], shape).unique()
+    seen = fingerprints(images[:known], shape).unique()
     prior = wrapped(network, card, seen)
     left = watch.remaining()
     if measure and (left is None or left > 0):
-        held_out = images[kept:].to(device), labels[kept:].to(device)
+        held_out = images[known:].to(device), labels[known:].to(device)
         network.to(device)
         figures = _figures(prior, *held_out, x.mean(0), watch)
         network.cpu()
@@ -170,7 +197,30 @@ def train(
     card.figures.update(
         {"steps": steps, "cpu_seconds": round(seconds), "wall_seconds": round(passed)}
     )
+    if stopping is not None:
+        card.figures.update(told(stopping))
+    elif recipe.kind == "gan":
+        card.figures[STOPPED] = 0
     return prior
+
+
+def told(stopping: Stopping) -> dict[str, float]:
+    """What a card says of how its training was stopped."""
+    return {
+        STOPPED: int(stopping.over),
+        "weights_of_step": stopping.best[0],
+        **{f"{LOOK}{step}": round(v, 2) for step, v in stopping.curve if math.isfinite(v)},
+    }
+
+
+def _look(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The figure by which a gan is stopped; the network is left as it is."""
+    assert isinstance(network, Generator)
+    still = copy.deepcopy(network).requires_grad_(False)
+    return closest(
+        lambda z: still(z, labels if still.classes else None), (still.latent,), images,
+        steps=SEARCH_STEPS, lr=SEARCH_LR, watch=Watch(),
+    )  # fmt: skip
 
 
 def _figures(
