@@ -155,7 +155,7 @@ def test_the_card_says_where_it_stopped_and_what_was_looked_at(
     assert looks == {
         f"{training.LOOK}{step}": v for step, v in ((4, -1), (7, 0), (10, -1), (13, -2))
     }
-    assert card.figures["steps"] == 13
+    assert card.figures["steps"] == 13 and card.recipe == "c --steps 60"
 
 
 def test_without_patience_the_length_is_the_one_asked_for() -> None:

@@ -167,6 +167,8 @@ def train(
     network = taught.result().cpu().requires_grad_(False)
     if stopping is not None:
         network.load_state_dict(stopping.weights)
+    # One that ended by itself had the schedule that was asked for, and ends so again.
+    asked = recipe.steps if stopping is not None and stopping.over else steps
     card = Card(
         name=name,
         model="denoiser" if isinstance(network, Denoiser) else "generator",
@@ -176,7 +178,7 @@ def train(
         split=f"the first {kept:,} of {len(images):,} images; "
         + (f"the next {looked} to stop by, " if stops else "")
         + f"the last {held} held out",
-        recipe=f"{command} --steps {steps}",
+        recipe=f"{command} --steps {asked}",
         seed=recipe.seed,
         epochs=math.ceil(steps * min(taught.batch, kept) / kept),
         figures={},

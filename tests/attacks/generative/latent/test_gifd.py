@@ -20,7 +20,9 @@ from leakatlas.attacks.generative.latent.gifd import GIFD, project_l1
 from leakatlas.bench import harness
 from leakatlas.blocks.watch import Step
 from leakatlas.defenses.heuristic.perturbation.gradient_pruning import GradientPruning
+from leakatlas.errors import InvalidInput
 from leakatlas.fl import Stage
+from leakatlas.priors import kept
 from leakatlas.priors.prior import through
 from leakatlas.threat import Grant
 from tests.attacks.case import LENET, Case
@@ -49,6 +51,15 @@ def test_a_stage_starts_with_the_image_at_which_the_one_before_ended() -> None:
     for k in range(len(stages)):
         before, (h,) = through(stages[k:], h), stages[k](h)
         assert torch.allclose(through(stages[k + 1 :], h), before, atol=1e-5)
+
+
+def test_a_prior_that_cannot_be_opened_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = replace(prior(generator()), stages=())
+    monkeypatch.setattr(kept, "decoder", lambda name: closed)
+    scene = _scene()
+    view, _ = harness.observe(scene, QUICK)
+    with pytest.raises(InvalidInput, match="stage by stage; the prior 'held' has none"):
+        QUICK(view)
 
 
 # -- balls and spheres ---------------------------------------------------------------------------
