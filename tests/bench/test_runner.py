@@ -251,7 +251,7 @@ def choose(cell):
 def test_the_preset_rehearsed_is_what_the_studys_own_file_chooses(tmp_path: Path) -> None:
     attack = {"key": "inverting_gradients", "preset": "rehearsed", "parameters": {"steps": 2}}
     setup = {**SETUP, "attack": attack, "control": False, "seeds": [0]}
-    with pytest.raises(InvalidInput, match=r"'rehearsed' takes a study\.py with `choose\(cell\)`"):
+    with pytest.raises(InvalidInput, match=r"'rehearsed' takes a choose\.py with `choose\(cell\)`"):
         make(tmp_path / "without", setup=setup)
     study = make(tmp_path, hook=CHOOSES, setup=setup)
     chosen = {**attack, "preset": "published", "parameters": {
@@ -265,6 +265,26 @@ def test_the_preset_rehearsed_is_what_the_studys_own_file_chooses(tmp_path: Path
         assert record.status == "complete", record.reason
         digests.append(record.found)
     assert digests[0] == digests[1]
+
+
+def test_a_file_that_chooses_counts_for_who_rehearses_alone(tmp_path: Path) -> None:
+    """A study is given one, and its other records keep their names and their code."""
+    plain = {"key": "inverting_gradients", "parameters": {"steps": 2}}
+    axes = {"adversary": {"fixed": {}, "rehearsed": {"attack": {"preset": "rehearsed"}}}}
+    fixed = make(
+        tmp_path / "before", setup={**SETUP, "attack": plain}, axes={"adversary": {"fixed": {}}}
+    )
+    where = tmp_path / "after"
+    (where / "small").mkdir(parents=True)
+    (where / "small" / "choose.py").write_text(CHOOSES, encoding="utf-8")
+    study = make(where, setup={**SETUP, "attack": plain}, axes=axes)
+    (before, *_), cells = cells_of(fixed), list(cells_of(study))
+    alone, *_ = [cell for cell in cells if cell.label == "fixed"]
+    other, *_ = [cell for cell in cells if cell.label == "rehearsed"]
+    assert (alone.name, alone.code_hash) == (before.name, before.code_hash)
+    assert other.hook == where / "small" / "choose.py" and other.code_hash != alone.code_hash
+    with pytest.raises(InvalidInput, match=r"brings Python code .*choose\.py.*--trust-code"):
+        runner.run_study(study, replace(options(where), trust_code=False))
 
 
 PATRICIDE = """

@@ -45,7 +45,7 @@ class Cell:
         device: Where attacks compute; their victims compute on the CPU, so that every device
             attacks the same bits. Where nobody attacks, clients and server compute there.
         threads: Threads of every process.
-        hook: The study's own Python file.
+        hook: The Python file of the study that it runs, if any.
         data: Folder that relative paths of data start from.
     """
 
@@ -140,10 +140,11 @@ def cells_of(
     for label, case in study.cases.items():
         if only is not None and rank(label, only) is None:
             continue
+        own = study.code_of(case)
         for position, seed in enumerate(case.seeds):
             batches = [position] if case.batches == "one a seed" else range(case.batches)
             for batch in batches:
-                yield Cell(study.name, label, case, seed, batch, device, threads, study.hook, data)
+                yield Cell(study.name, label, case, seed, batch, device, threads, own, data)
 
 
 def rank(label: str, only: str | Sequence[str]) -> int | None:

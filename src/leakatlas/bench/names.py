@@ -89,10 +89,10 @@ def _settings(case: Case) -> list[Found]:
 
 
 def _rehearsed(study: Study, case: Case) -> list[Found]:
-    if case.attack is None or case.attack.preset != REHEARSED or study.hook is not None:
+    if case.attack is None or case.attack.preset != REHEARSED or study.code_of(case):
         return []
     fix = "add one: `from leakatlas.audit.rehearsed import rehearsed as choose`."
-    return [("attack.preset", f"{REHEARSED!r} takes a study.py with `choose(cell)`.", fix)]
+    return [("attack.preset", f"{REHEARSED!r} takes a choose.py with `choose(cell)`.", fix)]
 
 
 def _beside(beside: Beside | None) -> list[Found]:

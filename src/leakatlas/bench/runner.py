@@ -16,7 +16,7 @@ from leakatlas.bench import cluster, figures, lanes, picture, store
 from leakatlas.bench.cells import Cell, cells_of, rank
 from leakatlas.bench.record import FINAL, Record
 from leakatlas.bench.store import Store
-from leakatlas.bench.study import HOOK, Study, default_folder
+from leakatlas.bench.study import Study, default_folder
 from leakatlas.catalogue import results
 from leakatlas.errors import InvalidInput, InvalidParameter, shown
 
@@ -149,11 +149,12 @@ def run_study(study: Study, options: Options, sink: lanes.Sink | None = None) ->
     Raises:
         InvalidInput: If no case matches, code is not trusted, or a record cannot be written.
     """
-    if study.hook is not None and not options.trust_code:
+    if study.brings and not options.trust_code:
         if study.folder.parent != default_folder().resolve():
+            brought = study.folder / study.brings[0]
             raise InvalidInput(
-                f"Study {study.name!r} brings Python code ({study.folder / HOOK}), which would "
-                "run here. Read it, and allow it with --trust-code."
+                f"Study {study.name!r} brings Python code ({brought}), which would run here. "
+                "Read it, and allow it with --trust-code."
             )
     before = standing(study, options)
     kept = Store(options.records / study.name)

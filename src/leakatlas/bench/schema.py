@@ -131,7 +131,7 @@ class AttackSpec(Strict):
         Text,
         Field(
             description="`published`, `tuned`, or another preset of its class; `rehearsed` is what "
-            "`choose(cell)` of `study.py` gives, as long as the parameters say.",
+            "`choose(cell)` of `study.py` or `choose.py` gives, as long as the parameters say.",
             examples=["published"],
         ),
     ] = "published"

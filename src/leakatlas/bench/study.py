@@ -18,11 +18,11 @@ from leakatlas import limits, reading, yamlfiles
 from leakatlas.bench import names
 from leakatlas.bench.schema import Case, StudyFile
 from leakatlas.catalogue import loader, registry, results, source
+from leakatlas.catalogue.code import CHOOSER, HOOK, own_file
 from leakatlas.catalogue.problems import Problem, closest, from_validation
 from leakatlas.errors import InvalidInput, UnknownName
 
 FILE = "study.yaml"
-HOOK = "study.py"
 MOST_CASES = 10_000
 
 
@@ -47,6 +47,15 @@ class Study:
         """The study's own Python file, if it has one."""
         path = self.folder / HOOK
         return path if path.is_file() else None
+
+    def code_of(self, case: Case) -> Path | None:
+        """The Python file of the study that a case runs, if any."""
+        return own_file(self.folder, case.model_dump(mode="json"))
+
+    @property
+    def brings(self) -> list[str]:
+        """Names of the Python files that come with it."""
+        return [name for name in (HOOK, CHOOSER) if (self.folder / name).is_file()]
 
     @property
     def content_hash(self) -> str:

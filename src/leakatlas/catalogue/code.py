@@ -17,7 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from leakatlas import reading
 from leakatlas.catalogue import registry
+
+HOOK, CHOOSER = "study.py", "choose.py"
+REHEARSED = "rehearsed"
+"""The preset of which ``choose(cell)`` says what it is."""
 
 PACKAGE = Path(__file__).resolve().parent.parent
 ALWAYS = (
@@ -48,6 +53,21 @@ others, which no study takes."""
 NETWORKS, LOOKS = "leakatlas.models.registry", "leakatlas.bench.looks"
 TABLES = {NETWORKS: ("_CLASSIFIERS", "_GENERATORS"), LOOKS: ("LOOKS",)}
 """Dictionaries of which some entries are used: a new network leaves the figures of others alone."""
+
+
+def own_file(folder: Path, case: Mapping[str, Any]) -> Path | None:
+    """The study's own Python that a case runs, if any.
+
+    ``study.py`` counts for every case. ``choose.py``, which holds ``choose(cell)`` alone, counts
+    for those that rehearse: a study can be given one without touching its other figures.
+
+    Args:
+        folder: Of the study.
+        case: As JSON.
+    """
+    rehearses = (case["attack"] or {}).get("preset") == REHEARSED
+    found = [folder / HOOK, *([folder / CHOOSER] if rehearses else [])]
+    return next((path for path in found if reading.is_file(path)), None)
 
 
 def of_case(case: Mapping[str, Any], hook: Path | None = None) -> str:

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from leakatlas import reading
 from leakatlas.catalogue import code, loader, source
 from leakatlas.catalogue.schema import Count, Letter, Strict, Text
 from leakatlas.errors import UnknownName
@@ -323,11 +322,9 @@ class StudyResult(Strict):
 
     def _changed(self, case: StudyCase) -> bool:
         root = repository_root()
-        hook = None if root is None else root / "studies" / self.key / "study.py"
         try:
-            now = code.of_case(
-                case.setup, hook if hook is not None and reading.is_file(hook) else None
-            )
+            own = None if root is None else code.own_file(root / "studies" / self.key, case.setup)
+            now = code.of_case(case.setup, own)
         except UnknownName:  # its attack or defense is gone
             return True
         return case.code != (now,)
