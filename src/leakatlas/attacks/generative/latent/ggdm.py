@@ -21,10 +21,10 @@ usually done (Chung et al., 2023); step sizes are ours, :math:`s_t = 0.1\, \kapp
 
 Measured (study ``generative``, with the exact denoiser of 1,000 public images, 60 steps): on fresh
 ConvNets it comes about as close as the nearest public image, which is all that this denoiser can
-draw; on trained ones, and on digits, the update of other images gives as good a picture: the prior,
-not the update. A diffusion model draws more than that: with the shipped one (study
-``shipped_priors``) it reaches on fresh ConvNets what GIAS does there, far above what other images'
-updates give; on a trained one it averages no more than the nearest public image.
+draw; on trained ones, on digits and on a fresh ResNet-18 the update of other images gives as good a
+picture: the prior, not the update. A diffusion model draws more than that: with the shipped one
+(study ``shipped_priors``) it reaches on fresh ConvNets what GIAS does there, far above what other
+images' updates give; on a trained one it averages no more than the nearest public image.
 
 Departures:
     - Sampling is respaced to fewer steps (DDIM with eta = 1, which is DDPM's noise).
