@@ -157,9 +157,8 @@ def train(
             )  # fmt: skip
 
     if device.type == "cuda":
-        made(
-            PACED, Watch(), None, None
-        )  # libraries load in the first steps; a budget is paced by others
+        # Libraries load in the first steps; a budget is paced by others.
+        made(PACED, Watch(), None, None)
     begun, since = time.process_time(), time.perf_counter()
     share = next(watch.share((LEARNED, 1 - LEARNED))) if measure else watch
     taught, steps = made(recipe.steps, share, checkpoint, stopping)
