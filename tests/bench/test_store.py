@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -60,6 +61,19 @@ def test_parts_are_removed_only_once_they_are_merged(
     store.tidy()
     assert len(list(tmp_path.glob("*.parquet"))) == 1
     assert len(kept(tmp_path)) == MOST_PARTS + 1
+
+
+def test_merging_keeps_of_every_cell_the_last_record_alone(tmp_path: Path) -> None:
+    """Two runs that merged at a time had doubled a store, and the next two had again."""
+    store = Store(tmp_path)
+    for number in [*range(MOST_PARTS), 0]:
+        store.append(record(number))
+    for part in tmp_path.glob("*.parquet"):
+        part.with_name(f"another-{part.name}").write_bytes(part.read_bytes())
+    store.tidy()
+    (part,) = tmp_path.glob("*.parquet")
+    assert pq.ParquetFile(part).metadata.num_rows == MOST_PARTS
+    assert kept(tmp_path) == [str(number) for number in range(MOST_PARTS)]
 
 
 def _no_room() -> None:

@@ -55,24 +55,30 @@ class Store:
         Raises:
             InvalidInput: If a part cannot be read; the message names it.
         """
-        last: dict[str, tuple[int, Record]] = {}
-        for order, record in self._all(self._parts()):
-            if record.cell not in last or last[record.cell][0] <= order:
-                last[record.cell] = (order, record)
-        return {cell: record for cell, (_, record) in last.items()}
+        return {cell: record for cell, (_, record) in self._last(self._parts()).items()}
 
     def tidy(self) -> None:
-        """Merge many parts into one; a kill meanwhile leaves some twice, which is no harm."""
+        """Merge many parts into one, of every cell its last record.
+
+        A kill meanwhile, or another run that merges too, leaves some twice: the next time mends it.
+        """
         for remains in self.folder.glob("*.partial"):
             remains.unlink(missing_ok=True)
         parts = self._parts()
         if len(parts) > MOST_PARTS:
-            self._write(list(self._all(parts)))
+            self._write(list(self._last(parts).values()))
             for part in parts:
                 part.unlink(missing_ok=True)
 
     def _parts(self) -> list[Path]:
         return sorted(self.folder.glob("*.parquet"))
+
+    def _last(self, parts: Iterable[Path]) -> dict[str, tuple[int, Record]]:
+        last: dict[str, tuple[int, Record]] = {}
+        for order, record in self._all(parts):
+            if record.cell not in last or last[record.cell][0] <= order:
+                last[record.cell] = (order, record)
+        return last
 
     def _all(self, parts: Iterable[Path]) -> Iterable[tuple[int, Record]]:
         with needing("the store of records", "pyarrow"):
