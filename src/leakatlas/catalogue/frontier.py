@@ -291,8 +291,8 @@ about attacks that were not tried, and of so few images little about others: rea
 *Dominated*: another point of the network costs no more and stops more, intervals aside. *Over equal
 noise*: what the search gains over one on an upload that noise of the same size moved instead; where
 the defense cannot be told from that noise, or is worse, the remark says so. The site draws the same
-figures. Searches have fixed settings, priors from weak to strong and two distances, chosen on images
-that nobody attacks here; the worst of them counts, image by image, which is at least what an
+figures. Searches have fixed settings, priors from weak to strong and two distances, chosen on
+images that nobody attacks here; the worst of them counts, image by image, which is at least what an
 adversary reaches that rehearses among them. One that rehearses among the declared variants of its
 attack, under the defense, stands beside them on the first images. Who learns an inverter learns it
 once, for one network. Prices under FedAVG are those of an epoch in batches of ten between rounds.
