@@ -94,26 +94,14 @@ def train(
     from leakatlas import data as room
     from leakatlas import devices, priors
     from leakatlas.blocks.watch import Watch, parse_budget
-    from leakatlas.errors import InvalidParameter, UnknownName
+    from leakatlas.errors import UnknownName
     from leakatlas.metrics import likeness
     from leakatlas.priors import stopping, training
     from leakatlas.priors.learning import KINDS
 
     if kind not in KINDS:
         raise UnknownName("kind of prior", kind, KINDS)
-    if not NAME.fullmatch(name):
-        raise InvalidParameter(
-            f"--name {plain.escape(name)}: expected lower-case letters, digits, dots and dashes."
-        )
-    if size is not None and (size < 8 or size % 8 or size > 1024):
-        raise InvalidParameter(f"--size {size}: expected a multiple of 8, 1024 at the most.")
-    if latent is not None and kind == "ddpm":
-        raise InvalidParameter(f"--latent {latent}: a prior of kind ddpm has no latent.")
-    if patience is not None and kind != "gan":
-        raise InvalidParameter(
-            f"--patience {patience}: a prior of kind {kind} ends with its schedule; only a gan is "
-            "stopped."
-        )
+    _check(kind, name=name, size=size, latent=latent, patience=patience)
     images = room.load(data, limit=limit)
     recipe = training.Recipe(
         kind=kind, size=size, grey=grey, conditional=conditional, latent=latent or 128, width=width,
@@ -147,6 +135,27 @@ def train(
     card = priors.save(prior, out)
     checkpoint.unlink(missing_ok=True)
     _show(card, out, watch.planned, steps)
+
+
+def _check(
+    kind: str, *, name: str, size: int | None, latent: int | None, patience: int | None
+) -> None:
+    """Refuse options out of their range, and those that this kind has no use for."""
+    from leakatlas.errors import InvalidParameter
+
+    if not NAME.fullmatch(name):
+        raise InvalidParameter(
+            f"--name {plain.escape(name)}: expected lower-case letters, digits, dots and dashes."
+        )
+    if size is not None and (size < 8 or size % 8 or size > 1024):
+        raise InvalidParameter(f"--size {size}: expected a multiple of 8, 1024 at the most.")
+    if latent is not None and kind == "ddpm":
+        raise InvalidParameter(f"--latent {latent}: a prior of kind ddpm has no latent.")
+    if patience is not None and kind != "gan":
+        raise InvalidParameter(
+            f"--patience {patience}: a prior of kind {kind} ends with its schedule; only a gan is "
+            "stopped."
+        )
 
 
 @commands.command()

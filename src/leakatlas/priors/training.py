@@ -120,23 +120,12 @@ def train(
     Raises:
         InvalidInput: If there are too few images, or labels are missing.
     """
-    if len(data) < FEWEST_IMAGES:
-        raise InvalidInput(
-            f"A prior is learned on a population; {data.name} holds {len(data)} images, expected "
-            f"{FEWEST_IMAGES} at the least, and thousands for pictures worth looking at."
-        )
-    channels = 1 if recipe.grey else data.channels
-    side = recipe.size or max(data.shape[1:])
-    shape = drawn_shape((channels, side, side))
-    images = fit_pixels(data.images.detach().float().cpu(), shape)
-    if recipe.conditional and data.labels.dim() != 1:
-        raise InvalidInput(f"A conditional prior needs one label an image; {data.name} has none.")
-    labels = data.labels if data.labels.dim() == 1 else torch.zeros(len(data), dtype=torch.int64)
-    held = min(INVERTED, max(1, round(HELD_OUT * len(images))))
-    known = len(images) - held
+    images, labels = _population(data, recipe)
+    _, channels, side, _ = images.shape
+    shape = (channels, side, side)
     stops = recipe.kind == "gan" and recipe.patience > 0
-    looked = min(LOOKED_AT, max(1, round(HELD_OUT / 2 * len(images)))) if stops else 0
-    kept = known - looked
+    kept, looked, held = _shares(len(images), stops)
+    known = kept + looked
     classes = len(data.classes) if recipe.conditional else 0
     x, y = images[:kept].to(device), labels[:kept].to(device)
     shown = images[kept:known].to(device), labels[kept:known].to(device)
@@ -203,6 +192,29 @@ def train(
     elif recipe.kind == "gan":
         card.figures[STOPPED] = 0
     return prior
+
+
+def _population(data: ImageSet, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Images as the prior will draw them, and labels, zeros where there are none."""
+    if len(data) < FEWEST_IMAGES:
+        raise InvalidInput(
+            f"A prior is learned on a population; {data.name} holds {len(data)} images, expected "
+            f"{FEWEST_IMAGES} at the least, and thousands for pictures worth looking at."
+        )
+    if recipe.conditional and data.labels.dim() != 1:
+        raise InvalidInput(f"A conditional prior needs one label an image; {data.name} has none.")
+    channels = 1 if recipe.grey else data.channels
+    side = recipe.size or max(data.shape[1:])
+    images = fit_pixels(data.images.detach().float().cpu(), drawn_shape((channels, side, side)))
+    labels = data.labels if data.labels.dim() == 1 else torch.zeros(len(data), dtype=torch.int64)
+    return images, labels
+
+
+def _shares(images: int, stops: bool) -> tuple[int, int, int]:
+    """How many are learned from, stopped by, and held out, in this order."""
+    held = min(INVERTED, max(1, round(HELD_OUT * images)))
+    looked = min(LOOKED_AT, max(1, round(HELD_OUT / 2 * images))) if stops else 0
+    return images - held - looked, looked, held
 
 
 def told(stopping: Stopping) -> dict[str, float]:
