@@ -124,7 +124,7 @@ def train(
     _, channels, side, _ = images.shape
     shape = (channels, side, side)
     stops = recipe.kind == "gan" and recipe.patience > 0
-    kept, looked, held = _shares(len(images), stops)
+    shares = kept, looked, _ = _shares(len(images), stops)
     known = kept + looked
     classes = len(data.classes) if recipe.conditional else 0
     x, y = images[:kept].to(device), labels[:kept].to(device)
@@ -163,9 +163,7 @@ def train(
         settings=settings_of(network),
         box=None,
         data=f"{source or data.name} ({data.fingerprint()[:12]})",
-        split=f"the first {kept:,} of {len(images):,} images; "
-        + (f"the next {looked} to stop by, " if stops else "")
-        + f"the last {held} held out",
+        split=_in_words(*shares),
         recipe=f"{command} --steps {asked}",
         seed=recipe.seed,
         epochs=math.ceil(steps * min(taught.batch, kept) / kept),
@@ -175,22 +173,18 @@ def train(
         sha256="",
         device=devices.in_words(device),
     )
-    seen = fingerprints(images[:known], shape).unique()
-    prior = wrapped(network, card, seen)
+    prior = wrapped(network, card, fingerprints(images[:known], shape).unique())
     left = watch.remaining()
     if measure and (left is None or left > 0):
         held_out = images[known:].to(device), labels[known:].to(device)
         network.to(device)
-        figures = _figures(prior, *held_out, x.mean(0), watch)
+        card.figures.update(_figures(prior, *held_out, x.mean(0), watch))
         network.cpu()
-        card.figures.update(figures)
     card.figures.update(
         {"steps": steps, "cpu_seconds": round(seconds), "wall_seconds": round(passed)}
     )
-    if stopping is not None:
-        card.figures.update(told(stopping))
-    elif recipe.kind == "gan":
-        card.figures[STOPPED] = 0
+    if recipe.kind == "gan":
+        card.figures.update({STOPPED: 0} if stopping is None else told(stopping))
     return prior
 
 
@@ -215,6 +209,12 @@ def _shares(images: int, stops: bool) -> tuple[int, int, int]:
     held = min(INVERTED, max(1, round(HELD_OUT * images)))
     looked = min(LOOKED_AT, max(1, round(HELD_OUT / 2 * images))) if stops else 0
     return images - held - looked, looked, held
+
+
+def _in_words(kept: int, looked: int, held: int) -> str:
+    stopping = f"the next {looked} to stop by, " if looked else ""
+    first = f"the first {kept:,} of {kept + looked + held:,} images; "
+    return f"{first}{stopping}the last {held} held out"
 
 
 def told(stopping: Stopping) -> dict[str, float]:
