@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from leakatlas import data
-from leakatlas.blocks.watch import Watch
+from leakatlas.blocks.watch import Step, Watch
 from leakatlas.data import ImageSet
 from leakatlas.models.parts import seeded
 from leakatlas.priors import Prior, learning, training
@@ -46,20 +47,15 @@ def _taught(steps: int, stops: Stopping | None, **more: Any) -> int:
 
 
 def test_looks_are_a_twentieth_of_the_training_apart_and_never_closer_than_that() -> None:
-    plain = Stopping(lambda network: 0.0, patience=9, apart=3)
-    seen = []
-    for step in range(100):
-        if plain.due(step + 1, step / 100):
-            plain.look(step + 1, nn.Linear(1, 1))
-            seen.append(step + 1)
-    assert seen == [6 + 5 * k for k in range(19)]
-    dense = Stopping(lambda network: 0.0, patience=9, apart=3)
-    seen = []
-    for step in range(20):
-        if dense.due(step + 1, step / 20):
-            dense.look(step + 1, nn.Linear(1, 1))
-            seen.append(step + 1)
-    assert seen == [3, 6, 9, 12, 15, 18]
+    def looks(steps: int) -> list[int]:
+        stops = Stopping(lambda network: 0.0, patience=9, apart=3)
+        for step in range(steps):
+            if stops.due(step + 1, step / steps):
+                stops.look(step + 1, nn.Linear(1, 1))
+        return [step for step, _ in stops.curve]
+
+    assert looks(100) == [6 + 5 * k for k in range(19)]
+    assert looks(20) == [3, 6, 9, 12, 15, 18]
 
 
 def test_training_ends_when_no_look_is_better_and_keeps_the_best_weights() -> None:
@@ -100,7 +96,7 @@ def test_a_stopped_training_looks_and_ends_as_if_it_had_not_been(
         return sign * float(weights.sin().sum())
 
     class Stops(Watch):
-        def steps(self, total: int, **more: Any):  # type: ignore[no-untyped-def]
+        def steps(self, total: int, **more: Any) -> Iterator[Step]:
             for step in super().steps(total, **more):
                 yield step
                 if step.index == at:

@@ -151,10 +151,10 @@ def run_study(study: Study, options: Options, sink: lanes.Sink | None = None) ->
     """
     if study.brings and not options.trust_code:
         if study.folder.parent != default_folder().resolve():
-            brought = study.folder / study.brings[0]
+            brought = ", ".join(str(study.folder / name) for name in study.brings)
             raise InvalidInput(
                 f"Study {study.name!r} brings Python code ({brought}), which would run here. "
-                "Read it, and allow it with --trust-code."
+                "Read that, and allow it with --trust-code."
             )
     before = standing(study, options)
     kept = Store(options.records / study.name)
