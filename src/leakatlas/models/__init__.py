@@ -1,5 +1,6 @@
 """Models: the architectures of the literature at sizes a CPU can attack, and shipped weights."""
 
+from leakatlas.models.allconv import AllConv as AllConv
 from leakatlas.models.checkpoints import Card as Card
 from leakatlas.models.checkpoints import apply_state as apply_state
 from leakatlas.models.checkpoints import card as card

@@ -12,6 +12,7 @@ from torch import nn
 
 from leakatlas import limits
 from leakatlas.errors import InvalidParameter, LeakAtlasError, UnknownName, shown
+from leakatlas.models.allconv import AllConv
 from leakatlas.models.cnn6 import CNN6
 from leakatlas.models.convnet import ConvNet
 from leakatlas.models.denoiser import Denoiser
@@ -25,6 +26,7 @@ from leakatlas.models.vgg import DEPTHS, VGG
 from leakatlas.models.vit import ViT
 
 _CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
+    "allconv": AllConv,
     "cnn6": CNN6,
     "cnn6-d": partial(CNN6, second=20),
     "convnet": ConvNet,
