@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from leakatlas.bench import study as studies
 from leakatlas.bench.record import Record
 from leakatlas.bench.schema import OwnMeasure
 from leakatlas.blocks.labels import METHODS
+from leakatlas.catalogue.results import default_folder
 
 
 def test_every_label_rule_is_studied_beside_the_null() -> None:
@@ -31,6 +33,29 @@ def test_the_weight_is_chosen_on_images_that_no_network_has_seen() -> None:
     assert starts == {45_000 + 2 * network for network in range(6)}
     sets = {c.victims.set for c in studies.load("measures").cases.values()}
     assert sets == {"parquet:cifar10/test.parquet"}
+
+
+def test_step_sizes_on_photographs_are_those_that_were_chosen_on_another_seed() -> None:
+    tuning = studies.load("utility_tuning")
+    text = (default_folder() / "utility_tuning.json").read_text(encoding="utf-8")
+    chosen = {
+        case["case"]: measure["value"]
+        for case in json.loads(text)["cases"]
+        for measure in case["measures"]
+        if measure["name"] == "lr"
+    }
+    assert chosen.keys() == tuning.cases.keys()
+    cases = studies.load("utility_standard").cases
+    assert {label.partition("/")[2] for label in cases} == chosen.keys()
+    for label, case in cases.items():
+        tuned = tuning.cases[label.partition("/")[2]]
+        assert case.utility is not None and tuned.utility is not None
+        assert case.utility.rates == (chosen[label.partition("/")[2]],)
+        assert (case.model, case.protocol, case.defenses) == (
+            tuned.model, tuned.protocol, tuned.defenses,
+        )  # fmt: skip
+        assert case.utility.train == tuned.utility.train
+        assert not set(case.seeds) & set(tuned.seeds)
 
 
 def test_both_attacks_and_all_protocols_meet_the_same_batches() -> None:

@@ -23,6 +23,7 @@ def convolutions(model: nn.Module) -> list[nn.Conv2d]:
     [
         # Sums over the layers named in the papers.
         ("lenet", {}, (75 + 1) * 12 + 2 * (300 + 1) * 12 + (768 + 1) * 10),
+        ("allconv", {}, 28 * 24 + 217 * 48 + 433 * 72 + 649 * 96 + 385 * 10),
         ("convnet", {}, 28 * 32 + 289 * 64 + 577 * 64 + 577 * 128 + 8193 * 10),
         # Counts well known from other implementations of the same architectures.
         ("resnet20", {}, 272_474),
@@ -43,6 +44,17 @@ def test_lenet_is_the_one_of_dlg() -> None:
     assert float(values.abs().max()) <= 0.5
     # Uniform on [-1/2, 1/2] has variance 1/12.
     assert float(values.var()) == pytest.approx(1 / 12, rel=0.03)
+
+
+def test_allconv_halves_the_side_with_every_convolution() -> None:
+    model = build("allconv", norm="group")
+    assert {c.stride for c in convolutions(model)} == {(2, 2)}
+    sides = []
+    for convolution in convolutions(model):
+        convolution.register_forward_hook(lambda _, __, out: sides.append(out.shape[-1]))
+    model(torch.zeros(1, 3, 32, 32))
+    assert sides == [16, 8, 4, 2]
+    assert parameter_count(model) == parameter_count(build("allconv")) + 2 * (24 + 48 + 72 + 96)
 
 
 def test_convnet_norms_add_only_their_own_parameters() -> None:

@@ -11,9 +11,9 @@ class AllConv(nn.Module):
     """Convolutions C-24-48-72-96 (3x3, stride 2, padding 1), then one linear layer.
 
     That strides can take the place of pools is Springenberg et al.'s observation ("Striving for
-    Simplicity: The All Convolutional Net", 2015); widths and depth are ours. A step takes about an
-    eighth of :class:`~leakatlas.models.convnet.ConvNet`'s of as many entries, because no
-    convolution runs at the image's full side.
+    Simplicity: The All Convolutional Net", 2015); widths and depth are ours. No convolution has
+    outputs at the image's full side, so that a step costs a fraction of one of
+    :class:`~leakatlas.models.convnet.ConvNet` with as many entries.
 
     Args:
         in_channels: Channels of an image.
