@@ -23,7 +23,7 @@ from leakatlas.blocks import latent as searches
 from leakatlas.blocks import matching, watch
 from leakatlas.blocks.watch import Watch
 from leakatlas.data import ImageSet, bundled
-from leakatlas.errors import NotGranted
+from leakatlas.errors import InvalidParameter, NotGranted
 from leakatlas.fl import FedAVG, ModelRef, Protocol, Scenario, Stage, stage
 from leakatlas.models import Generator
 from leakatlas.priors import CEILING
@@ -93,6 +93,44 @@ def test_an_image_that_the_generator_can_draw_is_recovered(monkeypatch: pytest.M
     # Another latent of the same generator is no match: the update decided, not the prior.
     other = _image(torch.randn(1, 12, generator=torch.Generator().manual_seed(6)), G)
     assert _psnr(pixels, other.images) < 20
+
+
+def test_the_mean_picture_is_that_of_all_restarts_and_is_judged_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    G = generator()
+    victims = _image(torch.randn(1, 12, generator=torch.Generator().manual_seed(5)), G)
+    scene = _scene(victims, "fc")
+    kept: list[tuple[Tensor, Tensor]] = []
+    search = searches.search_latent
+
+    def noted(*given: Any, **settings: Any) -> Any:
+        found = search(*given, **settings)
+        kept.append((given[1], found.best["z"]))
+        return found
+
+    monkeypatch.setattr(searches, "search_latent", noted)
+    near = replace(QUICK, latent_steps=20, restarts=3, spread=0.1, average=True)
+    found = _run(scene, near, G, monkeypatch)
+    [(start, best)] = kept
+    assert start.shape[0] == 3 and float(start.std()) == pytest.approx(0.1, rel=0.4)
+    with torch.no_grad():
+        mean = torch.stack([G(z) for z in best]).mean(0)
+    torch.testing.assert_close(scene.box.denormalize(found.images), mean, atol=1e-6, rtol=0)
+    _run(scene, replace(near, average=False), G, monkeypatch)
+    assert torch.equal(kept[1][1], best)
+    view, _ = harness.observe(scene, near)
+    g = dict(view.update.tensors)
+    D = matching.cosine(view.replayer(round=-1)(found.images, victims.labels), g).detach()
+    assert found.confidence is not None
+    assert found.notes["matching_loss"] == pytest.approx(float(D), abs=1e-6)
+    assert found.notes["matching_loss"] > found.notes["latent_loss"]
+
+
+def test_a_mean_picture_leaves_no_room_for_a_generator_search() -> None:
+    with pytest.raises(InvalidParameter, match="set generator_steps=0"):
+        GIAS(average=True)
+    assert GIAS.variants()["mean"].lasting(300).generator_steps == 0
 
 
 @functools.cache

@@ -18,6 +18,12 @@ plausible image and moves in the directions that G's architecture makes easy. Th
 3. Every image gets its own copy of G's weights; Adam on all copies, with the same schedule.
 4. The iterate of smallest D is returned.
 
+**Without a generator search** (``average``, ours): on trained networks many pictures of the prior
+match an update better than the prior's own best picture of the truth does, so that the smallest D
+says little. Latents that start near the prior's mean and are pulled towards it then find R
+different ones of these, and their mean picture is closer to the truth than any of them, as the mean
+of what could have been is for a squared error. Rehearsal may choose it (:meth:`GIAS.variants`).
+
 The cosine sees no scale: an update that was clipped to a norm is matched as well as a free one.
 
 **Meta-learned** (``prior="meta"``): no public image is needed, but many rounds of the same
@@ -55,6 +61,7 @@ Departures:
     - The best iterate by D of either search is kept, not its last one.
     - The defaults are the row "ImageNet 32"; the released script's default row for ImageNet 64
       (7 and 6 steps) is a leftover and no setting of the paper.
+    - ``average``, ``spread`` and the variant ``mean`` are ours.
     - In the meta-learned variant the model of the received states is used as it was in every round;
       released code makes steps of its own between them.
 
@@ -75,6 +82,7 @@ from leakatlas.attacks.api import Attack, Outlook, Reconstruction, attack, nothi
 from leakatlas.attacks.generative import prior as chosen
 from leakatlas.blocks import descent, latent, matching, observed, priors
 from leakatlas.blocks.watch import Watch
+from leakatlas.errors import InvalidParameter
 from leakatlas.fl import View
 from leakatlas.models import Generator
 from leakatlas.params import NonNegative, NonNegativeInt, Positive, PositiveInt
@@ -114,7 +122,10 @@ class GIAS(Attack):
         generator_lr: Step size on the generators' weights.
         tv_weight: Lambda of the total variation, in model space.
         latent_weight: Weight of the mean squared latent; 1e-3 in the meta-learned variant.
+        spread: Standard deviation of the latents that a search starts from, where the prior has 1.
         restarts: Latent batches R that are searched at once.
+        average: Return the mean picture of all restarts instead of the one of smallest D; only
+            without a generator search, which would start from one latent.
         top: Match only so many tensors of largest norm, as for ImageNet 128 (50); all if None.
         prior: ``auto``, ``surrogate`` (learned on the surrogate images), the name of a shipped
             prior, the folder of one, or ``meta`` (learned from the rounds themselves).
@@ -135,13 +146,24 @@ class GIAS(Attack):
     generator_lr: Positive = 1e-3
     tv_weight: NonNegative = 1e-6
     latent_weight: NonNegative = 0.0
+    spread: Positive = 1.0
     restarts: PositiveInt = 3
+    average: bool = False
     top: PositiveInt | None = None
     prior: str = chosen.AUTO
     prior_steps: PositiveInt = 1_000
     prior_latent: PositiveInt = 128
     meta_lr: Positive = 1e-2
     labels: tuple[NonNegativeInt, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.average and self.generator_steps:
+            raise InvalidParameter(
+                f"GIAS(average=True, generator_steps={self.generator_steps}): a generator search "
+                "starts from one latent and has no mean picture of several; set generator_steps=0, "
+                "or average=False."
+            )
 
     def knowledge(self) -> Knowledge:
         """Without public images where the rounds themselves teach the prior."""
@@ -197,6 +219,7 @@ class GIAS(Attack):
             return descent.Value(D + self.tv_weight * priors.tv_mean(x), D)
 
         start = prior.sample(self.restarts, view.num_examples, generator=generator, like=like)
+        start = self.spread * start
         parts = watch.share(2 if self.generator_steps else 1)
         found = latent.search_latent(
             decode,
@@ -211,6 +234,9 @@ class GIAS(Attack):
         z = found.best["z"][int(found.criterion.argmin())]
         weights: dict[str, Tensor] = {}
         x_hat, loss, iterations = images(decode(z)), float(found.criterion.min()), found.steps
+        if self.average:
+            x_hat = images(torch.stack([decode(one) for one in found.best["z"]]).mean(0))
+            loss = float(value(x_hat).criterion.detach())
         for part in parts:
             tuned = latent.search_weights(
                 prior.network,
@@ -258,6 +284,19 @@ class GIAS(Attack):
             count = len(view.rounds)
             return Outlook("unknown", f"{count} rounds teach its prior; the paper has hundreds")
         return chosen.outlook(self.prior, view, leaves=self.generator_steps > 0)
+
+    @classmethod
+    def variants(cls) -> Mapping[str, Self]:
+        """Ours, the published, and the mean picture of several."""
+        return {"tuned": cls.tuned(), "published": cls(), "mean": cls.mean()}
+
+    @classmethod
+    def mean(cls) -> Self:
+        """The mean picture of four searches near the prior's mean; chosen on public images."""
+        return cls(
+            latent_steps=150, generator_steps=0, latent_lr=0.1, tv_weight=1e-4, latent_weight=0.3,
+            spread=0.1, restarts=4, average=True,
+        )  # fmt: skip
 
     @classmethod
     def tuned(cls) -> Self:
