@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 from leakatlas import data
 from leakatlas.attacks.api import Attack, Reconstruction
 from leakatlas.attacks.generative import prior
+from leakatlas.attacks.generative.latent.gias import GIAS
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.audit.games import halves, labelled, multiplicity, own_games
 from leakatlas.audit.halving import LEAST, stages
+from leakatlas.audit.ready import distinct_variants
 from leakatlas.audit.rehearsal import Rehearsal, rehearse
 from leakatlas.blocks.watch import Watch
-from leakatlas.errors import NotGranted, Unavailable
+from leakatlas.errors import InvalidParameter, NotGranted, Unavailable
 from leakatlas.fl import FedAVG, View
 from leakatlas.sealed import DamagedFile
 from leakatlas.threat import Grant
@@ -36,6 +38,15 @@ VARIANTS: Mapping[str, Attack] = {
     "tuned": InvertingGradients.tuned(steps=60),
     "tuned again": InvertingGradients.tuned(steps=60),
 }
+
+
+def test_a_variant_that_the_users_changes_contradict_is_left_out() -> None:
+    # A mean picture leaves no room for the generator search that is asked for here.
+    made = distinct_variants(GIAS.tuned(), {"generator_steps": 50})
+    assert made.keys() == {"tuned", "published"}
+    assert "mean" in distinct_variants(GIAS.tuned(), {"tv_weight": 0.01})
+    with pytest.raises(InvalidParameter, match="set generator_steps=0"):
+        distinct_variants(GIAS.tuned(), {"average": True})
 
 
 def _view(seed: int = 0, **scene: Any) -> View:

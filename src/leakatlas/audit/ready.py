@@ -19,7 +19,7 @@ from leakatlas.audit.rehearsal import Rehearsal, rehearse
 from leakatlas.audit.schedule import LONGEST, Pace, pace
 from leakatlas.blocks.watch import FILL, Watch
 from leakatlas.data import ImageSet, strangers
-from leakatlas.errors import LeakAtlasError
+from leakatlas.errors import InvalidParameter, LeakAtlasError
 from leakatlas.fl import View
 from leakatlas.threat import LETTERS, Knowledge
 
@@ -279,11 +279,20 @@ def planned_for(job: Job, attack: Attack, at: Readied, plan: Plan) -> Job:
 def distinct_variants(attack: Attack, changes: Any) -> dict[str, Attack]:
     """The attack's variants under the user's changes, equal ones once.
 
-    Lengths do not count: a rehearsal and a plan set them.
+    Lengths do not count: a rehearsal and a plan set them. A variant that the changes contradict is
+    none of them.
+
+    Raises:
+        InvalidParameter: If the first one, which runs without a rehearsal, cannot be had so.
     """
     made: dict[str, Attack] = {}
     for name, variant in type(attack).variants().items():
-        changed = type(attack).from_json({**variant.to_json(), **changes})
+        try:
+            changed = type(attack).from_json({**variant.to_json(), **changes})
+        except InvalidParameter:
+            if not made:
+                raise
+            continue
         if changed.lasting(1_000) not in [other.lasting(1_000) for other in made.values()]:
             made[name] = changed
     return made
