@@ -18,11 +18,11 @@ plausible image and moves in the directions that G's architecture makes easy. Th
 3. Every image gets its own copy of G's weights; Adam on all copies, with the same schedule.
 4. The iterate of smallest D is returned.
 
-**Without a generator search** (``average``, ours): on trained networks many pictures of the prior
-match an update better than the prior's own best picture of the truth does, so that the smallest D
-says little. Latents that start near the prior's mean and are pulled towards it then find R
-different ones of these, and their mean picture is closer to the truth than any of them, as the mean
-of what could have been is for a squared error. Rehearsal may choose it (:meth:`GIAS.variants`).
+**Without a generator search** (``average``, ours): on a trained network many pictures of the prior
+can match an update better than the prior's own best picture of the truth does, so that the smallest
+D says little. Latents that start near the prior's mean and are pulled towards it find R different
+ones of these. The squared error of their mean picture is at most the mean of theirs, by convexity.
+Rehearsal may choose it (:meth:`GIAS.variants`).
 
 The cosine sees no scale: an update that was clipped to a norm is matched as well as a free one.
 
@@ -47,13 +47,13 @@ search adds several decibels to what the latents reach, and four images at once 
 well as one. On a trained one it then ends well above the nearest public image; other images'
 updates end far below that. With a prior that minutes taught on 2,000 images of 64 pixels (study
 ``own_population``), on a trained ResNet-8, the search for the smallest D ends below [3], and below
-the mean image. The mean picture of its restarts ends above the published [3], above the mean image
-and above what another image's update gives; above a rehearsed [3] too, by less than eight images
-can tell from nothing. With a prior of portraits, on a ResNet-8 trained on portraits, both end well
-above [3], and next to no higher than from the update of another person: the prior again. On a
-smaller network a narrow population helps: with a prior of other persons (study ``faces_unseen``) it
-ends far above [3] in our preset on a trained ConvNet, which had less CPU time, and level with it on
-a fresh one.
+the mean image. The mean picture of its restarts ends above the published [3]. It ends above a
+rehearsed [3], the mean image and what another image's update gives as well, each by less than eight
+images can tell from nothing: how much of it is the update's is not shown. With a prior of
+portraits, on a ResNet-8 trained on portraits, both end well above [3], and next to no higher than
+from the update of another person: the prior again. On a smaller network a narrow population helps:
+with a prior of other persons (study ``faces_unseen``) it ends far above [3] in our preset on a
+trained ConvNet, which had less CPU time, and level with it on a fresh one.
 
 Departures:
     - The published generators are StyleGAN2 (512 to 1024 pixels, pooled down) and a DCGAN. Ours
@@ -295,7 +295,10 @@ class GIAS(Attack):
 
     @classmethod
     def mean(cls) -> Self:
-        """The mean picture of four searches near the prior's mean; chosen on public images."""
+        """The mean picture of four searches near the prior's mean.
+
+        Chosen on public images, at one trained ResNet-8; on fresh networks it was not tried.
+        """
         return cls(
             latent_steps=150, generator_steps=0, latent_lr=0.1, tv_weight=1e-4, latent_weight=0.3,
             spread=0.1, restarts=4, average=True,
