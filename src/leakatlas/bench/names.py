@@ -118,6 +118,10 @@ def _looks() -> Collection[str]:
 def _told(case: Case) -> Collection[str] | None:
     """The measures that what stands in place of an attack gives."""
     if case.utility is not None:
+        if case.utility.course is not None:
+            from leakatlas.bench.course import MEASURES as FOLLOWED  # brings torch
+
+            return FOLLOWED
         return ("accuracy", "lr")
     if case.labelling is not None:
         from leakatlas.bench.labelling import EVEN, REFUSALS  # brings torch

@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from leakatlas.attacks.api import Attack
-from leakatlas.bench import examine, harness, labelling, looks, machine, picture, scene, utility
+from leakatlas.bench import (
+    course,
+    examine,
+    harness,
+    labelling,
+    looks,
+    machine,
+    picture,
+    scene,
+    utility,
+)
 from leakatlas.bench import own as own_code
 from leakatlas.bench.adversary import Adversary, Dead
 from leakatlas.bench.cells import Cell
@@ -163,7 +173,7 @@ def _digest(*tensors: Tensor | None) -> str:
 def _without_attack(cell: Cell) -> Callable[[Cell], Any]:
     """Who measures the cell."""
     if cell.case.utility is not None:
-        return utility.measure
+        return utility.measure if cell.case.utility.course is None else course.measure
     if cell.case.labelling is not None:
         return labelling.measure
     measure: Callable[[Cell], Any] = _own(cell, "measure")

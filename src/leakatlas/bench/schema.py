@@ -168,6 +168,35 @@ class Beside(Strict):
         return self
 
 
+class Course(Strict):
+    """Looks at a federation's accuracy while it trains.
+
+    Measures besides those of ``utility``: ``quarter`` and ``half``, the accuracy after so much of
+    the rounds; ``rounds_to_goal``, the first look that reached the goal (one round more than there
+    are if none did); ``reached`` and ``diverged``, shares of trainings.
+    """
+
+    images: Annotated[
+        Images,
+        Field(
+            description="Images whose accuracy is looked at.",
+            examples=[{"set": "digits", "first": 620, "count": 300}],
+        ),
+    ]
+    every: Annotated[
+        Counted, Field(description="Rounds from one look to the next.", examples=[2])
+    ] = 1
+    goal: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=1,
+            description="An accuracy, such as nine tenths of the undefended federation's.",
+            examples=[0.45],
+        ),
+    ]
+
+
 class Utility(Strict):
     """A federation that trains under the defenses of the case: what they cost.
 
@@ -215,17 +244,24 @@ class Utility(Strict):
         tuple[PositiveNumber, ...],
         Field(min_length=1, description="Step sizes tried (`lr`).", examples=[[0.5, 0.15]]),
     ]
+    course: Annotated[
+        Course | None,
+        Field(description="How it gets there is measured, too; for a single one of `rates`."),
+    ] = None
 
     @model_serializer(mode="wrap")
     def _as_before_they_were_keys(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Not used, they change no cell's name."""
         values: dict[str, Any] = plain(self)
-        return {k: v for k, v in values.items() if k not in ("split", "sampled") or v is not None}
+        later = ("split", "sampled", "course")
+        return {k: v for k, v in values.items() if k not in later or v is not None}
 
     @model_validator(mode="after")
     def _chosen_on_something(self) -> Utility:
         if (len(self.rates) > 1) != (self.validation is not None):
             raise ValueError("several `rates` are chosen among on `validation` images, one is not")
+        if self.course is not None and len(self.rates) > 1:
+            raise ValueError("`course` follows one training: name one of the `rates`")
         return self
 
 

@@ -39,6 +39,9 @@ ALWAYS = (
 WITHOUT_ATTACK = {"utility": "leakatlas.bench.utility", "labelling": "leakatlas.bench.labelling"}
 """What runs in place of an attack, by the key of the case."""
 
+COURSE = "leakatlas.bench.course"
+"""What runs in place of ``utility`` where the training is followed."""
+
 UNSEEN = (
     "leakatlas.errors",
     "leakatlas.limits",
@@ -85,6 +88,8 @@ def of_case(case: Mapping[str, Any], hook: Path | None = None) -> str:
     if case["attack"] is not None:
         rows.append(("attack", case["attack"]["key"]))
     instead = [module for key, module in WITHOUT_ATTACK.items() if case.get(key) is not None]
+    if (case.get("utility") or {}).get("course") is not None:
+        instead = [COURSE]
     modules = instead or list(ALWAYS)
     for kind, key in rows:
         if "/" in key:  # an outsider's: its file counts, the rest of its package does not
