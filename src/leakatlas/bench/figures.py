@@ -13,6 +13,7 @@ import leakatlas
 from leakatlas.bench import correlations, frontier, machine, own
 from leakatlas.bench.cells import Cell, setup
 from leakatlas.bench.measures import BINS, COSTS, MEASURES, NOTES
+from leakatlas.bench.published import Published
 from leakatlas.bench.record import Record
 from leakatlas.bench.schema import Case, Comparison, OwnMeasure
 from leakatlas.bench.study import Study, published_strengths
@@ -22,6 +23,7 @@ from leakatlas.fl import stream
 from leakatlas.metrics.intervals import binomial, bootstrap
 
 SCHEMA = "leakatlas/result/2"
+NOTHING = Published()
 
 Unit = tuple[int, str]
 """What a value belongs to: a batch and an image in it, or a batch (its cell)."""
@@ -31,8 +33,9 @@ Values = dict[Unit, list[float]]
 
 
 def document(
-    study: Study, cells: Sequence[Cell], records: Mapping[str, Record], command: str
-) -> dict[str, Any] | None:
+    study: Study, cells: Sequence[Cell], records: Mapping[str, Record], command: str,
+    published: Published = NOTHING,
+) -> dict[str, Any] | None:  # fmt: skip
     """The result file of a study, or None if no cell has a record yet.
 
     Args:
@@ -40,6 +43,8 @@ def document(
         cells: All its cells, whether or not they were run.
         records: By cell.
         command: What makes the records again.
+        published: What stands of the file as it was; such cases, and comparisons between two of
+            them, are kept as they are.
     """
     done = {cell.name: records[cell.name] for cell in cells if cell.name in records}
     if not done:
@@ -48,14 +53,16 @@ def document(
     for cell in cells:
         by_case.setdefault(cell.label, []).append(cell)
     cases = [
-        _case(label, study.cases[label], mine, done)
+        published.cases.get(label) or _case(label, study.cases[label], mine, done)
         for label, mine in by_case.items()
-        if any(cell.name in done for cell in mine)
+        if label in published.cases or any(cell.name in done for cell in mine)
     ]
     if study.file.summary == "frontier":  # a thousand cases; the summary says what they share
         cases = [{**case, "curve": [], "nulls": []} for case in cases]
-    machines = {machine.in_words(dict(r.machine)): dict(r.machine) for r in done.values()}
-    started = sorted(r.started for r in done.values() if r.started)
+    known = published.together("machines", [dict(r.machine) for r in done.values()])
+    machines = {machine.in_words(facts): facts for facts in known}
+    days = sorted(published.together("dates", [r.started[:10] for r in done.values() if r.started]))
+    ours = [f"leakatlas {leakatlas.__version__}", f"torch {torch.__version__}"]
     return {
         "schema": SCHEMA,
         "kind": "study",
@@ -65,16 +72,16 @@ def document(
         "chosen": study.file.chosen,
         "command": command,
         "provenance": "measured",
-        "versions": sorted({f"leakatlas {leakatlas.__version__}", f"torch {torch.__version__}"}),
+        "versions": sorted(published.together("versions", ours)),
         "machines": [machines[name] for name in sorted(machines) if name],
         "hardware": "; ".join(name for name in sorted(machines) if name) or "unknown",
-        "dates": [started[0][:10], started[-1][:10]] if started else [],
+        "dates": [days[0], days[-1]] if days else [],
         "seeds": sorted({cell.seed for cell in cells}),
         "cases": cases,
         "compare": [
             comparison
             for pair in study.file.compare
-            if (comparison := _compared(pair, study, by_case, done)) is not None
+            if (comparison := _compared(pair, study, by_case, done, published)) is not None
         ],
         "summary": _summary(study, by_case, done),
     }
@@ -290,9 +297,14 @@ def _curve(records: Sequence[Record], label: str) -> list[dict[str, Any]]:
 
 def _compared(
     pair: Comparison, study: Study, cells: Mapping[str, Sequence[Cell]],
-    records: Mapping[str, Record],
+    records: Mapping[str, Record], published: Published,
 ) -> dict[str, Any] | None:  # fmt: skip
     """The paired difference between two cases, on the units and seeds that both have."""
+    sought = (pair.measure, pair.of, pair.minus)
+    if {pair.of, pair.minus} & published.cases.keys():
+        both = {pair.of, pair.minus} <= published.cases.keys()
+        before: list[dict[str, Any]] = published.document.get("compare", []) if both else []
+        return next((c for c in before if (c["name"], c["of"], c["minus"]) == sought), None)
     sides: list[dict[tuple[int, int], Record]] = []
     for label in (pair.of, pair.minus):
         mine = [records[cell.name] for cell in cells.get(label, ()) if cell.name in records]

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from leakatlas import devices
-from leakatlas.bench import cluster, figures, lanes, picture, store
+from leakatlas.bench import cluster, figures, lanes, picture, published, store
 from leakatlas.bench.cells import Cell, cells_of, rank
+from leakatlas.bench.published import Published
 from leakatlas.bench.record import FINAL, Record
 from leakatlas.bench.store import Store
 from leakatlas.bench.study import Study, default_folder
@@ -173,13 +174,22 @@ def run_study(study: Study, options: Options, sink: lanes.Sink | None = None) ->
 
 
 def write(study: Study, options: Options) -> Path | None:
-    """Derive the result file of a study from its records; None if it has none."""
-    whole = Options(
-        device=options.device, threads=options.threads, data=options.data, records=options.records
-    )
-    now = standing(study, whole)
+    """Derive the result file of a study from its records.
+
+    Cases that were published and whose records are not here stand as they were.
+
+    Returns:
+        The file; None if there is no record, or if the study sums up all cases and some of them
+        were measured elsewhere: the file stays as it was.
+
+    Raises:
+        InvalidInput: If it cannot be written, or what is there is no result file.
+    """
+    now, before = _whole(study, options)
+    if before.cases and _sums_up(study):
+        return None
     command = f"leakatlas bench {study.name}"
-    content = figures.document(study, now.cells, now.records, command)
+    content = figures.document(study, now.cells, now.records, command, before)
     if content is None:
         return None
     path = options.results / f"{study.name}.json"
@@ -198,6 +208,37 @@ def write(study: Study, options: Options) -> Path | None:
         ) from None
     _draw(study, now, options.results / "pictures")
     return path
+
+
+def elsewhere(study: Study, options: Options) -> str:
+    """What is to be said of published cases whose records are not here; empty if there are none."""
+    number = len(_whole(study, options)[1].cases)
+    if not number:
+        return ""
+    cases = "1 case whose records are" if number == 1 else f"{number} cases whose records are"
+    if _sums_up(study):
+        return (
+            f"It stays as it was: it sums up {cases} not on this machine. Run these too, or name "
+            "another folder with --results."
+        )
+    return f"In it, {cases} not on this machine: as published."
+
+
+def _sums_up(study: Study) -> bool:
+    return bool(study.file.summary or study.file.correlate)
+
+
+def _whole(study: Study, options: Options) -> tuple[Standing, Published]:
+    """The study with all its cases, and what stands of its result file."""
+    every = Options(
+        device=options.device, threads=options.threads, data=options.data, records=options.records
+    )
+    now = standing(study, every)
+    by_case: dict[str, list[Cell]] = {}
+    for cell in now.cells:
+        by_case.setdefault(cell.label, []).append(cell)
+    path = options.results / f"{study.name}.json"
+    return now, published.kept(study, by_case, now.records, path)
 
 
 def _draw(study: Study, now: Standing, folder: Path) -> None:

@@ -199,6 +199,8 @@ def _confirm(studies: list[Study], options: Options, as_json: bool) -> bool:
 
 
 def _summary(console: Console, study: Study, after: Standing, options: Options) -> None:
+    from leakatlas.bench.runner import elsewhere
+
     facts = _facts(study, after)
     ends = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in facts["status"].items())
     console.print(
@@ -210,7 +212,8 @@ def _summary(console: Console, study: Study, after: Standing, options: Options) 
         console.print(f"  {escape(reason)}", highlight=False)
     path = options.results / f"{study.name}.json"
     if path.is_file():
-        console.print(f"Figures: {escape(str(path))}", highlight=False)
+        words = f"{path}. {elsewhere(study, options)}".removesuffix(". ")
+        console.print(f"Figures: {escape(words)}", highlight=False)
 
 
 def _facts(study: Study, now: Standing) -> dict[str, Any]:
