@@ -107,16 +107,21 @@ def test_a_diffusion_pipeline_from_a_local_folder(tmp_path: Path) -> None:
         kept.diffusion(tmp_path)
 
 
-def test_the_decoder_of_an_autoencoder_from_a_local_folder(tmp_path: Path) -> None:
+def _autoencoder(folder: Path) -> Any:
     torch.manual_seed(0)
     network = diffusers.AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=2,
     ).eval()  # fmt: skip
-    network.save_pretrained(tmp_path, safe_serialization=True)
+    network.save_pretrained(folder, safe_serialization=True)
     recipe = {**ABOUT, "kind": "autoencoder_kl", "size": 16}
     recipe["weights"] = "diffusion_pytorch_model.safetensors"
-    (tmp_path / "prior.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "prior.yaml").write_text(yaml.safe_dump(recipe))
+    return network
+
+
+def test_the_decoder_of_an_autoencoder_from_a_local_folder(tmp_path: Path) -> None:
+    network = _autoencoder(tmp_path)
     found = kept.decoder(tmp_path)
     assert isinstance(found, Prior) and found.latent == (2, 8, 8) and found.shape == (3, 16, 16)
     z = torch.randn(1, 2, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -124,3 +129,21 @@ def test_the_decoder_of_an_autoencoder_from_a_local_folder(tmp_path: Path) -> No
         expected = network.decode(z / network.config.scaling_factor).sample
     assert torch.allclose(found.decoder()(z), (expected + 1) / 2, atol=1e-5)
     assert chosen.named(str(tmp_path), (3, 16, 16)) == (str(tmp_path),)
+
+
+def test_gifd_opens_an_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _autoencoder(tmp_path)
+    found = kept.decoder(tmp_path)
+    z = torch.randn(2, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    check_stages(found, z)
+    assert [h.shape[1:] for h in _features(found, z)] == [(8, 8, 8), (8, 16, 16), (8, 16, 16)]
+    check_search(found, monkeypatch, falls=0.6)  # group normalisation undoes part of a move
+
+
+def _features(prior: Prior, z: torch.Tensor) -> list[torch.Tensor]:
+    features, state = [], (z,)
+    with torch.no_grad():
+        for stage in prior.stages[:-1]:
+            state = stage(*state)
+            features.append(state[0])
+    return features

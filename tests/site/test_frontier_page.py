@@ -70,6 +70,9 @@ def test_prices_in_other_federations_stand_below(measured: Path, tmp_path: Path)
         {"name": "accuracy", "case": case, "value": value, "interval": [0.4, 0.9], "n": 3}
         for case, value in (("many/<noise>", 0.5), ("many/none", 0.75))
     ]
+    for name, value in (("half", 0.5), ("rounds_to_goal", 31.0), ("reached", 0.5), ("diverged", 0)):
+        plain = {"name": name, "value": float(value), "interval": [value, value + 0.1], "n": 2}
+        figures.append({**plain, "case": "many/none"})
     document = {
         "schema": "leakatlas/result/1", "kind": "benchmark", "key": "dp_many_users",
         "study": "dp_many_users", "code_version": 1, "hardware": "2 CPU cores",
@@ -83,7 +86,10 @@ def test_prices_in_other_federations_stand_below(measured: Path, tmp_path: Path)
     none, noise = below.index("many/none"), below.index("many/&lt;noise&gt;")
     assert none < below.index("75.0% [40.0%, 90.0%]") < noise < below.index("50.0% [40.0%")
     found = frontier.render(results.load(folder))
-    assert found is not None and "| many/none | 75.0% [40.0%, 90.0%] | 3 |" in found
+    way = "50.0% [50.0%, 60.0%] | 31 [31, 31], 50% missed it"
+    assert found is not None and f"| many/none | 75.0% [40.0%, 90.0%] | {way} | 3 |" in found
+    assert "| many/<noise> | 50.0% [40.0%, 90.0%] | - | - | 3 |" in found
+    assert "Rounds to goal" in below and "31 [31, 31], 50% missed it" in below
 
 
 def test_a_network_without_prices_has_no_chart_and_says_so(measured: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def context(measured: Sequence[Result]) -> dict[str, Any]:
         "unmeasured": frontier.unmeasured(result.measures if result else ()),
         "elsewhere": frontier.elsewhere(measured),
         "other_federations": frontier.OTHER_FEDERATIONS,
+        "followed": frontier.followed,
         "accuracy": frontier.accuracy,
         "verdicts": frontier.verdicts(measured),
         "data": _data(on_chart),

@@ -14,8 +14,16 @@ from torch import Tensor, nn
 from leakatlas import reading, sealed
 from leakatlas.errors import InvalidInput, needing, shown
 from leakatlas.models import Card
-from leakatlas.priors.foreign.kind import LAYERS, FileName, Kind, Pixels, drawn_shape, filled
-from leakatlas.priors.prior import Diffusion, Prior
+from leakatlas.priors.foreign.kind import (
+    LAYERS,
+    FileName,
+    Kind,
+    Pixels,
+    drawn_shape,
+    filled,
+    in_pixels,
+)
+from leakatlas.priors.prior import Diffusion, Part, Prior, alone
 
 LARGEST = 2**16
 """No count, width or side in a configuration is larger."""
@@ -63,9 +71,10 @@ class AutoencoderRecipe(Kind):
         if not isinstance(scale, float | int) or not scale > 0:
             raise InvalidInput(f"{who}: scaling_factor is {shown(scale)}.")
         side = self.size // halvings
-        pixels = Pixels(Decoding(network, float(scale)))
-        latent = (channels, side, side)
-        return Prior(pixels, card, latent, drawn_shape(pixels, latent, who))
+        decoding = Decoding(network, float(scale))
+        pixels, latent = Pixels(decoding), (channels, side, side)
+        shape = drawn_shape(pixels, latent, who)
+        return Prior(pixels, card, latent, shape, stages=in_pixels(decoding.stages()))
 
 
 class Noise(nn.Module):
@@ -100,11 +109,27 @@ class Decoding(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Images of [-1, 1]."""
+        drawn: Tensor = self.decoder(self._unscaled(z))
+        return drawn
+
+    def _unscaled(self, z: Tensor) -> Tensor:
         h = z / self.scale
         if self.post_quant_conv is not None:
             h = self.post_quant_conv(h)
-        drawn: Tensor = self.decoder(h)
-        return drawn
+        return h
+
+    def stages(self) -> tuple[Part, ...]:
+        """The middle of the decoder, each block behind it, and what makes pixels of the last."""
+        blocks: Any = self.decoder.up_blocks
+        return (self._begin, *(alone(block) for block in blocks), self._end)
+
+    def _begin(self, z: Tensor) -> tuple[Tensor]:
+        whole: Any = self.decoder
+        return (whole.mid_block(whole.conv_in(self._unscaled(z))),)
+
+    def _end(self, h: Tensor) -> tuple[Tensor]:
+        whole: Any = self.decoder
+        return (whole.conv_out(whole.conv_act(whole.conv_norm_out(h))),)
 
 
 def _model(
