@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from leakatlas import data
+from leakatlas.blocks.watch import Watch
 from leakatlas.errors import InvalidInput
 from leakatlas.metrics import likeness
 from leakatlas.metrics.likeness import feature_fid
 from leakatlas.models import ConvNet, checkpoints
+from leakatlas.priors.prior import Diffusion, empirical, linear_schedule
 from tests.conftest import surrogate
-from tests.priors.support import generator, prior
+from tests.priors.support import CARD, generator, prior
 
 
 def _blurred(x: Tensor, side: int) -> Tensor:
@@ -74,3 +76,32 @@ def test_a_conditional_prior_draws_the_labels_of_the_population() -> None:
     y = torch.tensor([2, 0, 1, 1, 0, 0])
     likeness.of_prior(held, surrogate(16).images[:6], y)
     assert asked == [2, 0, 1]
+
+
+def test_the_exact_denoiser_of_a_population_draws_it() -> None:
+    """In the limit every picture is an image of the set, and each of them is drawn."""
+    x = surrogate(16).images[:5].float()
+    schedule = linear_schedule()
+    exact = Diffusion(empirical(2 * x - 1, schedule), CARD, (3, 16, 16), schedule)
+
+    def drawn(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return likeness.denoised(exact, 60, generator=generator, watch=Watch(), batch=25)
+
+    apart = (drawn(0)[:, None] - x).square().mean((2, 3, 4))
+    assert float(apart.min(1).values.max()) < 1e-3
+    assert set(apart.argmin(1).tolist()) == set(range(5))
+    assert torch.equal(drawn(0), drawn(0)) and not torch.equal(drawn(0), drawn(1))
+
+
+def test_a_card_of_a_denoiser_tells_its_population_from_noise() -> None:
+    x = surrogate(16).images[:40].float()
+    schedule = linear_schedule(40)
+    shape = (3, 16, 16)
+    exact = Diffusion(empirical(2 * x - 1, schedule), CARD, shape, schedule)
+    blind = Diffusion(lambda noisy, t: noisy, CARD, shape, schedule)
+    heard: list[float] = []
+    watch = Watch(None, lambda fraction, note: heard.append(fraction))
+    near, far = (likeness.of_prior(one, x, watch=watch) for one in (exact, blind))
+    assert near["feature_fid_images"] == len(x) // 2 and near["feature_fid"] < far["feature_fid"] / 3
+    assert all(0 <= fraction <= 1 for fraction in heard)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +20,7 @@ from leakatlas.cli.options import DEVICE
 from leakatlas.cli.plain import escape
 
 if TYPE_CHECKING:
+    from leakatlas.blocks.watch import Watch
     from leakatlas.data import ImageSet
     from leakatlas.models import Card
     from leakatlas.priors.training import Recipe
@@ -93,7 +96,6 @@ def train(
     # torch takes a second to load; --help should not wait for it.
     from leakatlas import data as room
     from leakatlas import devices, priors
-    from leakatlas.blocks.watch import Watch, parse_budget
     from leakatlas.errors import UnknownName
     from leakatlas.metrics import likeness
     from leakatlas.priors import stopping, training
@@ -115,16 +117,7 @@ def train(
             f"{escape(str(others[0]))} is of a training on other images, or of another recipe; "
             "this one starts anew and leaves it there."
         )
-    columns = (plain.Words(), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        told = f"{kind} on {len(images):,} images"
-        task = progress.add_task(escape(told), total=1.0)
-
-        def listen(fraction: float, note: str) -> None:
-            now = f"{told}: {note}" if note else told
-            progress.update(task, completed=fraction, description=escape(now))
-
-        watch = Watch(parse_budget(budget), listen)
+    with _progress(f"{kind} on {len(images):,} images", budget) as watch:
         prior = training.train(
             images, recipe, name=name, license=license, watch=watch, checkpoint=checkpoint,
             command=_command(data, limit, name, recipe), source=source,
@@ -135,6 +128,22 @@ def train(
     card = priors.save(prior, out)
     checkpoint.unlink(missing_ok=True)
     _show(card, out, watch.planned, steps)
+
+
+@contextmanager
+def _progress(told: str, budget: str | None = None) -> Iterator[Watch]:
+    """A bar of what is told to the watch."""
+    from leakatlas.blocks.watch import Watch, parse_budget
+
+    columns = (plain.Words(), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=plain.console(stderr=True), transient=True) as progress:
+        task = progress.add_task(escape(told), total=1.0)
+
+        def listen(fraction: float, note: str) -> None:
+            now = f"{told}: {note}" if note else told
+            progress.update(task, completed=fraction, description=escape(now))
+
+        yield Watch(parse_budget(budget), listen)
 
 
 def _check(
@@ -185,7 +194,7 @@ def measure(
     from leakatlas.priors.prior import INVERTED
     from leakatlas.priors.training import STOPPED
 
-    found, images = kept.decoder(prior), room.load(data, limit=limit)
+    found, images = kept.load(prior), room.load(data, limit=limit)
     card = kept.card_file(prior)
     if write and card is None:
         raise InvalidParameter(
@@ -196,12 +205,12 @@ def measure(
     )
     if not len(strangers):
         raise InvalidInput(f"{escape(prior)} was trained on every image of {escape(data)}.")
-    figures = {
-        priors.CEILING: round(
-            priors.inversion_psnr(found, strangers.images.float(), strangers.labels), 2
-        ),
-        **likeness.of_prior(found, images.images, images.labels),
-    }
+    figures: dict[str, float] = {}
+    if isinstance(found, priors.Prior):  # a denoiser has no latent to seek
+        psnr = priors.inversion_psnr(found, strangers.images.float(), strangers.labels)
+        figures[priors.CEILING] = round(psnr, 2)
+    with _progress(f"pictures of {found.card.name}") as watch:
+        figures.update(likeness.of_prior(found, images.images, images.labels, watch=watch))
     table = Table(title=f"Prior {found.card.name}", show_header=False)
     plain.row(table, "images that it has not seen", f"{len(strangers)}")
     for figure, value in figures.items():
