@@ -56,6 +56,23 @@ def test_step_sizes_on_photographs_are_those_that_were_chosen_on_another_seed() 
         )  # fmt: skip
         assert case.utility.train == tuned.utility.train
         assert not set(case.seeds) & set(tuned.seeds)
+    normed = studies.load("utility_batch_norm").cases
+    for label in ("none", "FedKL, 0.5"):
+        case, other = normed[f"photographs/{label}"], cases[f"unlike/{label}"]
+        assert case.utility == other.utility and case.model.kwargs["norm"] == "batch"
+        assert (case.protocol, case.defenses) == (other.protocol, other.defenses)
+
+
+def test_the_goal_is_nine_tenths_of_what_the_undefended_reach() -> None:
+    text = (default_folder() / "utility_standard.json").read_text(encoding="utf-8")
+    (plain,) = (case for case in json.loads(text)["cases"] if case["case"] == "alike/none")
+    (reached,) = (m["value"] for m in plain["measures"] if m["name"] == "accuracy")
+    goals = {
+        case.utility.course.goal
+        for case in studies.load("utility_standard").cases.values()
+        if case.utility is not None and case.utility.course is not None
+    }
+    assert goals == {pytest.approx(0.9 * reached, abs=5e-4)}
 
 
 def test_both_attacks_and_all_protocols_meet_the_same_batches() -> None:

@@ -118,7 +118,7 @@ def undefended(measures: Iterable[Measure]) -> dict[str, Measure]:
     return found
 
 
-ELSEWHERE = ("utility_standard", "dp_many_users")
+ELSEWHERE = ("utility_standard", "utility_batch_norm", "dp_many_users")
 """Studies that ask for prices in federations unlike the frontier's."""
 
 
