@@ -23,11 +23,12 @@ from leakatlas.attacks.generative.latent.gias import GIAS
 from leakatlas.attacks.optimization.basic.inverting_gradients import InvertingGradients
 from leakatlas.audit.games import halves, labelled, multiplicity, own_games
 from leakatlas.audit.halving import LEAST, stages
-from leakatlas.audit.ready import distinct_variants
+from leakatlas.audit.ready import Readied, distinct_variants, ruled_out
 from leakatlas.audit.rehearsal import Rehearsal, rehearse
 from leakatlas.blocks.watch import Watch
 from leakatlas.errors import InvalidParameter, NotGranted, Unavailable
 from leakatlas.fl import FedAVG, View
+from leakatlas.report import write
 from leakatlas.sealed import DamagedFile
 from leakatlas.threat import Grant
 from tests.conftest import build_stage
@@ -45,8 +46,18 @@ def test_a_variant_that_the_users_changes_contradict_is_left_out() -> None:
     made = distinct_variants(GIAS.tuned(), {"generator_steps": 50})
     assert made.keys() == {"tuned", "published"}
     assert "mean" in distinct_variants(GIAS.tuned(), {"tv_weight": 0.01})
+    assert ruled_out(GIAS.tuned(), {"generator_steps": 50}) == ("mean",)
+    assert ruled_out(GIAS.tuned(), {"tv_weight": 0.01}) == ()
     with pytest.raises(InvalidParameter, match="set generator_steps=0"):
         distinct_variants(GIAS.tuned(), {"average": True})
+
+
+def test_the_report_names_what_was_ruled_out() -> None:
+    found = Rehearsal("gias", "tuned", {}, 12.0, 10.0, 30, 30, 0.1, "photos", (), 1.0)
+    told = Readied(GIAS.tuned(), None, found, ruled_out=("mean", "other")).told()
+    words = write.rehearsal_in_words(told)
+    assert words.endswith("; the settings given rule out 'mean', 'other'")
+    assert "rule out" not in write.rehearsal_in_words(Readied(GIAS.tuned(), None, found).told())
 
 
 def _view(seed: int = 0, **scene: Any) -> View:

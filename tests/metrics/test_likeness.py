@@ -103,5 +103,7 @@ def test_a_card_of_a_denoiser_tells_its_population_from_noise() -> None:
     heard: list[float] = []
     watch = Watch(None, lambda fraction, note: heard.append(fraction))
     near, far = (likeness.of_prior(one, x, watch=watch) for one in (exact, blind))
-    assert near["feature_fid_images"] == len(x) // 2 and near["feature_fid"] < far["feature_fid"] / 3
+    assert (
+        near["feature_fid_images"] == len(x) // 2 and near["feature_fid"] < far["feature_fid"] / 3
+    )
     assert all(0 <= fraction <= 1 for fraction in heard)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,6 +84,7 @@ class Readied:
         reason: Why there was no rehearsal.
         fixed: Length that the user set, or None.
         reader: Reads the labels of an update, where they must be read and the attack takes them.
+        ruled_out: Variants that the user's settings contradict.
     """
 
     attack: Attack
@@ -92,11 +93,13 @@ class Readied:
     reason: str = ""
     fixed: int | None = None
     reader: Reader | None = None
+    ruled_out: tuple[str, ...] = ()
 
     def told(self) -> dict[str, Any]:
         """The rehearsal for recipe and report."""
         if self.rehearsal is not None:
-            return self.rehearsal.to_json()
+            told = self.rehearsal.to_json()
+            return {**told, "ruled_out": list(self.ruled_out)} if self.ruled_out else told
         return {"refused": self.reason} if self.reason else {}
 
     def lasting(self, seconds: float, *, slower: float = 1.0) -> Attack:
@@ -228,7 +231,7 @@ def readied(
     own = at.pace
     if not found.cached and found.iterations:
         own = Pace(own.overhead, max(found.per_iteration - own.overhead / found.iterations, 1e-6))
-    return Readied(chosen, own, found, "", at.fixed, reader)
+    return Readied(chosen, own, found, "", at.fixed, reader, ruled_out(job.attack, changes))
 
 
 def carried_over(at: Readied, others: Iterable[Readied], reason: str) -> Readied:
@@ -296,6 +299,17 @@ def distinct_variants(attack: Attack, changes: Any) -> dict[str, Attack]:
         if changed.lasting(1_000) not in [other.lasting(1_000) for other in made.values()]:
             made[name] = changed
     return made
+
+
+def ruled_out(attack: Attack, changes: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the attack's variants that the user's changes contradict."""
+    names = []
+    for name, variant in type(attack).variants().items():
+        try:
+            type(attack).from_json({**variant.to_json(), **changes})
+        except InvalidParameter:
+            names.append(name)
+    return tuple(names)
 
 
 def public_images(setting: Setting, view: View) -> ImageSet:

@@ -206,7 +206,7 @@ def _run_row(run: Run) -> dict[str, Any]:
         "rounds": run.rounds,
         "reads": ", ".join(run.reads),
         "execution": run.execution,
-        "rehearsal": _rehearsal(run),
+        "rehearsal": rehearsal_in_words(run.recipe.get("rehearsal") or {}),
         "notes": sorted(run.notes.items()),
         "scored": scores is not None,
         "confidence": [f"{value:.4g}" for value in run.confidence],
@@ -238,9 +238,12 @@ ORDERED = (
 """How the order of attacks came about."""
 
 
-def _rehearsal(run: Run) -> str:
-    """How the adversary chose the parameters of a run, in words; empty if it did not."""
-    told = run.recipe.get("rehearsal") or {}
+def rehearsal_in_words(told: Mapping[str, Any]) -> str:
+    """How the adversary chose the parameters of a run; empty if it did not.
+
+    Args:
+        told: What the recipe says of the rehearsal.
+    """
     if "refused" in told:
         return f"not rehearsed: {told['refused']}"
     if not told:
@@ -255,6 +258,8 @@ def _rehearsal(run: Run) -> str:
     )
     if short:
         words += f", in trials of {length} iterations where {told['planned']} were planned"
+    if contradicted := told.get("ruled_out"):
+        words += f"; the settings given rule out {', '.join(map(repr, contradicted))}"
     if rule := told.get("labels"):
         words += _of_labels(rule)
     if told["psnr"] <= told["null"]:
