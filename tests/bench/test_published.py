@@ -11,7 +11,7 @@ import yaml
 
 from leakatlas.bench import runner
 from leakatlas.bench import study as studies
-from leakatlas.bench.record import Record
+from leakatlas.bench.record import Record, Status
 from leakatlas.bench.runner import Options
 from leakatlas.bench.store import Store
 from leakatlas.bench.study import Study
@@ -45,14 +45,15 @@ def at(folder: Path, machine: str) -> Options:
 
 
 def measured(
-    study: Study, options: Options, case: str, *values: float, day: str, **of: Any
-) -> None:
+    study: Study, options: Options, case: str, *values: float, day: str,
+    status: Status = "complete", **of: Any,
+) -> None:  # fmt: skip
     cells = [cell for cell in runner.standing(study, options).cells if cell.label == case]
     for cell, value in zip(cells, values, strict=False):
         Store(options.records / study.name).append(
             Record(
                 cell=cell.name, code=cell.code_hash, study=study.name, label=case, seed=cell.seed,
-                batch=0, status="complete", recipe={}, own={"accuracy": value},
+                batch=0, status=status, recipe={}, own={"accuracy": value},
                 started=f"{day}T00:00:00+00:00", machine=of,
             )
         )  # fmt: skip
@@ -93,6 +94,7 @@ def test_part_of_a_case_does_not_take_the_place_of_the_whole(
 ) -> None:
     here = at(tmp_path, "here")
     measured(elsewhere, here, "none", 0.1, day="2026-03-04")
+    measured(elsewhere, here, "some", 0.0, 0.0, day="2026-03-04", status="error")
     runner.write(elsewhere, here)
     assert figures(tmp_path) == pytest.approx({"none": 0.6, "some": 0.35})
     measured(elsewhere, here, "none", 0.1, 0.2, day="2026-03-04")

@@ -14,6 +14,7 @@ from typing import Any
 
 from leakatlas import reading
 from leakatlas.bench.cells import SAID_ABOUT, Cell, setup
+from leakatlas.bench.record import FINAL
 from leakatlas.bench.study import Study
 from leakatlas.errors import InvalidInput
 
@@ -25,7 +26,7 @@ class Published:
     Args:
         document: The whole file; empty if there is none.
         cases: Its cases that stand, by name: the study still has them, set up alike, and fewer of
-            their cells have a record here than were published.
+            their cells have ended here than were published.
     """
 
     document: Mapping[str, Any] = field(default_factory=dict)
@@ -45,7 +46,7 @@ def kept(
     Args:
         study: Of this checkout.
         cells: Its cells, by case.
-        done: Names of those that have a record here.
+        done: Names of those that have ended here.
         path: The file; there may be none.
 
     Raises:
@@ -61,14 +62,19 @@ def kept(
             for name, case in by_name.items()
             if name in cells
             and _as_set_up(case["setup"]) == _as_set_up(setup(study.cases[name]))
-            and sum(c.name in done for c in cells[name]) < case["cells"] - case["missing"]
+            and sum(c.name in done for c in cells[name]) < _ended(case["status"])
         }
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise InvalidInput(
             f"{path} is no result file that could be added to ({type(problem).__name__}: "
             f"{problem}). Move it away, or name another folder with --results."
         ) from None
     return Published(document, stand)
+
+
+def _ended(status: Mapping[str, int]) -> int:
+    """How many cells of a published case have ended for good."""
+    return sum(number for name, number in status.items() if name in FINAL)
 
 
 def _as_set_up(values: Mapping[str, Any]) -> Any:

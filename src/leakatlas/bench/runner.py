@@ -238,7 +238,8 @@ def _whole(study: Study, options: Options) -> tuple[Standing, Published]:
     for cell in now.cells:
         by_case.setdefault(cell.label, []).append(cell)
     path = options.results / f"{study.name}.json"
-    return now, published.kept(study, by_case, now.records, path)
+    ended = {name for name, record in now.records.items() if record.status in FINAL}
+    return now, published.kept(study, by_case, ended, path)
 
 
 def _draw(study: Study, now: Standing, folder: Path) -> None:
