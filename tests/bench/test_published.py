@@ -28,7 +28,7 @@ FILE: dict[str, Any] = {
     "axes": {"defense": {"none": {}, "some": {"defenses": [{"key": "clipping"}]}}},
     "compare": [{"measure": "accuracy", "of": "some", "minus": "none"}],
 }  # fmt: skip
-OLD = {"processor": "Other", "cores": 4}
+OLD: dict[str, Any] = {"processor": "Other", "cores": 4}
 
 
 def made(folder: Path, **changes: Any) -> Study:
