@@ -141,7 +141,8 @@ def test_gifd_opens_an_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def _features(prior: Prior, z: torch.Tensor) -> list[torch.Tensor]:
-    features, state = [], (z,)
+    features: list[torch.Tensor] = []
+    state: tuple[torch.Tensor, ...] = (z,)
     with torch.no_grad():
         for stage in prior.stages[:-1]:
             state = stage(*state)
