@@ -143,11 +143,22 @@ class Elsewhere:
     diverged: float = 0.0
 
     @property
-    def remarks(self) -> str:
-        """What a reader must know."""
-        if not self.diverged:
-            return self.accuracy.note
-        return f"{self.diverged:.0%} of the trainings diverged; {self.accuracy.note}"
+    def federation(self) -> str:
+        """Of which federation it is; empty if its study has one."""
+        return self.accuracy.case.rpartition("/")[0]
+
+    @property
+    def defense(self) -> str:
+        """Under which defense."""
+        return self.accuracy.case.rpartition("/")[2]
+
+    def remarks(self, common: str) -> str:
+        """What a reader must know beside what is said of the whole federation."""
+        said = common.split("; ")
+        own = [part for part in self.accuracy.note.split("; ") if part not in said]
+        if self.diverged:
+            own.insert(0, f"{self.diverged:.0%} of the trainings diverged")
+        return "; ".join(own)
 
     def on_the_way(self, name: str) -> str:
         """A measure of the way, in words."""
@@ -163,26 +174,29 @@ class Elsewhere:
         return f"{measure.value:.0f} [{low:.0f}, {high:.0f}]{missed}"
 
 
-def elsewhere(measured: Iterable[Result]) -> dict[str, list[Elsewhere]]:
-    """Trainings in other federations, by study: of each federation the undefended one first."""
+def elsewhere(measured: Iterable[Result]) -> dict[str, list[list[Elsewhere]]]:
+    """Trainings in other federations, by study: a list for each, the undefended one first."""
     found: dict[str, dict[str, dict[str, Measure]]] = {study: {} for study in ELSEWHERE}
     for result in measured:
         for measure in result.measures if result.study in found else ():
             found[result.study].setdefault(measure.case, {})[measure.name] = measure
 
-    def place(case: str) -> tuple[str, bool, str]:
-        federation, _, defense = case.rpartition("/")
-        return federation, defense != UNDEFENDED, defense
-
-    trainings: dict[str, list[Elsewhere]] = {}
+    federations: dict[str, list[list[Elsewhere]]] = {}
     for study, cases in found.items():
-        for case in sorted(cases, key=place):
-            if (final := cases[case].get("accuracy")) is None:
+        trainings: dict[str, list[Elsewhere]] = defaultdict(list)
+        for taken in cases.values():
+            if (final := taken.get("accuracy")) is None:
                 continue
-            way = {name: cases[case][name] for name in WAY if name in cases[case]}
-            shares = {n: cases[case][n].value for n in ("reached", "diverged") if n in cases[case]}
-            trainings.setdefault(study, []).append(Elsewhere(final, way, **shares))
-    return trainings
+            way = {name: taken[name] for name in WAY if name in taken}
+            shares = {n: taken[n].value for n in ("reached", "diverged") if n in taken}
+            one = Elsewhere(final, way, **shares)
+            trainings[one.federation].append(one)
+        if trainings:
+            federations[study] = [
+                sorted(trainings[name], key=lambda one: (one.defense != UNDEFENDED, one.defense))
+                for name in sorted(trainings)
+            ]
+    return federations
 
 
 def followed(trainings: Iterable[Elsewhere]) -> dict[str, str]:
@@ -392,19 +406,22 @@ def render(measured: Sequence[Result]) -> str | None:
 
 def _elsewhere(measured: Sequence[Result]) -> list[str]:
     lines: list[str] = []
-    for study, trainings in elsewhere(measured).items():
-        way = followed(trainings)
+    for study, federations in elsewhere(measured).items():
         lines += [f"`leakatlas bench {study}`", ""]
-        lines += [" | ".join(["| Case | accuracy", *way.values(), "n | |"])]
-        lines += ["|---" * (4 + len(way)) + "|"]
-        lines += [
-            " | ".join([
-                f"| {one.accuracy.case} | {accuracy(one.accuracy)}", *map(one.on_the_way, way),
-                f"{one.accuracy.n} | {one.remarks} |",
-            ])
-            for one in trainings
-        ]  # fmt: skip
-        lines.append("")
+        for trainings in federations:
+            way, about = followed(trainings), trainings[0].accuracy.note
+            title = trainings[0].federation
+            lines += [f"**{title}**: {about}." if title else f"{about}.", ""]
+            lines += [" | ".join(["| Defense | accuracy", *way.values(), "n | |"])]
+            lines += ["|---" * (4 + len(way)) + "|"]
+            lines += [
+                " | ".join([
+                    f"| {one.defense} | {accuracy(one.accuracy)}", *map(one.on_the_way, way),
+                    f"{one.accuracy.n} | {one.remarks(about)} |",
+                ])
+                for one in trainings
+            ]  # fmt: skip
+            lines.append("")
     return ["## Prices elsewhere", "", OTHER_FEDERATIONS, "", *lines] if lines else []
 
 
