@@ -67,12 +67,12 @@ def test_the_goal_is_nine_tenths_of_what_the_undefended_reach() -> None:
     text = (default_folder() / "utility_standard.json").read_text(encoding="utf-8")
     (plain,) = (case for case in json.loads(text)["cases"] if case["case"] == "alike/none")
     (reached,) = (m["value"] for m in plain["measures"] if m["name"] == "accuracy")
-    goals = {
+    (goal,) = {
         case.utility.course.goal
         for case in studies.load("utility_standard").cases.values()
         if case.utility is not None and case.utility.course is not None
     }
-    assert goals == {pytest.approx(0.9 * reached, abs=5e-4)}
+    assert goal == pytest.approx(0.9 * reached, abs=5e-4)
 
 
 def test_both_attacks_and_all_protocols_meet_the_same_batches() -> None:
