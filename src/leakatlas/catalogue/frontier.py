@@ -362,9 +362,10 @@ figures. Searches have fixed settings, priors from weak to strong and two distan
 images that nobody attacks here; the worst of them counts, image by image, which is at least what an
 adversary reaches that rehearses among them. One that rehearses among the declared variants of its
 attack, under the defense, stands beside them on the first images. Who learns an inverter learns it
-once, for one network. Prices under FedAVG are those of an epoch in batches of ten between rounds.
-The small grid has a few strengths; `frontier_full` has all, `frontier_cifar` is the grid for a
-cluster.
+once, for one network. E and H have no adversary of their own here: their colours are what those of
+the letters that they include reach, and nobody chose the cohort (the study `sybils` does). Prices
+under FedAVG are those of an epoch in batches of ten between rounds. The small grid has a few
+strengths; `frontier_full` has all, `frontier_cifar` is the grid for a cluster.
 """
 
 
