@@ -103,6 +103,9 @@ def test_part_of_a_case_does_not_take_the_place_of_the_whole(
     # Of the difference one side is of other trainings now: it is no difference of these figures.
     document = json.loads((tmp_path / "results" / "small.json").read_text(encoding="utf-8"))
     assert document["compare"] == []
+    assert "Left out, until both sides are run here: some - none." in runner.elsewhere(
+        elsewhere, here
+    )
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,8 @@ def write(study: Study, options: Options) -> Path | None:
 
 def elsewhere(study: Study, options: Options) -> str:
     """What is to be said of published cases whose records are not here; empty if there are none."""
-    number = len(_whole(study, options)[1].cases)
+    there = _whole(study, options)[1].cases.keys()
+    number = len(there)
     if not number:
         return ""
     cases = "1 case whose records are" if number == 1 else f"{number} cases whose records are"
@@ -221,7 +222,11 @@ def elsewhere(study: Study, options: Options) -> str:
             f"It stays as it was: it sums up {cases} not on this machine. Run these too, or name "
             "another folder with --results."
         )
-    return f"In it, {cases} not on this machine: as published."
+    said = f"In it, {cases} not on this machine: as published."
+    torn = [f"{p.of} - {p.minus}" for p in study.file.compare if len({p.of, p.minus} & there) == 1]
+    if torn:  # a difference is paired, cell by cell
+        said += f" Left out, until both sides are run here: {', '.join(torn)}."
+    return said
 
 
 def _sums_up(study: Study) -> bool:
