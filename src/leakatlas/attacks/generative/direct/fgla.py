@@ -31,8 +31,8 @@ Measured (study ``generative``, the lesson included, a few epochs): above the ne
 where the victims are of the public images' population, on fresh and trained ConvNets alike; on
 other images about as close as that image. What a decoder learned on 200 portraits makes of a face,
 and of a fresh ResNet-18's pooled features, it makes of other images' updates too: the prior, not
-the update. From those of a trained one it drew a little more than that, and less than the nearest
-public image.
+the update. From those of a trained one it drew a little more than that of images of the population,
+and less than the nearest public image.
 
 Departures:
     - ``offset="full"`` is ours and the default of :meth:`FGLA.tuned`; the paper's is the default.

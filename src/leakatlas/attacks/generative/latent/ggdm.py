@@ -20,13 +20,13 @@ usually done (Chung et al., 2023); step sizes are ours, :math:`s_t = 0.1\, \kapp
 \sqrt{1 - \bar\alpha_t}`.
 
 Measured (study ``generative``, with the exact denoiser of 1,000 public images, about as many CPU
-seconds as [3]): on fresh ConvNets it ends one or two decibels below the nearest public image, which
-is all that this denoiser can draw, and above what other images' updates give; on trained ones, on
-digits and on a ResNet-18 those give about as good a picture: the prior, not the update. On another
-machine means of three images were up to two decibels higher or lower. A diffusion model draws more:
-with the shipped one (study ``shipped_priors``) it reaches on fresh ConvNets what GIAS does there,
-far above what other images' updates give; on a trained one it averages about as much as the nearest
-public image.
+seconds as [3]): on fresh ConvNets it ends one to three decibels below the nearest public image,
+which is all that this denoiser can draw, and, of images of the population, above what other images'
+updates give; on trained ones, on photos, on digits and on a ResNet-18 those give about as good a
+picture: the prior, not the update. On another machine means of three images were up to two decibels
+higher or lower. A diffusion model draws more: with the shipped one (study ``shipped_priors``) it
+reaches on fresh ConvNets what GIAS does there, far above what other images' updates give; on a
+trained one it averages about as much as the nearest public image.
 
 Departures:
     - Sampling is respaced to fewer steps (DDIM with eta = 1, which is DDPM's noise).

@@ -40,21 +40,21 @@ Measured (study ``generative``: one image, every row about as many CPU seconds a
 both searches early): behind a rehearsed [3] on every network, inside the prior's population and
 outside. On fresh ConvNets it reaches somewhat more than the best picture that the prior itself can
 draw, and than the published [3]; on trained ones it stays far below that picture, and below the
-published [3] or level with it. On a ResNet-18, fresh or trained, it ends at the mean image, a
-decibel above what other images' updates give; no row came above the nearest public image there in
-this time, [3] included. Given a few times as long (study ``gias``, label not granted) it leaves its
-prior behind on fresh ConvNets: the generator search adds several decibels to what the latents
-reach, and four images at once come out nearly as well as one. On a trained one it then ends well
-above the nearest public image; other images' updates end far below that. With a prior that minutes
-taught on 2,000 images of 64 pixels (study ``own_population``), on a trained ResNet-8, the search
-for the smallest D ends below [3], and below the mean image. The mean picture of its restarts ends
-above the published [3]. It ends above a rehearsed [3], the mean image and what another image's
-update gives as well, each by less than eight images can tell from nothing: how much of it is the
-update's is not shown. With a prior of portraits, on a ResNet-8 trained on portraits, both end well
-above [3], and next to no higher than from the update of another person: the prior again. On a
-smaller network a narrow population helps: with a prior of other persons (study ``faces_unseen``) it
-ends far above [3] in our preset on a trained ConvNet, which had less CPU time, and level with it on
-a fresh one.
+published [3] or level with it. On a ResNet-18, fresh or trained, it ends near the mean image, at
+most a decibel above what other images' updates give; no row came above the nearest public image
+there in this time but [3], on photos from a fresh one. Given a few times as long (study ``gias``,
+label not granted) it leaves its prior behind on fresh ConvNets: the generator search adds several
+decibels to what the latents reach, and four images at once come out nearly as well as one. On a
+trained one it then ends well above the nearest public image; other images' updates end far below
+that. With a prior that minutes taught on 2,000 images of 64 pixels (study ``own_population``), on a
+trained ResNet-8, the search for the smallest D ends below [3], and below the mean image. The mean
+picture of its restarts ends above the published [3]. It ends above a rehearsed [3], the mean image
+and what another image's update gives as well, each by less than eight images can tell from nothing:
+how much of it is the update's is not shown. With a prior of portraits, on a ResNet-8 trained on
+portraits, both end well above [3], and next to no higher than from the update of another person:
+the prior again. On a smaller network a narrow population helps: with a prior of other persons
+(study ``faces_unseen``) it ends far above [3] in our preset on a trained ConvNet, which had less
+CPU time, and level with it on a fresh one.
 
 Departures:
     - The published generators are StyleGAN2 (512 to 1024 pixels, pooled down) and a DCGAN. Ours
