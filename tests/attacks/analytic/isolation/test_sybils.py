@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from leakatlas import data
 from leakatlas.attacks.analytic.isolation.sybils import (
     Sybils,
     cluster,
@@ -65,6 +66,18 @@ def test_without_noise_exactly_the_sole_activators_come_back(box: Box) -> None:
     wrong = errors(trial)
     assert float(wrong[alone].max()) < 1e-6
     assert float(wrong[~alone].min()) > 1e-6
+
+
+@pytest.mark.parametrize("normalised", [False, True], ids=["plain", "normalised"])
+def test_lone_digits_of_64_pixels_come_back_exactly(normalised: bool) -> None:
+    """Few pixels, black beside white: what neighbours say of them is within chance."""
+    box = Box((0.5,), (0.5,)) if normalised else Box.unit(1)
+    settings = {"widths": (32,), "act": "relu", "in_channels": 1}
+    for image in range(3):
+        stage = _stage(
+            victims=data.digits().subset([image]), examples=1, box=box, settings=settings
+        )
+        assert float(errors(run_trial(stage, Sybils())).min()) < 1e-6
 
 
 def test_a_secure_sum_with_silent_devices_is_the_targets_update() -> None:
@@ -167,11 +180,39 @@ def test_rows_of_noise_are_dead_and_tell_its_size() -> None:
     image = crops(16, 1).images.double().flatten(1)
     generator = torch.Generator().manual_seed(0)
     noise = 0.05 * torch.randn(40, image.shape[1], generator=generator, dtype=torch.float64)
+    g_b = 0.05 * torch.randn(40, generator=generator, dtype=torch.float64)
     rows = noise.clone()
     rows[:5] += image
-    live, size = live_rows(rows)
+    g_b[:5] += 1
+    live, size = live_rows(rows, g_b, *_unit(image))
     assert live.tolist() == [True] * 5 + [False] * 35
     assert size == pytest.approx(0.05, rel=0.05)
+
+
+def _unit(image: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros_like(image), torch.ones_like(image)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_an_image_whose_pixels_do_not_resemble_each_other_is_live_too(noise: float) -> None:
+    """Of 64 pixels that alternate; neighbours tell nothing."""
+    image = torch.arange(64, dtype=torch.float64) % 2
+    generator = torch.Generator().manual_seed(0)
+    rows = noise * torch.randn(40, 64, generator=generator, dtype=torch.float64)
+    g_b = noise * torch.randn(40, generator=generator, dtype=torch.float64)
+    rows[:5] += image
+    g_b[:5] += 1
+    live, size = live_rows(rows, g_b, *_unit(image))
+    assert live.tolist() == [True] * 5 + [False] * 35
+    assert size == pytest.approx(noise, rel=0.05)
+
+
+def test_rows_that_all_hold_a_lively_image_are_all_live() -> None:
+    """Then no row is left to tell the noise from."""
+    image = torch.arange(64, dtype=torch.float64) % 2
+    g_b = torch.linspace(0.5, 2, 12, dtype=torch.float64)
+    live, size = live_rows(g_b[:, None] * image, g_b, *_unit(image))
+    assert bool(live.all()) and size == 0
 
 
 def test_gain_changes_no_output_and_moves_norm_to_the_traps() -> None:

@@ -14,8 +14,9 @@ architecture.
    [0, 1] rarely fire such a row; a row that one example alone fires holds g x. Convolutions on the
    way become copies of the image (single taps), pooling only shrinks it.
 3. Read-out under noise. Row i shows g_i x + n. Rows whose neighbouring entries do not resemble
-   each other are noise; they give its size. Rows with the same image are clustered and combined
-   by inverse variance,
+   each other, and which are no valid image either, are noise and give its size; what is far
+   longer than that is an image after all. Rows with the same image are clustered and combined by
+   inverse variance,
 
    .. math:: \hat x = \sum_i g_i\, G_W[i] \Big/ \sum_i g_i^2, \qquad g_i = G_b[i] .
 
@@ -35,6 +36,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +79,8 @@ class Sybils(ActiveAttack):
         similarity: Rows belong together if the cosine of their images, without the mean and
             corrected for noise, exceeds this.
     """
+
+    version: ClassVar[int] = 2
 
     cohort_size: PositiveInt = 10
     scaling: OpenFraction | None = 0.95
@@ -133,9 +137,10 @@ class Sybils(ActiveAttack):
         g_w = readout.sent_change(view.update, state, f"{name}.weight")
         g_b = readout.sent_change(view.update, state, f"{name}.bias")
         rows = g_w[:, : math.prod(carried)]
-        if bool(view.key["normalised"]):
-            rows = in_pixels(rows, g_b, view.box, carried)
-        live, noise = live_rows(rows)
+        # Without convolutions the layer saw the model's input, else the pixels that they copied.
+        carries_input = bool(view.key["normalised"])
+        low, high = valid(view.box, carried, rows, normalised=carries_input)
+        live, noise = live_rows(rows, g_b, low, high)
         live &= g_b.abs() > max(
             self.threshold * noise,
             readout.relative_tolerance(g_b.dtype) * float(g_b.abs().max()),
@@ -146,9 +151,10 @@ class Sybils(ActiveAttack):
         images = torch.stack([c.x for c in found]).reshape(-1, *carried)
         if carried != shape:
             images = F.interpolate(images, size=shape[1:], mode="bilinear", align_corners=False)
+        images = images if carries_input else view.box.normalize(images)
         weight = torch.stack([c.weight for c in found]).sqrt()
         return Reconstruction(
-            images=view.box.clip(view.box.normalize(images)),
+            images=view.box.clip(images),
             confidence=weight / (noise or float(weight.max())),
             notes={
                 "noise": noise,
@@ -161,33 +167,51 @@ class Sybils(ActiveAttack):
 # -- reading rows under noise ----------------------------------------------------------------------
 
 
-def in_pixels(rows: Tensor, g_b: Tensor, box: Box, shape: tuple[int, ...]) -> Tensor:
-    """Gradient rows with respect to pixels in [0, 1]: ``g x_model`` becomes ``g x_pixel``."""
-    area = math.prod(shape[1:])
-    std = rows.new_tensor(box.std).repeat_interleave(area)
-    mean = rows.new_tensor(box.mean).repeat_interleave(area)
-    return rows * std + g_b[:, None] * mean
+def valid(
+    box: Box, shape: tuple[int, ...], like: Tensor, *, normalised: bool
+) -> tuple[Tensor, Tensor]:
+    """Least and greatest value of every entry of an image ``shape``, each ``(n,)``."""
+    low, high = (like.new_full(shape, end) for end in (box.low, box.high))
+    if normalised:
+        low, high = box.normalize(low), box.normalize(high)
+    return low.flatten(), high.flatten()
 
 
-def live_rows(rows: Tensor, *, score: float = 6.0) -> tuple[Tensor, float]:
+def live_rows(
+    rows: Tensor, g_b: Tensor, low: Tensor, high: Tensor, *, score: float = 6.0
+) -> tuple[Tensor, float]:
     """Which rows hold an image or a mixture, and the noise's spread from those that do not.
 
-    Neighbouring pixels resemble each other, so the products of neighbouring entries of a row add
-    up to far more than those of independent noise, whose sum is normal around zero.
+    A row is live for any of three reasons. Neighbouring pixels resemble each other, so the products
+    of neighbouring entries add up to far more than those of independent noise, whose sum is normal
+    around zero. Divided by its factor it is a valid image, in every entry: without noise that finds
+    what has too few pixels, or too lively ones, for the first. And it is longer than the noise of
+    the other rows explains, whose squared length follows a chi-square law.
 
     Args:
         rows: ``(m, n)``, pixels of a row of the image side by side.
+        g_b: ``(m,)``, their factors.
+        low: ``(n,)``, least valid value of every entry of an image.
+        high: ``(n,)``, greatest.
         score: Standard deviations from which on a row is live.
 
     Returns:
         ``(m,)`` mask, and the standard deviation per entry; 0 if there are no noisy rows.
     """
+    n = rows.shape[1]
     energy = rows.square().sum(dim=1)
     product = (rows[:, 1:] * rows[:, :-1]).sum(dim=1)
-    z = product * rows.shape[1] ** 0.5 / energy.clamp(min=torch.finfo(rows.dtype).tiny)
-    live = (z > score) & (energy > 0)
-    dead = (energy[~live] / rows.shape[1]).sqrt()
-    return live, float(dead.median()) if len(dead) else 0.0
+    smooth = product * n**0.5 / energy.clamp(min=torch.finfo(rows.dtype).tiny) > score
+
+    slack = 1e-3 * (high - low)
+    ratio = rows / g_b[:, None]  # not a number in rows that are zero: no image
+    image = ((ratio >= low - slack) & (ratio <= high + slack)).all(dim=1)
+
+    live = (smooth | image) & (energy > 0)
+    dead = energy[~live] / n
+    level = float(dead.median()) if len(dead) else 0.0
+    live |= energy / n > level * (1 + score * (2 / n) ** 0.5)
+    return live, level**0.5
 
 
 @dataclass
