@@ -114,12 +114,15 @@ def figure(name: str, value: float, note: str = "") -> Measure:
 def test_what_stopped_most_on_the_frontier_is_tried_first(
     one_digit: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the network that was worst for it, under the same kind of protocol."""
+    """On the network that was worst for it, under the same kind of protocol, and of one whose
+    buffers tell of the batch only for a model that has such.
+    """
     measures = (
         figure("recovered | fresh | clipping, max_norm=0.1", 0.0),
         figure("recovered | trained | clipping, max_norm=0.1", 0.25),
         figure("loss | trained | clipping, max_norm=0.1", 3.0),
         figure("recovered | fresh, FedAVG | clipping, max_norm=0.1", 1.0),
+        figure("recovered | batch norm | clipping, max_norm=0.1", 1.0),
         figure("recovered | fresh | client_dp, noise_multiplier=6", 0.75),
     )
     result = Result.model_validate(
@@ -127,8 +130,10 @@ def test_what_stopped_most_on_the_frontier_is_tried_first(
          "recipe": {"study": "frontier"}, "hardware": "2 CPU cores", "seeds": [0],
          "measures": measures, "command": "leakatlas bench frontier", "date": "2026-01-31"}
     )  # fmt: skip
-    expected = frontier.expectations([result], local=False)
+    expected = frontier.expectations([result], local=False, batch_norm=False)
     assert list(menu_of(one_digit, expected)[0]) == ["clipping", "client_dp"]
+    with_buffers = frontier.expectations([result], local=False, batch_norm=True)
+    assert with_buffers["clipping, max_norm=0.1"].network == "batch norm"
     monkeypatch.setattr("leakatlas.audit.recommend.results.load", lambda folder: (result,))
     found = recommend(one_digit, [EXACT], out=tmp_path)
     said = {advice.name: advice.expected for advice in found.advice}

@@ -31,6 +31,7 @@ from leakatlas.catalogue.frontier import Expectation
 from leakatlas.errors import InvalidParameter, LeakAtlasError
 from leakatlas.fl import Defense, FedSGD
 from leakatlas.fl.view import defense_json
+from leakatlas.models.structure import has_batchnorm
 from leakatlas.report import TRIED, Comparison, Gate, Report, Run
 from leakatlas.report.data import worst_case
 
@@ -163,7 +164,11 @@ def recommend(
     report = carry_out(bare, out=out, listener=listener, stop=stop, begun=begun)
     as_it_is = _judged("as it is", first.defenses, report.runs, conditions)
     local = not isinstance(first.protocol, FedSGD)
-    expected = frontier.expectations(results.load(results.default_folder()), local=local)
+    expected = frontier.expectations(
+        results.load(results.default_folder()),
+        local=local,
+        batch_norm=has_batchnorm(first.model),
+    )
     menu: dict[str, Ladder] = {}
     left_out: dict[str, str] = {}
     if as_it_is.finding != "keeps":

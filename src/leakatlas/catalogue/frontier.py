@@ -261,6 +261,10 @@ def name_of(key: str) -> str:
 LOCAL = "FedAVG"
 """In the name of a network whose clients take several local steps."""
 
+BATCH_NORM = "batch norm"
+"""The network that keeps running statistics, which tell of a client's batch whatever becomes of its
+gradients."""
+
 
 @dataclass(frozen=True)
 class Expectation:
@@ -288,17 +292,22 @@ class Expectation:
         return f"{share(self.recovered)} recovered{price} ({self.network})"
 
 
-def expectations(measured: Iterable[Result], *, local: bool) -> dict[str, Expectation]:
+def expectations(
+    measured: Iterable[Result], *, local: bool, batch_norm: bool
+) -> dict[str, Expectation]:
     """What to expect of every defense at every strength, by ``key, knob=value``.
 
     Args:
         measured: All results.
         local: Whether clients take several local steps; networks of the other kind do not count.
+        batch_norm: Whether the model has batch normalisation; the frontier's network that has it
+            does not count otherwise.
     """
     found: dict[str, Expectation] = {}
     result = result_of(measured)
     for network, rows in networks(result.measures if result else ()).items():
-        for row in rows if (LOCAL in network) == local else ():
+        like = (LOCAL in network) == local and (batch_norm or network != BATCH_NORM)
+        for row in rows if like else ():
             for strength, point in row.points.items():
                 name = f"{row.key}, {strength}"
                 if name not in found or point.recovered.value > found[name].recovered.value:
@@ -362,10 +371,13 @@ figures. Searches have fixed settings, priors from weak to strong and two distan
 images that nobody attacks here; the worst of them counts, image by image, which is at least what an
 adversary reaches that rehearses among them. One that rehearses among the declared variants of its
 attack, under the defense, stands beside them on the first images. Who learns an inverter learns it
-once, for one network. E and H have no adversary of their own here: their colours are what those of
-the letters that they include reach, and nobody chose the cohort (the study `sybils` does). Prices
-under FedAVG are those of an epoch in batches of ten between rounds. The small grid has a few
-strengths; `frontier_full` has all, `frontier_cifar` is the grid for a cluster.
+once, for one network. H is alone with its victim: the other members of the cohort are its own and
+send nothing. E matches the statistics of the client's batch, which the buffers of batch
+normalisation give away, from the mean image that it knows; a network of its own has such buffers.
+Prices are those of the networks with group normalisation, after one gradient and after local steps,
+also where another network is attacked; under FedAVG clients train an epoch in batches of ten
+between rounds. The small grid has a few strengths; `frontier_full` has all, `frontier_cifar` is the
+grid for a cluster.
 """
 
 
