@@ -115,3 +115,15 @@ def test_a_correlation_is_oriented_and_within_is_not_between() -> None:
     assert found["spearman within/l2/bayes_psnr"]["n"] == 2 * n
     # Nothing took several local steps, and no batch had several images.
     assert not [name for name in found if "fedavg" in name or "image" in name]
+
+
+@pytest.mark.parametrize("grid", ["frontier", "frontier_full", "frontier_cifar"])
+def test_every_defense_of_the_frontier_meets_every_letters_own_adversary(grid: str) -> None:
+    letters: dict[str, set[str]] = {}
+    for label, case in studies.load(grid).cases.items():
+        if case.attack is not None:
+            letters.setdefault(label.partition("/")[0], set()).add(case.letter)
+    assert len(letters) > 50
+    for name, own in letters.items():
+        # Nobody is ignorant of no defense.
+        assert set("ABCDEFGH") - own <= ({"B"} if name == "none" else set()), name

@@ -20,7 +20,7 @@ class Solved:
 
     Args:
         statistics: Mean and biased variance by layer name, weighted over the local steps.
-        steps: Local steps k, by the counter.
+        steps: Local steps k, by the counter if it was sent.
         momentum: m, the same in all layers.
     """
 
@@ -30,15 +30,19 @@ class Solved:
 
 
 def client_statistics(
-    update: Update, model: nn.Module, shape: tuple[int, ...], batch: int
+    update: Update, model: nn.Module, shape: tuple[int, ...], batch: int, steps: int
 ) -> Solved:
     """The client's batch statistics, from its buffers before and after.
+
+    Of a mean over clients, the mean of their batch statistics.
 
     Args:
         update: With both buffers.
         model: A copy that the caller owns.
         shape: ``(C, H, W)``.
         batch: Examples of a local batch, for the correction of variances.
+        steps: Local steps of the protocol, for where the counters are not sent and the statistics
+            are: in a secure sum, which masks what is no whole number.
 
     Raises:
         UnsupportedModel: If the client sends no buffers, or they did not move, or the layers keep
@@ -58,13 +62,14 @@ def client_statistics(
             )
         if layer.momentum is None:
             raise UnsupportedModel(f"{name!r} averages over all batches, not with a momentum.")
-        steps = int(after[keys[2]] - before[keys[2]])
-        if steps < 1:
+        counted = int(after[keys[2]] - before[keys[2]])
+        if counted < 1 and all(torch.equal(after[key], before[key]) for key in keys[:2]):
             raise UnsupportedModel(
                 f"The statistics of {name!r} did not move: the client trained it in eval mode."
             )
-        known.add((steps, float(layer.momentum)))
-        kept = (1 - layer.momentum) ** steps
+        taken = counted if counted > 0 else steps
+        known.add((taken, float(layer.momentum)))
+        kept = (1 - layer.momentum) ** taken
         mean, variance = (
             (after[key].double() - kept * before[key].double()) / (1 - kept) for key in keys[:2]
         )
@@ -72,8 +77,8 @@ def client_statistics(
         found[name] = (mean.to(after[keys[0]]), (variance * (n - 1) / n).to(after[keys[1]]))
     if len(known) != 1:
         raise UnsupportedModel("The normalisation layers differ in momentum or in batches seen.")
-    steps, momentum = known.pop()
-    return Solved(found, steps, momentum)
+    taken, momentum = known.pop()
+    return Solved(found, taken, momentum)
 
 
 def step_weights(solved: Solved, batches: int) -> list[float]:

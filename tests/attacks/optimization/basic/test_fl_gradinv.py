@@ -12,10 +12,11 @@ from leakatlas.attacks.optimization.basic.fl_gradinv import FLGradInv
 from leakatlas.bench import harness
 from leakatlas.blocks import buffers, matching
 from leakatlas.blocks.buffers import Solved
-from leakatlas.fl import FedAVG, FedSGD, Stage, View, batchnorm_statistics
+from leakatlas.defenses.formal.crypto.secure_aggregation import SecureAggregation
+from leakatlas.fl import FedAVG, FedSGD, Protocol, Stage, View, batchnorm_statistics
 from leakatlas.metrics.images import rdlv, ssim
 from leakatlas.models import build
-from leakatlas.threat import Grant, Knowledge
+from leakatlas.threat import Grant, Knowledge, Vantage
 from tests.attacks.case import Case
 from tests.conftest import build_stage, photos, surrogate
 
@@ -38,8 +39,7 @@ def seen(**changes: Any) -> tuple[View, Tensor, Tensor]:
 
 
 def solve(view: View) -> Solved:
-    batch = fl_gradinv.local_batch(view)
-    return buffers.client_statistics(view.update, view.model, view.input_shape, batch)
+    return fl_gradinv.statistics(view)
 
 
 # -- statistics from buffers -----------------------------------------------------------------------
@@ -68,7 +68,7 @@ def test_the_weighted_mean_over_k_steps_is_exact() -> None:
     after = {f"0.{n}": b.clone() for n, b in layer.named_buffers()}
     update = seen()[0].update
     sent = replace(update, buffers_before=before, buffers_after=after)
-    solved = buffers.client_statistics(sent, model, (1,), 6)
+    solved = buffers.client_statistics(sent, model, (1,), 6, 1)
     assert solved.steps == 5
     weights = torch.tensor([0.9 ** (4 - j) for j in range(5)], dtype=torch.float64)
     weights /= weights.sum()
@@ -91,18 +91,36 @@ def test_the_counter_tells_the_local_steps(epochs: int, batch_size: int, steps: 
 
 def test_the_truth_has_the_solved_statistics_at_the_received_weights() -> None:
     view, x, _ = seen()
-    penalty = SHORT.bn_prior(view, solve(view), 2)
+    penalty = SHORT.bn_prior(view, solve(view))
     assert float(penalty(x)) < 1e-5
     assert float(penalty(x + 0.1)) > 1e-2
 
 
 def test_after_several_steps_the_truth_has_them_nearly_and_noise_has_not() -> None:
     view, x, _ = seen(protocol=FedAVG(epochs=1, batch_size=2, lr=1e-3), examples=4)
-    penalty = SHORT.bn_prior(view, solve(view), 2)
+    penalty = SHORT.bn_prior(view, solve(view))
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
     assert float(penalty(x)) < 0.05 * float(penalty(noise))
     swapped = penalty(x[[2, 3, 0, 1]])  # the weights of a later batch are larger
     assert float(penalty(x)) < float(swapped)
+
+
+@pytest.mark.parametrize("protocol", [FedSGD(mode="train"), FedAVG(epochs=2, batch_size=2, lr=1e-6)])
+def test_a_secure_sum_gives_the_clients_mean_statistics_without_their_counters(
+    protocol: Protocol,
+) -> None:
+    stage = small(
+        protocol=protocol, examples=2, clients=3, vantage=Vantage.AGGREGATE,
+        defenses=(SecureAggregation(ring_bits=64),),
+    )  # fmt: skip
+    view, _ = harness.observe(stage, SHORT)
+    assert view.num_examples == 6
+    solved = solve(view)
+    assert solved.steps == protocol.steps(2)
+    x = torch.cat([client.x for client in stage.federation.clients.values()])
+    assert float(SHORT.bn_prior(view, solved)(x)) < 1e-4
+    assert float(SHORT.bn_prior(view, solved)(x.roll(1, 0))) > 1e-3  # others' batches
+    assert SHORT(view).status == "complete"
 
 
 def test_a_client_without_moving_buffers_is_hopeless() -> None:
@@ -184,8 +202,8 @@ def test_the_modes_differ_and_the_weights_at_which_statistics_are_taken() -> Non
     assert not torch.equal(published.images, released.images)
     assert released.notes["bn_distance"] > 0
     x = seen()[1]
-    late = replace(SHORT, statistics_at="updated").bn_prior(view, solve(view), 2)
-    assert float(late(x)) > 1e-4 > float(SHORT.bn_prior(view, solve(view), 2)(x))
+    late = replace(SHORT, statistics_at="updated").bn_prior(view, solve(view))
+    assert float(late(x)) > 1e-4 > float(SHORT.bn_prior(view, solve(view))(x))
 
 
 # -- what a client can check itself ----------------------------------------------------------------

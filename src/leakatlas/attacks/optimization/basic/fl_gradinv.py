@@ -34,7 +34,8 @@ give.
 
 Departures:
     - The k-step formula. R_BN compares the same weighted mean over the local batches of the
-      candidates, in their order; the release treats all images as one batch.
+      candidates, in their order, and over the clients of a mean; the release treats all images as
+      one batch.
     - R_BN is evaluated at the received weights if k = 1, where it is exact, and at the updated ones
       otherwise, as the release does (``statistics_at``).
     - The domain's image is the mean image that the adversary knows of the population; the
@@ -66,7 +67,7 @@ from leakatlas.models.structure import (
     has_batchnorm,
 )
 from leakatlas.params import NonNegative, NonNegativeInt, Positive, PositiveInt
-from leakatlas.threat import Knowledge
+from leakatlas.threat import Knowledge, Vantage
 
 
 @attack(
@@ -139,9 +140,7 @@ class FLGradInv(Attack):
         if not view.rounds:
             return Outlook("unknown", "buffers before and after give the client's statistics")
         try:
-            solved = buffers.client_statistics(
-                view.update, view.model, view.input_shape, local_batch(view)
-            )
+            solved = statistics(view)
         except UnsupportedModel as problem:
             return Outlook("hopeless", str(problem))
         if solved.steps == 1:
@@ -153,12 +152,11 @@ class FLGradInv(Attack):
         update = view.update
         g = dict(update.tensors)
         like = next(iter(g.values()))
-        batch = local_batch(view)
         try:
-            solved = buffers.client_statistics(update, view.model, view.input_shape, batch)
+            solved = statistics(view)
         except UnsupportedModel as problem:
             return nothing_found(view.input_shape, str(problem))
-        bn_prior = self.bn_prior(view, solved, batch)
+        bn_prior = self.bn_prior(view, solved)
         replay = view.replayer()
         y = view.labels if view.has("labels") else None
         size = sum(float(t.norm()) for t in g.values()) if self.relative else 1.0
@@ -225,8 +223,9 @@ class FLGradInv(Attack):
         """Targets ``(N, K)`` from the free variables."""
         return t.sigmoid() if self.targets == "sigmoid" else labels.soft_targets(view.loss, t)
 
-    def bn_prior(self, view: View, solved: Solved, batch: int) -> Callable[[Tensor], Tensor]:
-        """R_BN of a candidate batch, which is split as the client splits its own."""
+    def bn_prior(self, view: View, solved: Solved) -> Callable[[Tensor], Tensor]:
+        """R_BN of a candidate batch, which is split as every client splits its own."""
+        batch, clients = local_batch(view), members(view)
         model = view.model.train()
         state = {n: t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
         late = self.statistics_at == "updated" or (
@@ -238,7 +237,8 @@ class FLGradInv(Attack):
 
         def penalty(x: Tensor) -> Tensor:
             parts = x.split(batch)
-            weights = buffers.step_weights(solved, len(parts))
+            own = buffers.step_weights(solved, len(parts) // clients)
+            weights = [weight / clients for _ in range(clients) for weight in own]
             mixed: dict[str, tuple[Tensor, Tensor]] = {}
             for part, weight in zip(parts, weights, strict=True):
                 for name, (mean, variance) in batchnorm_statistics(model, state, part).items():
@@ -249,8 +249,27 @@ class FLGradInv(Attack):
         return penalty
 
 
+def statistics(view: View) -> Solved:
+    """What the buffers of the update give away.
+
+    Raises:
+        UnsupportedModel: As :func:`~leakatlas.blocks.buffers.client_statistics`.
+    """
+    steps = view.protocol.steps(view.num_examples // members(view))
+    return buffers.client_statistics(
+        view.update, view.model, view.input_shape, local_batch(view), steps
+    )
+
+
+def members(view: View) -> int:
+    """Clients whose mean the update is, with equal shares of the examples."""
+    cohort = view.rounds[-1].cohort
+    shared = view.vantage is Vantage.AGGREGATE and view.num_examples % cohort == 0
+    return cohort if shared else 1
+
+
 def local_batch(view: View) -> int:
-    """Examples of a local batch."""
+    """Examples of a client's local batch."""
     protocol = view.protocol
-    N = view.num_examples
+    N = view.num_examples // members(view)
     return min(N, protocol.batch_size) if isinstance(protocol, FedAVG) else N
