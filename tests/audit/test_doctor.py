@@ -176,6 +176,22 @@ def test_findings_name_duplicates_steps_and_batchnorm() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("protocol", "said"),
+    [
+        (FedAVG(epochs=2, batch_size=2), "give them away, as their mean over 2 local steps"),
+        (FedSGD(mode="train"), "give them away, as they are"),
+        (FedSGD(mode="train", shared=("!@BatchNorm*",)), "does not hold unless they are granted"),
+        (FedSGD(mode="eval"), "serve the adversary as an image prior"),
+    ],
+)
+def test_whether_the_upload_tells_the_batchs_statistics_is_said(
+    protocol: Protocol, said: str
+) -> None:
+    found = examine(stage(protocol, [0, 1], norm="batch"))
+    assert said in " ".join(found.findings)
+
+
 def test_too_few_equations_are_said() -> None:
     found = examine(stage(FedSGD(), [0, 1, 2, 3]))
     assert found.facts["equations per unknown"] < 1

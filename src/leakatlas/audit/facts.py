@@ -87,13 +87,10 @@ def facts_of(
             "know how), or treat the delta as one gradient and pay for the drift."
         )
     if structure.has_batchnorm(model):
-        mode = stage.federation.protocol.mode
         findings.append(
             "The model has batch normalisation in "
-            + ("train mode: examples are coupled through the batch's own statistics, which the "
-               "adversary does not hold unless they are granted." if mode == "train" else
-               "eval mode: the shared running statistics serve the adversary as an image prior.")
-        )  # fmt: skip
+            + _batchnorm(stage.federation.protocol.mode, update, steps)
+        )
     bins = 4 * examples
     hits = examples * (1 - 1 / bins) ** (examples - 1)
     facts["expected singleton bins (4 bins per image)"] = hits
@@ -101,6 +98,20 @@ def facts_of(
     if first is None:
         findings.append("No linear layer: read-outs of gradient ratios have nothing to read.")
     return facts, findings
+
+
+def _batchnorm(mode: str, update: Update, steps: int) -> str:
+    """Who knows the statistics of the client's batch."""
+    if mode != "train":
+        return "eval mode: the shared running statistics serve the adversary as an image prior."
+    coupled = "train mode: examples are coupled through the batch's own statistics, "
+    if not any(name.endswith("running_mean") for name in update.buffers_after):
+        return coupled + "which the adversary does not hold unless they are granted."
+    how = "as they are" if steps == 1 else f"as their mean over {steps} local steps"
+    return coupled + (
+        f"and the running statistics in the upload give them away, {how}; few defenses touch "
+        'those. They stay on the client with shared: ["!@BatchNorm*"], and GroupNorm has none.'
+    )
 
 
 def _about_the_loss(loss: Loss, model: nn.Module, x: Tensor) -> list[str]:
