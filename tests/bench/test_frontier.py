@@ -75,6 +75,18 @@ def test_who_holds_the_secret_is_a_bound_and_does_not_count() -> None:
     assert level["value"] == 1.0 and "a bound" in level["note"]
 
 
+def test_a_price_is_not_taken_from_a_network_that_is_normalised_otherwise() -> None:
+    normed = attacked([30.0, 30.0])
+    normed.recipe["case"]["model"] = {"kwargs": {"norm": "batch"}}
+    found = {
+        p.network: p
+        for p in points(cases(**{"noise, sigma=1/batch norm/statistics": [normed]}))
+        if p.defense == "noise, sigma=1"
+    }
+    assert found["fresh"].loss is not None and found["batch norm"].loss is None
+    assert not found["batch norm"].dominated
+
+
 def test_who_was_refused_has_tried_nothing_and_is_named() -> None:
     scores = attacked([5.0]).scores
     refused = made(seed=0, batch=0, status="refused", reason="no key", scores=scores)

@@ -4,7 +4,8 @@ An image counts as recovered if any adversary of its network recovered it, from 
 seed: the worst case, as a privacy officer must take it. Who holds a defense's secret is a bound,
 which is shown and does not count. An adversary whose runs were refused or crashed has not tried
 anything; that is said, and where nobody tried there is no point. The price is the accuracy lost
-beside the same federation, with the same local training, without a defense.
+beside the same federation, with the same local training, without a defense. Where a network with
+batch normalisation is attacked and none was trained under the defense, there is no price.
 
 The figures are named ``what | network | defense``, so that a page can take them apart again:
 
@@ -61,6 +62,9 @@ Range = tuple[float, float, float]
 
 Unit = tuple[int, int, int]
 """Seed, batch and place of an image."""
+
+Federation = tuple[str, bool]
+"""Of what a price is one: the algorithm, and whether the network has batch normalisation."""
 
 
 @dataclass(frozen=True)
@@ -152,19 +156,19 @@ def _point(
     network: str,
     defense: str,
     attacks: Mapping[str, Sequence[Record]],
-    losses: Mapping[tuple[str, str], Range],
+    losses: Mapping[tuple[str, Federation], Range],
 ) -> Point | None:
     levels: list[Level] = []
     remarks: list[str] = []
     gained: dict[Unit, float] = {}
-    protocol = ""
+    federation: Federation = ("", False)
     for adversary, mine in attacks.items():
         ran = [record for record in mine if record.status in TRIED]
         remarks += _untried(adversary, mine)
         if not ran:
             continue
         case: Mapping[str, Any] = ran[0].recipe.get("case", {})
-        protocol = _protocol(ran[0])
+        federation = _federation(ran[0])
         level = Level(
             adversary,
             str(case.get("letter", "C")),
@@ -190,7 +194,7 @@ def _point(
         images=images,
         levels=tuple(levels),
         by=max(counted, key=lambda level: (level.share, _mean(level.reached))).adversary,
-        loss=losses.get((defense, protocol)),
+        loss=losses.get((defense, federation)),
         noise=_interval(gained, "noise", defense, network) if gained else None,
         remarks=tuple(remarks),
     )
@@ -254,27 +258,28 @@ def _listed(value: Any) -> list[float]:
     return list(value) if isinstance(value, list) else []
 
 
-def _protocol(record: Record) -> str:
-    protocol = record.recipe.get("case", {}).get("protocol", {})
-    return str(protocol.get("algorithm", "fedsgd"))
+def _federation(record: Record) -> Federation:
+    case = record.recipe.get("case", {})
+    normed = case.get("model", {}).get("kwargs", {}).get("norm") == "batch"
+    return str(case.get("protocol", {}).get("algorithm", "fedsgd")), normed
 
 
-def _losses(records: Mapping[str, Sequence[Record]]) -> dict[tuple[str, str], Range]:
-    """Points of accuracy by defense and protocol, each seed beside itself without a defense."""
-    measured: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+def _losses(records: Mapping[str, Sequence[Record]]) -> dict[tuple[str, Federation], Range]:
+    """Points of accuracy by defense and federation, each seed beside itself without a defense."""
+    measured: dict[tuple[str, Federation], dict[int, float]] = defaultdict(dict)
     for label, mine in records.items():
         defense, _, adversary = label.split("/")
         for record in mine if adversary == UTILITY else ():
             if "accuracy" in record.own:
-                place = defense, _protocol(record)
+                place = defense, _federation(record)
                 measured[place][record.seed] = float(record.own["accuracy"])
     found = {}
-    for (defense, protocol), accuracies in measured.items():
-        plain = measured.get((UNDEFENDED, protocol), {})
+    for (defense, federation), accuracies in measured.items():
+        plain = measured.get((UNDEFENDED, federation), {})
         seeds = sorted(accuracies.keys() & plain.keys())
         if seeds:
             lost = [100 * (plain[seed] - accuracies[seed]) for seed in seeds]
-            found[defense, protocol] = _bootstrapped(lost, "loss", defense, protocol)
+            found[defense, federation] = _bootstrapped(lost, "loss", defense, federation[0])
     return found
 
 

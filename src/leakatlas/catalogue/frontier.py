@@ -374,10 +374,9 @@ attack, under the defense, stands beside them on the first images. Who learns an
 once, for one network. H is alone with its victim: the other members of the cohort are its own and
 send nothing. E matches the statistics of the client's batch, which the buffers of batch
 normalisation give away, from the mean image that it knows; a network of its own has such buffers.
-Prices are those of the networks with group normalisation, after one gradient and after local steps,
-also where another network is attacked; under FedAVG clients train an epoch in batches of ten
-between rounds. The small grid has a few strengths; `frontier_full` has all, `frontier_cifar` is the
-grid for a cluster.
+Prices are those of the networks with group normalisation, also where the probe is attacked; under
+FedAVG clients train an epoch in batches of ten between rounds. The small grid has a few strengths;
+`frontier_full` has all, `frontier_cifar` is the grid for a cluster.
 """
 
 

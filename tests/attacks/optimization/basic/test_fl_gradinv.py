@@ -105,7 +105,9 @@ def test_after_several_steps_the_truth_has_them_nearly_and_noise_has_not() -> No
     assert float(penalty(x)) < float(swapped)
 
 
-@pytest.mark.parametrize("protocol", [FedSGD(mode="train"), FedAVG(epochs=2, batch_size=2, lr=1e-6)])
+@pytest.mark.parametrize(
+    "protocol", [FedSGD(mode="train"), FedAVG(epochs=2, batch_size=2, lr=1e-6)]
+)
 def test_a_secure_sum_gives_the_clients_mean_statistics_without_their_counters(
     protocol: Protocol,
 ) -> None:

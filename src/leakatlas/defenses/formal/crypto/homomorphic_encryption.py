@@ -20,9 +20,10 @@ Additively homomorphic aggregation, the category that Mansouri, Önen, Ben Jabal
 (what the server makes and broadcasts): a ciphertext as well, so that every attack is refused
 there; with a part encrypted, the mean's clear entries. *A client* (vantage ``peer``) opens the sum:
 towards it the row equals secure aggregation. *A client and the server together*, a sybil of the
-server's for one: they open every single upload, since all clients hold one key. So does whoever is
-granted the secrets. All of this presumes that nobody hands the server the opened model, to test it
-or to keep it: then the row equals secure aggregation too.
+server's for one: they open every single upload, since all clients hold one key (study ``frontier``:
+sixteen images of sixteen, by [31]). So does whoever is granted the secrets. All of this presumes
+that nobody hands the server the opened model, to test it or to keep it: then the row equals secure
+aggregation too.
 
 **Knob.** The share of parameters that is encrypted; at 0 nothing is, bit for bit as without.
 
