@@ -262,8 +262,8 @@ LOCAL = "FedAVG"
 """In the name of a network whose clients take several local steps."""
 
 BATCH_NORM = "batch norm"
-"""The network that keeps running statistics, which tell of a client's batch whatever becomes of its
-gradients."""
+"""In the name of a network that keeps running statistics, which tell of a client's batch whatever
+becomes of its gradients."""
 
 
 @dataclass(frozen=True)
@@ -300,13 +300,13 @@ def expectations(
     Args:
         measured: All results.
         local: Whether clients take several local steps; networks of the other kind do not count.
-        batch_norm: Whether the model has batch normalisation; the frontier's network that has it
-            does not count otherwise.
+        batch_norm: Whether the model has batch normalisation; the frontier's networks that have it
+            do not count otherwise.
     """
     found: dict[str, Expectation] = {}
     result = result_of(measured)
     for network, rows in networks(result.measures if result else ()).items():
-        like = (LOCAL in network) == local and (batch_norm or network != BATCH_NORM)
+        like = (LOCAL in network) == local and (batch_norm or BATCH_NORM not in network)
         for row in rows if like else ():
             for strength, point in row.points.items():
                 name = f"{row.key}, {strength}"
@@ -373,7 +373,7 @@ adversary reaches that rehearses among them. One that rehearses among the declar
 attack, under the defense, stands beside them on the first images. Who learns an inverter learns it
 once, for one network. H is alone with its victim: the other members of the cohort are its own and
 send nothing. E matches the statistics of the client's batch, which the buffers of batch
-normalisation give away, from the mean image that it knows; a network of its own has such buffers.
+normalisation give away, from the mean image that it knows; networks of its own have such buffers.
 Prices are those of the networks with group normalisation, also where the probe is attacked; under
 FedAVG clients train an epoch in batches of ten between rounds. The small grid has a few strengths;
 `frontier_full` has all, `frontier_cifar` is the grid for a cluster.
