@@ -107,10 +107,13 @@ def _batchnorm(mode: str, update: Update, steps: int) -> str:
     coupled = "train mode: examples are coupled through the batch's own statistics, "
     if not any(name.endswith("running_mean") for name in update.buffers_after):
         return coupled + "which the adversary does not hold unless they are granted."
-    how = "as they are" if steps == 1 else f"as their mean over {steps} local steps"
+    counts = {"local steps": steps, "clients": update.clients}
+    mixed = [f"{count} {name}" for name, count in counts.items() if count > 1]
+    how = f"as their mean over {' and '.join(mixed)}" if mixed else "as they are"
     return coupled + (
-        f"and the running statistics in the upload give them away, {how}; few defenses touch "
-        'those. They stay on the client with shared: ["!@BatchNorm*"], and GroupNorm has none.'
+        f"and the running statistics in the upload give them away, {how}, also where a defense "
+        "changes the gradient alone. They stay on the client with "
+        'shared: ["!@BatchNorm*"], and GroupNorm has none.'
     )
 
 

@@ -108,11 +108,12 @@ def test_after_several_steps_the_truth_has_them_nearly_and_noise_has_not() -> No
 @pytest.mark.parametrize(
     "protocol", [FedSGD(mode="train"), FedAVG(epochs=2, batch_size=2, lr=1e-6)]
 )
+@pytest.mark.parametrize("vantage", [Vantage.AGGREGATE, Vantage.PEER])
 def test_a_secure_sum_gives_the_clients_mean_statistics_without_their_counters(
-    protocol: Protocol,
+    protocol: Protocol, vantage: Vantage
 ) -> None:
     stage = small(
-        protocol=protocol, examples=2, clients=3, vantage=Vantage.AGGREGATE,
+        protocol=protocol, examples=2, clients=3, vantage=vantage,
         defenses=(SecureAggregation(ring_bits=64),),
     )  # fmt: skip
     view, _ = harness.observe(stage, SHORT)
